@@ -1,0 +1,1 @@
+"""ADePT fine-tuning of billion-scale language models under DeepSpeed."""

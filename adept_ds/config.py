@@ -1,0 +1,267 @@
+"""Every setting of a run, declared once: type, range, default and meaning.
+
+A run is one JSON file with the sections below. The string under a field is its documentation and its
+command-line help. Values are read, merged and reported on by `adept_ds.config_loader`; the `deepspeed`
+section is checked and completed by `adept_ds.deepspeed_config`.
+
+Numbers are strict (`true` is not 1, `"7"` is not 7) and an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+
+Count = Annotated[StrictInt, Field(ge=1)]
+CountOrZero = Annotated[StrictInt, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The frozen backbone."""
+
+    name_or_path: str = Field(min_length=1)
+    """Hub id or local folder of the backbone (a `transformers` checkpoint in safetensors)."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository; the default branch if not given."""
+    tokenizer: str | None = None
+    """Hub id or local folder of the tokenizer; that of the backbone if not given."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the backbone and of the forward pass. Optimizer states and master weights are fp32 always."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; the choice of `transformers` for the architecture if not given."""
+
+
+class AdeptConfig(Section):
+    """ADePT (eq. 3 and 4 of the paper): soft prompt P [l, d] and token-shared network of bottleneck r."""
+
+    name: Literal["adept"] = "adept"
+    """The method."""
+    num_virtual_tokens: CountOrZero = 7
+    """Length l of the soft prompt, in tokens. 0 leaves the prompt out."""
+    bottleneck: Count = 1
+    """Width r of the token-shared network's hidden layer."""
+    prompt_init: Literal["tokens", "text", "normal"] = "tokens"
+    """Where P starts: embeddings of tokens sampled among the first 5,000 ids, of a text's tokens, or a normal draw."""
+    prompt_init_text: str | None = None
+    """The text for `prompt_init: text`, without special tokens, repeated or cut to l tokens."""
+    prompt_init_std: PositiveFloat | None = None
+    """Standard deviation for `prompt_init: normal`; that of the embedding table if not given."""
+    down_init: Literal["published", "linear"] = "published"
+    """Bounds of W_down's uniform draw: 1/sqrt(r) (the published code) or 1/sqrt(d) (the usual linear-layer rule)."""
+    dropout: Fraction = 0.0
+    """Dropout on the bottleneck's activations in training. The paper has none; the published code has 0.1."""
+
+    @model_validator(mode="after")
+    def _check_prompt_init(self) -> AdeptConfig:
+        if (self.prompt_init == "text") != (self.prompt_init_text is not None):
+            raise ValueError("prompt_init_text goes with prompt_init: text, and is needed there")
+        if self.prompt_init_std is not None and self.prompt_init != "normal":
+            raise ValueError("prompt_init_std goes with prompt_init: normal")
+        return self
+
+
+class DataConfig(Section):
+    """What is trained and evaluated on."""
+
+    format: Literal["mbpp-paper", "mbpp", "mbpp-instruct", "humaneval", "jsonl"] = "mbpp-paper"
+    """Problem form and split: the paper's protocol (signature and docstring; first half trains), the original MBPP
+    prompt with its usual split, the same through the tokenizer's chat template, HumanEval (evaluation only), or the
+    user's own JSON lines."""
+    path: str | None = None
+    """JSON lines file with the problems; the bundled problems if not given. For `jsonl`: the training file."""
+    validation_path: str | None = None
+    """For `jsonl`: the validation file. The other formats have a split of their own."""
+    validation_fraction: Fraction = 0.0
+    """Where the format has no validation split (the paper's has none): the last part of the training examples to hold
+    out for evaluation during training."""
+    prompt_field: str = "prompt"
+    """For `jsonl`: name of the field with the input."""
+    target_field: str = "completion"
+    """For `jsonl`: name of the field with the target."""
+    max_prompt_length: Count = 325
+    """Longest input in tokens, soft prompt included; a longer one is cut from the left."""
+    max_length: Count = 581
+    """Longest input and target together in tokens, soft prompt included; for encoder-decoder models the target alone
+    may have max_length - max_prompt_length tokens. A longer target is cut from the right."""
+    few_shot: CountOrZero = 3
+    """For `mbpp`: worked examples (from task ids 1 to 10) in front of the prompt at evaluation and in training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError("max_prompt_length must be below max_length, or no token is left for the target")
+        if self.format == "jsonl" and self.path is None:
+            raise ValueError("format: jsonl needs a path")
+        if self.validation_path is not None and self.format != "jsonl":
+            raise ValueError("validation_path goes with format: jsonl")
+        return self
+
+
+class LearningRateConfig(Section):
+    """Peak learning rate of each parameter group."""
+
+    soft_prompt: PositiveFloat = 1e-3
+    """alpha1: of the soft prompt P."""
+    network: PositiveFloat = 1e-3
+    """alpha2: of the token-shared network."""
+
+
+class TrainConfig(Section):
+    """Optimisation, batches, checkpoints."""
+
+    epochs: Count | None = None
+    """Passes over the training examples. Exactly one of `epochs` and `max_steps` is given."""
+    max_steps: Count | None = None
+    """Optimizer steps."""
+    global_batch_size: Count = 4
+    """Examples in one optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: Count | None = None
+    """Examples in one forward pass of one rank; if not given, what global_batch_size / world size allows."""
+    gradient_accumulation_steps: Count | None = None
+    """Forward passes before one optimizer step; follows from the two sizes above and the world size if not given."""
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    """Peak learning rates by parameter group."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """After warm-up: linear decay to zero at the last step, or constant."""
+    warmup_steps: CountOrZero = 500
+    """Steps of linear warm-up from zero. Must be below the total number of steps."""
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """AdamW's beta1 and beta2."""
+    adam_eps: PositiveFloat = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: NonNegativeFloat = 0.0
+    """Global gradient-norm clipping; 0 leaves gradients as they are (the paper's choice)."""
+    activation_checkpointing: StrictBool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    group_by_length: StrictBool = True
+    """Put examples of like length in one batch (less padding); the order stays random over the epoch."""
+    seed: CountOrZero = 42
+    """Seed of initialisation, data order and dropout."""
+    save_every: Count | None = None
+    """Steps between checkpoints; at each evaluation and at the end if not given."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep; the best adapter is kept beside them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of epochs and max_steps")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})")
+        return self
+
+
+class GenerationConfig(Section):
+    """Decoding for pass@1 in training and default of the MBPP evaluation."""
+
+    do_sample: StrictBool = True
+    """Sample, or greedy decoding."""
+    temperature: PositiveFloat = 0.6
+    """Softmax temperature when sampling."""
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.95
+    """Nucleus size when sampling."""
+    top_k: CountOrZero = 0
+    """Keep the k likeliest tokens when sampling; 0 keeps all. The paper's runs had the library default of 50."""
+    max_new_tokens: Count = 256
+    """Longest completion in tokens."""
+    num_samples: Count = 1
+    """Samples per problem."""
+    stop: tuple[str, ...] | None = None
+    """A completion ends before the first of these strings; those of the data's format if not given."""
+    batch_size: Count = 16
+    """Samples decoded at a time on one rank."""
+    seed: CountOrZero = 0
+    """Every sample's random stream follows from this, its task and its index, not from its batch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerationConfig:
+        if self.num_samples > 1 and not self.do_sample:
+            raise ValueError("num_samples above 1 needs do_sample: true, greedy decoding gives the same sample again")
+        return self
+
+
+class SandboxConfig(Section):
+    """How generated programs are run. Nothing model-written runs outside the sandbox."""
+
+    isolation: Literal["auto", "namespaces", "bubblewrap", "seccomp", "none"] = "auto"
+    """Isolation tier; `auto` takes the strongest that works here. `none` must be asked for and marks the results."""
+    workers: Count | None = None
+    """Programs run at a time; the cores of the affinity mask if not given."""
+    wall_seconds: PositiveFloat = 10.0
+    """Wall-clock limit of one program."""
+    cpu_seconds: PositiveFloat = 10.0
+    """CPU-time limit of one program."""
+    memory_mb: Count = 1024
+    """Memory limit of one program with all its processes, in MiB."""
+
+
+class EvalConfig(Section):
+    """Evaluation during training, and the choice of the best checkpoint."""
+
+    every_steps: Count | None = None
+    """Steps between evaluations; once an epoch (or at the end, with `max_steps`) if not given."""
+    metric: Literal["loss", "pass@1"] = "loss"
+    """What the best checkpoint is chosen by."""
+    max_examples: Count | None = None
+    """Evaluate on the first so many validation examples only."""
+    batch_size: Count = 8
+    """Examples in one forward pass of one rank for the validation loss."""
+    generation: GenerationConfig = GenerationConfig()
+    """Decoding."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """Execution."""
+
+
+class LoggingConfig(Section):
+    """The run folder and what is written to it."""
+
+    run_dir: str = Field(default="runs/default", min_length=1)
+    """Folder of this run: resolved config, metrics, checkpoints, best adapter, report."""
+    every_steps: Count = 10
+    """Steps between lines of metrics.jsonl and the console."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers by their Accelerate name (tensorboard, wandb, mlflow, ...). metrics.jsonl is written always."""
+    project: str = Field(default="adept_ds", min_length=1)
+    """Project name for trackers that have one."""
+
+
+class RunConfig(Section):
+    """One run: `deepspeed launchers/train.py --config FILE`."""
+
+    about: str = Field(default="", alias="_about")
+    """What the file reproduces, on which hardware, and the figure to expect. JSON has no comments."""
+    model: ModelConfig
+    """The frozen backbone."""
+    method: AdeptConfig = AdeptConfig()
+    """The tuning method and its settings."""
+    data: DataConfig = DataConfig()
+    """Problems and their form."""
+    train: TrainConfig
+    """Optimisation, batches, checkpoints."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation during training."""
+    logging: LoggingConfig = LoggingConfig()
+    """Run folder, metrics, trackers."""
+    deepspeed: dict[str, Any] = {}
+    """Handed to DeepSpeed after the checks of `adept_ds.deepspeed_config`; batch sizes, clipping and precision belong
+    to the sections above and are "auto" or absent here."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.method.num_virtual_tokens >= self.data.max_prompt_length:
+            raise ValueError("method.num_virtual_tokens must be below data.max_prompt_length, which includes it")
+        if self.eval.metric == "pass@1" and self.data.format == "jsonl":
+            raise ValueError("eval.metric pass@1 needs problems with tests; data.format jsonl has none")
+        return self

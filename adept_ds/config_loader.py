@@ -1,0 +1,311 @@
+"""Reads the settings of a run: defaults, then a JSON file, then overrides from the command line.
+
+Every value keeps the place it came from, and all problems are reported together. Nothing here imports torch, so a
+mistake is told within a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from adept_ds import deepspeed_config
+from adept_ds.config import RunConfig
+from adept_ds.config_schema import SCHEMA_KEY, declared_settings, key_candidates, section_docs, unknown_key_message
+from adept_ds.errors import UserError, did_you_mean
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid run and where each of its values came from."""
+
+    run: RunConfig
+    path: Path
+    sources: dict[str, str]
+    """Dotted key of every value to its source: `default`, `FILE line N` or `command line`."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read the JSON file `path` and set each override on top.
+
+    An override is `key=value` with a dotted key (`train.learning_rate.soft_prompt=3e-1`). The value is read as JSON,
+    and as a string where it is no JSON or where the setting is a string. A later override wins over an earlier one;
+    an object replaces what was there, so to keep its siblings name the key inside it.
+
+    Raises:
+        UserError: All problems of the file and the overrides: for each its key, value, source, what was expected, and
+            the nearest valid key or choice.
+    """
+    path = Path(path)
+    text = _read(path)
+    values = _parse(text, path)
+    sources, problems = _file_sources(text, path)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        _set(values, sources, key, _override_value(key, value))
+    values.pop(SCHEMA_KEY, None)
+
+    run, more = _validate(values, sources)
+    problems += more
+    if problems or run is None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{path}: {count}\n" + "\n".join(problems))
+    dumped = run.model_dump(mode="json", by_alias=True)
+    return LoadedConfig(run, path, {key: sources.get(key, DEFAULT) for key in flatten(dumped)})
+
+
+def resolved_json(run: RunConfig) -> str:
+    """The whole run as JSON, defaults included; equal runs give equal text. It loads back as a config file."""
+    return json.dumps(run.model_dump(mode="json", by_alias=True), indent=2, sort_keys=True) + "\n"
+
+
+def config_hash(run: RunConfig) -> str:
+    """sha256 of `resolved_json`."""
+    return hashlib.sha256(resolved_json(run).encode()).hexdigest()
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key to value for everything that is not an object with members."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        siblings = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
+        near = did_you_mean(str(path), map(str, siblings))
+        raise UserError(f"--config {path}: no such file{near}") from None
+    except IsADirectoryError:
+        raise UserError(f"--config {path}: this is a folder, expected a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
+        raise UserError(
+            f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}\n"
+            f"    {line}\n    {' ' * (error.colno - 1)}^"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: expected an object with the sections {', '.join(section_docs())}, got {_show(values)}"
+        )
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise UserError(f"{name} is not JSON; expected a finite number or null")
+
+
+def _file_sources(text: str, path: Path) -> tuple[dict[str, str], list[str]]:
+    """Return the source of every key of valid JSON text, and a problem for each key that an object has twice."""
+    sources: dict[str, str] = {}
+    problems: list[str] = []
+    key = ""
+    members: list[tuple[str, dict[str, int]]] = []
+    for token in re.finditer(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}\[\]]', text):
+        if token[0] in "{[":
+            members.append((key, {}))
+        elif token[0] in "}]":
+            members.pop()
+        elif token[2]:
+            parent, lines = members[-1]
+            name, line = json.loads(token[1]), text.count("\n", 0, token.start()) + 1
+            key = f"{parent}.{name}" if parent else name
+            if name in lines:
+                problems.append(
+                    f"  {key} ({path} lines {lines[name]} and {line})\n      given twice; expected one of the two"
+                )
+            lines[name] = line
+            sources[key] = f"{path} line {line}"
+    return sources, problems
+
+
+def _override_value(key: str, text: str) -> Any:
+    setting = declared_settings().get(key)
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (json.JSONDecodeError, UserError):
+        return text
+    takes_string = setting is not None and ("string" in setting.type.split() or setting.choices)
+    return text if takes_string and isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _set(values: dict[str, Any], sources: dict[str, str], key: str, value: Any) -> None:
+    """Put `value` at a dotted key, creating what is missing on the way."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        inner = values.get(parent)
+        if not isinstance(inner, dict):
+            inner = values[parent] = {}
+        values = inner
+    values[name] = value
+    for stale in [known for known in sources if known.startswith(f"{key}.")]:
+        del sources[stale]
+    sources[key] = COMMAND_LINE
+    if isinstance(value, dict):
+        sources |= dict.fromkeys(flatten(value, f"{key}."), COMMAND_LINE)
+
+
+def _validate(values: dict[str, Any], sources: dict[str, str]) -> tuple[RunConfig | None, list[str]]:
+    """Return the run, or the problems of the values.
+
+    A misspelt or misplaced key would bring a second message where its right name is missing, and hide the checks of
+    its section. So what is left is checked with such keys put where they were meant to be.
+    """
+    run, errors = _run_or_errors(values)
+    unknown = [error for error in errors if error["type"] == "extra_forbidden"]
+    problems = [_problem(_key(error), _unknown_key_message(error), values, sources) for error in unknown]
+    written = {}
+    if unknown:
+        values = copy.deepcopy(values)
+        for error in unknown:
+            value = _pop(values, error["loc"])
+            candidates = key_candidates(_key(error))
+            if len(candidates) != 1:
+                continue
+            present = _lookup(values, candidates[0])
+            if isinstance(present, dict) and isinstance(value, dict):
+                value = value | present
+            elif present is not None:
+                continue
+            _set(values, {}, candidates[0], value)
+            written[candidates[0]] = _key(error)
+        run, errors = _run_or_errors(values)
+    for new, old in written.items():
+        sources = sources | {new + key.removeprefix(old): source for key, source in sources.items() if _is_at(key, old)}
+    for error in errors:
+        key = _key(error)
+        if error["type"] == "extra_forbidden":
+            problems.append(_problem(key, _unknown_key_message(error), values, sources))
+        elif error["type"] == "value_error":
+            problems.append(_validator_problem(key, str(error["ctx"]["error"]), values, sources))
+        else:
+            problems.append(_problem(key, _expectation(error, key), values, sources))
+    section = values.get("deepspeed")
+    if isinstance(section, dict):
+        found = list(deepspeed_config.section_problems(section))
+        if run is not None:
+            found += deepspeed_config.contradictions(run)
+        problems += [_problem(key, message, values, sources) for key, message in found]
+    return (None if problems else run), problems
+
+
+def _run_or_errors(values: dict[str, Any]) -> tuple[RunConfig | None, list[Any]]:
+    try:
+        return RunConfig.model_validate(values), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
+
+
+def _key(error: Any) -> str:
+    return ".".join(map(str, error["loc"]))
+
+
+def _is_at(key: str, prefix: str) -> bool:
+    return key == prefix or key.startswith(f"{prefix}.")
+
+
+def _lookup(values: Any, key: str) -> Any:
+    """The value at a dotted key (list positions included), or None."""
+    for name in key.split("."):
+        if isinstance(values, dict):
+            values = values.get(name)
+        elif isinstance(values, list | tuple) and name.isdigit() and int(name) < len(values):
+            values = values[int(name)]
+        else:
+            return None
+    return values
+
+
+def _pop(values: dict[str, Any], location: Sequence[Any]) -> Any:
+    *parents, name = location
+    for parent in parents:
+        values = values[parent]
+    return values.pop(name)
+
+
+def _source(key: str, sources: dict[str, str]) -> str:
+    while key not in sources:
+        if "." not in key:
+            return DEFAULT
+        key = key.rpartition(".")[0]
+    return sources[key]
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _problem(key: str, message: str, values: dict[str, Any], sources: dict[str, str]) -> str:
+    parent, _, name = key.rpartition(".")
+    siblings = _lookup(values, parent) if parent else values
+    if isinstance(siblings, dict) and name not in siblings:
+        return f"  {key}\n      {message}"
+    return f"  {key} = {_show(_lookup(values, key))} ({_source(key, sources)})\n      {message}"
+
+
+def _validator_problem(section: str, message: str, values: dict[str, Any], sources: dict[str, str]) -> str:
+    """A mistake that involves several settings of a section; those that the message names are shown with it."""
+    prefix = f"{section}." if section else ""
+    lines = [f"  {section or 'sections'}: {message}"]
+    for name in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)):
+        setting = declared_settings().get(prefix + name)
+        if setting:
+            value = _lookup(values, setting.key) if setting.key in sources else setting.default
+            lines.append(f"      {setting.key} = {_show(value)} ({sources.get(setting.key, DEFAULT)})")
+    return "\n".join(lines)
+
+
+def _unknown_key_message(error: Any) -> str:
+    if "." in error["loc"][-1]:
+        return "dotted keys are for the command line; expected objects inside one another"
+    return unknown_key_message(_key(error))
+
+
+def _expectation(error: Any, key: str) -> str:
+    if error["type"] == "model_type":
+        members = [known.removeprefix(f"{key}.") for known in declared_settings() if known.startswith(f"{key}.")]
+        names = dict.fromkeys(member.partition(".")[0] for member in members)
+        return f"expected an object with the keys {', '.join(names)}"
+    setting = declared_settings().get(key) or declared_settings().get(key.rpartition(".")[0])
+    if setting is None:
+        return f"section missing: {section_docs()[key]}"
+    if error["type"] == "missing" and setting.key == key:
+        return f"missing; expected {setting.type}: {setting.doc}"
+    message = f"expected {setting.type}"
+    value = error["input"]
+    if isinstance(value, str) and setting.choices:
+        message += did_you_mean(value.lower(), setting.choices)
+    elif isinstance(value, str) and _is_number(value):
+        message += "; write the number without quotes"
+    return message
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) is not None

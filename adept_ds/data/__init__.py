@@ -1,0 +1,28 @@
+"""Problems and examples, their encoding, batches and order, and what is run of a completion."""
+
+from adept_ds.data.batches import global_batches, rank_micro_batches
+from adept_ds.data.completions import extract_code, repair_indentation, stop_at
+from adept_ds.data.encode import Encoded, EncodedDataset, collate, encode, encode_prompt
+from adept_ds.data.jsonl import Sample, read_samples
+from adept_ds.data.problems import load_examples, load_problems, read_problems
+from adept_ds.data.records import Example, Problem
+
+__all__ = [
+    "Encoded",
+    "EncodedDataset",
+    "Example",
+    "Problem",
+    "Sample",
+    "collate",
+    "encode",
+    "encode_prompt",
+    "extract_code",
+    "global_batches",
+    "load_examples",
+    "load_problems",
+    "rank_micro_batches",
+    "read_problems",
+    "read_samples",
+    "repair_indentation",
+    "stop_at",
+]

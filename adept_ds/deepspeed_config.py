@@ -1,0 +1,299 @@
+"""The `deepspeed` section: what may be in it, what is filled in, and the batch arithmetic.
+
+DeepSpeed ignores a misspelt top-level key (`zero_optimisation` gives stage 0), reads "auto" as its own default, and
+has defaults of its own for clipping and precision. So here the keys are checked, every value has one owner (batch
+sizes and clipping belong to `train`, precision to `model`), and nothing is left to a default that matters.
+
+DeepSpeed itself is not imported: this also serves where it is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from adept_ds.config import RunConfig, TrainConfig
+from adept_ds.errors import UserError, did_you_mean
+
+AUTO = "auto"
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TOP_LEVEL_KEYS = _names("""
+    activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
+    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
+    managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard
+    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization
+""")
+"""What DeepSpeed 0.19 reads at the top level."""
+
+_ZERO_STAGE3_KEYS = _names("""
+    prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters
+    max_reuse_distance gather_16bit_weights_on_model_save module_granularity_threshold
+    use_all_reduce_for_fetch_params allgather_sequential
+""")
+
+SECTION_KEYS = {
+    "zero_optimization": _names("""
+    stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
+    allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
+    elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size cpu_offload_param
+    cpu_offload_use_pin_memory cpu_offload stage3_gather_fp16_weights_on_model_save ignore_unused_parameters
+    legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights
+    zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear
+    pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
+    save_muon_momentum_buffer_in_memory leaf_module
+""")
+    | {prefix + name for name in _ZERO_STAGE3_KEYS for prefix in ("", "stage3_")},
+    "bf16": _names(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+    ),
+    "fp16": _names("""
+    enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+    min_loss_scale fp16_master_weights_and_grads
+"""),
+    "data_types": _names("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+}
+"""What DeepSpeed 0.19 reads in the sections that matter most here. A pair of names is an alias of one setting."""
+
+_ONE_DATA_PARALLEL_GROUP = "the batch arithmetic counts every rank as a data-parallel one"
+REFUSED_KEYS = {
+    "optimizer": "two learning rates need two parameter groups, which DeepSpeed's section cannot express; set "
+    "train.learning_rate, train.adam_betas, train.adam_eps and train.weight_decay",
+    "scheduler": "the schedule drives two learning rates; set train.schedule and train.warmup_steps",
+    "gradient_allreduce_op": "the loss is normalised over all ranks for gradients that are averaged",
+    "managed_gradient_accumulation": "gradient accumulation belongs to train.gradient_accumulation_steps",
+    "tensor_parallel": _ONE_DATA_PARALLEL_GROUP,
+    "sequence_parallel_size": _ONE_DATA_PARALLEL_GROUP,
+    "expert_parallel": _ONE_DATA_PARALLEL_GROUP,
+    "pipeline": _ONE_DATA_PARALLEL_GROUP,
+}
+"""Keys that DeepSpeed knows and a run may not set, with the reason."""
+
+OWNERS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16.enabled": "model.dtype",
+    "fp16.enabled": "model.dtype",
+    "torch_autocast.enabled": "model.dtype",
+    "bf16.bf16_master_weights_and_grads": "model.dtype",
+    "bf16.bf16_optimizer_states": "model.dtype",
+}
+"""Key of the `deepspeed` section to the setting that its value follows from. Absent, "auto" or equal is right."""
+
+HIDDEN_SIZE_KEYS = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+"""Keys of `zero_optimization` where "auto" follows from the backbone's hidden size."""
+
+STEPS_PER_PRINT = 1_000_000_000
+"""DeepSpeed's own progress line is off; the loop logs."""
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """global_batch_size = micro_batch_size * gradient_accumulation_steps * world_size."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class DeepSpeedPlan:
+    """What a run hands to DeepSpeed."""
+
+    config: dict[str, Any]
+    """For `deepspeed.initialize`, with every value that matters written out."""
+    batch: BatchArithmetic
+    derived: dict[str, str]
+    """Dotted key in `config` to the setting or rule that it follows from."""
+
+
+def batch_arithmetic(train: TrainConfig, world_size: int) -> BatchArithmetic:
+    """Split the global batch over ranks, forward passes and examples.
+
+    A micro-batch size that is not given is the largest that the other values allow.
+
+    Raises:
+        UserError: The batch does not divide, or the sizes contradict one another.
+    """
+    size, micro, accumulation = train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps
+    given = (
+        f"train.global_batch_size = {size}, train.micro_batch_size = {micro}, train.gradient_accumulation_steps = "
+        f"{accumulation}, world size = {world_size}"
+    )
+    if micro is not None and accumulation is not None:
+        if micro * accumulation * world_size != size:
+            raise UserError(
+                f"{given}: micro_batch_size x gradient_accumulation_steps x world size is "
+                f"{micro * accumulation * world_size}; set global_batch_size to that, or leave out one of the two"
+            )
+        return BatchArithmetic(size, micro, accumulation, world_size)
+    if size % world_size:
+        raise UserError(
+            f"{given}: the global batch must divide by the world size; expected global_batch_size "
+            f"{_nearest_multiples(size, world_size)}, or a world size among {_divisors(size)}"
+        )
+    per_rank = size // world_size
+    chosen = micro or accumulation or 1
+    if per_rank % chosen:
+        name = "micro_batch_size" if micro is not None else "gradient_accumulation_steps"
+        raise UserError(
+            f"{given}: {name} must divide the {per_rank} examples of one rank; expected one of {_divisors(per_rank)}, "
+            f"or global_batch_size {_nearest_multiples(size, chosen * world_size)}"
+        )
+    if micro is not None:
+        return BatchArithmetic(size, micro, per_rank // micro, world_size)
+    return BatchArithmetic(size, per_rank // chosen, chosen, world_size)
+
+
+def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) -> DeepSpeedPlan:
+    """Return the section with everything filled in that follows from the run.
+
+    Args:
+        run: A run whose section has passed `section_problems`.
+        world_size: Number of ranks.
+        hidden_size: Width d of the backbone; needed only where `zero_optimization` has "auto". Then reduce_bucket_size
+            is d^2, stage3_prefetch_bucket_size 0.9 d^2, stage3_param_persistence_threshold 10 d, as in `transformers`.
+
+    Raises:
+        UserError: The batch does not divide, or a value contradicts the setting that owns it.
+    """
+    batch = batch_arithmetic(run.train, world_size)
+    problems = [f"deepspeed.{key}: {message}" for key, message in _contradictions(run, batch)]
+    if problems:
+        raise UserError("\n".join(problems))
+    config = copy.deepcopy(run.deepspeed)
+    derived: dict[str, str] = {}
+    for key, value in _owned_values(run, batch).items():
+        _put(config, key, value)
+        derived[key] = OWNERS[key]
+
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    for key in HIDDEN_SIZE_KEYS:
+        if zero.get(key) == AUTO:
+            if hidden_size is None:
+                raise UserError(f'deepspeed.zero_optimization.{key} = "auto" needs the hidden size; expected a number')
+            sizes = (hidden_size**2, int(0.9 * hidden_size**2), 10 * hidden_size)
+            zero[key] = sizes[HIDDEN_SIZE_KEYS.index(key)]
+            derived[f"zero_optimization.{key}"] = f"hidden size {hidden_size}"
+
+    config.setdefault("steps_per_print", STEPS_PER_PRINT)
+    # The optimizer is torch's own AdamW, also where its states are offloaded to the CPU.
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    # The gradients are those of the trained parameters only, a few tens of kilobytes: fp32 costs nothing.
+    config.setdefault("communication_data_type", "fp32")
+    if zero.get("stage", 0) > 0:
+        # Without ZeRO, DeepSpeed cannot accumulate in another precision than the model's.
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    return DeepSpeedPlan(config, batch, derived)
+
+
+def section_problems(section: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, message) for what is wrong in the section whatever the rest of the run says."""
+    for name, value in section.items():
+        key = f"deepspeed.{name}"
+        if name in REFUSED_KEYS:
+            yield key, f"not allowed here: {REFUSED_KEYS[name]}"
+        elif name not in TOP_LEVEL_KEYS:
+            yield key, f"DeepSpeed has no such key{_nearest(name, TOP_LEVEL_KEYS)}"
+        elif name in SECTION_KEYS:
+            if not isinstance(value, dict):
+                yield key, "expected an object"
+                continue
+            for inner in value.keys() - SECTION_KEYS[name]:
+                yield f"{key}.{inner}", f"DeepSpeed has no such key in {name}{_nearest(inner, SECTION_KEYS[name])}"
+    zero = section.get("zero_optimization")
+    if isinstance(zero, dict) and not _is_stage(zero.get("stage", 0)):
+        yield "deepspeed.zero_optimization.stage", "expected 0, 1, 2 or 3"
+    may_be_auto = {*OWNERS, *(f"zero_optimization.{name}" for name in HIDDEN_SIZE_KEYS)}
+    for inner in _auto_keys(section):
+        if inner not in may_be_auto and inner != "data_types.keep_in_fp32_modules":
+            yield f"deepspeed.{inner}", 'nothing fills in this "auto"; expected a value, or leave the key out'
+
+
+def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, message) for values that contradict their owner at any world size."""
+    for key, message in _contradictions(run, None):
+        yield f"deepspeed.{key}", message
+
+
+def _owned_values(run: RunConfig, batch: BatchArithmetic | None) -> dict[str, Any]:
+    """Key of the section to the value that its owner gives it; without `batch`, those that need no world size."""
+    values: dict[str, Any] = {
+        "train_batch_size": run.train.global_batch_size,
+        "gradient_clipping": run.train.max_grad_norm,
+        "bf16.enabled": run.model.dtype == "bf16",
+        "fp16.enabled": False,
+        "torch_autocast.enabled": False,
+        "bf16.bf16_master_weights_and_grads": False,
+        "bf16.bf16_optimizer_states": False,
+    }
+    if batch is not None:
+        values["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
+        values["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
+    return values
+
+
+def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[tuple[str, str]]:
+    for key, expected in _owned_values(run, batch).items():
+        value: Any = run.deepspeed
+        for name in key.split("."):
+            value = value.get(name, AUTO) if isinstance(value, dict) else AUTO
+        # `True == 1` in Python, and 1 is not a valid flag.
+        if value != AUTO and (value != expected or isinstance(value, bool) != isinstance(expected, bool)):
+            owner = OWNERS[key]
+            section, _, name = owner.partition(".")
+            owned = getattr(getattr(run, section), name)
+            yield (
+                key,
+                (
+                    f"{value!r} contradicts {owner} = {owned!r}, which sets it to {expected!r}; "
+                    f'expected "auto" or no value here'
+                ),
+            )
+
+
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[name] = value
+
+
+def _auto_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _auto_keys(value, f"{prefix}{name}.")
+        elif value == AUTO:
+            yield prefix + name
+
+
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 3
+
+
+def _nearest(name: str, choices: frozenset[str]) -> str:
+    return did_you_mean(name, choices) or f"; expected one of {', '.join(sorted(choices))}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _nearest_multiples(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

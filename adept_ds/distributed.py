@@ -1,0 +1,90 @@
+"""Ranks: who we are, and the few collective operations that the loop needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from adept_ds.errors import UserError
+
+Result = TypeVar("Result")
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
+"""A hang becomes an exit after this. Scoring on rank 0 while the others wait must fit in."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+
+def init_world() -> World:
+    """Join the process group and take this rank's device. Collective.
+
+    Ranks come from the launcher (`deepspeed`, torchrun), from SLURM's own tasks where RANK is not set, or there is one.
+    """
+    environment = os.environ
+    is_slurm = "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
+    sources = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    for (name, slurm_name), single in zip(sources.items(), ("0", "1", "0"), strict=True):
+        # DeepSpeed reads them from here too.
+        environment.setdefault(name, environment[slurm_name] if is_slurm else single)
+    rank, world_size, local_rank = (int(environment[name]) for name in sources)
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        # The ranks of this node share its cores; left alone, each would start a thread for every core.
+        cores, ranks_here = len(os.sched_getaffinity(0)), int(environment.get("LOCAL_WORLD_SIZE", world_size))
+        torch.set_num_threads(max(1, cores // ranks_here))
+    if world_size == 1 and "MASTER_ADDR" not in environment:
+        # A single process needs no port, so none can clash.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    return World(rank, world_size, local_rank, device)
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """Add the values elementwise over all ranks, in fp64. Collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Return every rank's value, in rank order, on every rank. Collective; for small host objects."""
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main_rank(function: Callable[[], Result], world: World) -> Result:
+    """Run `function` on rank 0 and give its result to every rank; a `UserError` there is raised on all. Collective."""
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]

@@ -1,0 +1,160 @@
+"""The DeepSpeed engine around an adapted model: the only file with DeepSpeed's training interface.
+
+Everything that depends on how DeepSpeed holds parameters and optimizer states is here, so the loop and the checkpoints
+deal in whole fp32 tensors by name at every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor
+
+from adept_ds.distributed import World
+from adept_ds.model import AdaptedModel
+from adept_ds.sharding import full_shape
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's states of a parameter, beside its step count."""
+
+
+def prepare_deepspeed(world: World) -> None:
+    """Make DeepSpeed use the process group that is there. Call before the backbone is loaded."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has newer ones for, a warning at each.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if world.device.type == "cpu":
+        # The shared-memory collective is compiled at first use: it needs a C++ compiler, and a killed build leaves a
+        # lock on which every later run hangs. It serves all-reduce only, which moves kilobytes here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed's engine over both. Every method is collective.
+
+    Args:
+        model: The adapted model, its backbone sharded already at ZeRO stage 3.
+        optimizer: AdamW over the model's trained parameters.
+        config: The completed `deepspeed` section.
+        world: This rank.
+    """
+
+    def __init__(
+        self, model: AdaptedModel, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+    ) -> None:
+        self.model = model
+        self.world = world
+        dtype = model.backbone.get_output_embeddings().weight.dtype
+        for parameter in model.trainable_parameters().values():
+            # DeepSpeed partitions parameters of one precision; it keeps the fp32 master values itself.
+            parameter.data = parameter.data.to(dtype)
+        # Its states are keyed by the tensors that DeepSpeed steps: the parameters without ZeRO, its own shards with it.
+        self.optimizer = optimizer
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def forward_backward(self, micro_batches: list[dict[str, Tensor]], label_tokens: float) -> Tensor:
+        """Accumulate gradients over this rank's micro-batches of one step; return their summed loss.
+
+        The gradients are those of the loss summed over all ranks' micro-batches, divided by `label_tokens`. DeepSpeed
+        averages over ranks, which the factor `world_size` undoes. `step` completes the step; a caller that does not
+        call it leaves the parameters as they were.
+        """
+        scale = self.world.world_size / label_tokens
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            if index:
+                self.deepspeed.step()  # Below the accumulation boundary this only counts.
+            loss = self.deepspeed(**self._on_device(batch), reduction="sum").loss
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def step(self) -> None:
+        """Update the trained parameters with the gradients of `forward_backward`."""
+        self.deepspeed.step()
+
+    @torch.no_grad()
+    def evaluation_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of one batch."""
+        return self.deepspeed(**self._on_device(batch), reduction="sum").loss
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the whole gradient of the last step, before clipping; None where DeepSpeed does not compute it."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def trained_values(self) -> dict[str, Tensor]:
+        """The fp32 master value of each trained parameter, whole, on the CPU."""
+        return {
+            name: self._master(parameter).to("cpu", copy=True)
+            for name, parameter in self.model.trainable_parameters().items()
+        }
+
+    def optimizer_states(self) -> dict[str, Tensor]:
+        """AdamW's moments of each trained parameter, whole, as `{name}.{moment}` on the CPU."""
+        self._link_moments()
+        return {
+            f"{name}.{moment}": self._moment(parameter, moment).to("cpu", copy=True)
+            for name, parameter in self.model.trainable_parameters().items()
+            for moment in MOMENTS
+        }
+
+    def restore(
+        self, values: Mapping[str, Tensor], states: Mapping[str, Tensor], steps: int, dummy: dict[str, Tensor]
+    ) -> None:
+        """Put masters and moments where they were after `steps` steps; the parameters hold `values` already.
+
+        DeepSpeed allocates moments in the first step, sharded in its own way. So one step is taken here at a learning
+        rate of zero on `dummy`, a batch without labels, which changes no parameter.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.forward_backward([dummy] * self.deepspeed.gradient_accumulation_steps(), label_tokens=1)
+        self.step()
+        self._link_moments()
+        for name, parameter in self.model.trainable_parameters().items():
+            safe_set_full_fp32_param(parameter, values[name].to(self.world.device))
+            for moment in MOMENTS:
+                state = states[f"{name}.{moment}"].to(self.world.device)
+                if parameter in self.optimizer.state:
+                    self.optimizer.state[parameter][moment].copy_(state)
+                else:
+                    safe_set_full_optimizer_state(parameter, state, moment)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(steps)
+
+    def _link_moments(self) -> None:
+        """Make the moments of all groups reachable from their parameters.
+
+        At stages 1 and 2 DeepSpeed links them once, when the first group has taken its first step and the others have
+        no moments yet.
+        """
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _master(self, parameter: torch.nn.Parameter) -> Tensor:
+        # Without ZeRO and in fp32 the parameter is its own master.
+        master = safe_get_full_fp32_param(parameter)
+        return (parameter.detach() if master is None else master).float().view(full_shape(parameter))
+
+    def _moment(self, parameter: torch.nn.Parameter, moment: str) -> Tensor:
+        if parameter in self.optimizer.state:
+            return self.optimizer.state[parameter][moment]
+        return safe_get_full_optimizer_state(parameter, moment).float().view(full_shape(parameter))

@@ -1,0 +1,70 @@
+"""Linear layers whose weight is frozen: nothing of the input is kept for the backward pass.
+
+    y = x W^T + b        dL/dx = dL/dy W
+
+The gradient needs the weight alone. PyTorch knows that, but under ZeRO-3 DeepSpeed replaces `F.linear` by a function
+that keeps x for the gradient of a weight that has none. Here a reference to the weight is kept, which ZeRO-3 gathers
+again before the layer's backward pass.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@cache
+def _has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y in the dtype of x, accumulated in fp32 on every device.
+
+    On a CPU without bf16 instructions torch's bf16 products are up to 30 times slower than fp32 ones, so there the
+    operands are widened and the result is rounded once, which is what bf16 hardware computes.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _has_fast_bf16():
+        return (x.float() @ y.float()).bfloat16()
+    return x @ y
+
+
+class _FrozenLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None) -> Tensor:
+        # An attribute and not a saved tensor: it must be the parameter object, whose data ZeRO-3 exchanges.
+        ctx.weight = weight
+        y = matmul(x, weight.t())
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return matmul(grads[0], ctx.weight), None, None
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that shares a frozen one's parameters and saves a reference to the weight only."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return _FrozenLinearFunction.apply(input, self.weight, self.bias)
+
+
+def replace_frozen_linears(model: nn.Module) -> int:
+    """Exchange every plain `nn.Linear` with frozen parameters in place; return how many there were."""
+    replaced = 0
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and not any(parameter.requires_grad for parameter in child.parameters()):
+                setattr(module, name, FrozenLinear(child))
+                replaced += 1
+    return replaced

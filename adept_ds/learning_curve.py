@@ -1,0 +1,84 @@
+"""The picture of a run: losses, graded evaluations and learning rates over the optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+RAW, SMOOTH, EVALUATION = "#b8c4d6", "#1f4e8c", "#c2571a"
+RATES = ("#1f4e8c", "#2f8f6b", "#8a5a9e")
+
+
+def learning_curve(metrics: Sequence[dict[str, Any]], title: str) -> bytes:
+    """PNG of training loss (raw and smoothed), evaluations and learning rates over the steps."""
+    rates = sorted({key for line in metrics for key in line if key.startswith("learning_rate/")})
+    graded = any("eval/pass@1" in line for line in metrics)
+    heights = [3.0] + [1.2] * graded + [1.2] * bool(rates)
+    figure = Figure(figsize=(8.5, 1.3 + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    _draw_loss(panels[0], metrics)
+    if graded:
+        steps, scores = series(metrics, "eval/pass@1")
+        panels[1].plot(steps, [100 * score for score in scores], "o-", color=EVALUATION, markersize=4)
+        panels[1].set_ylabel("pass@1 in %")
+    if rates:
+        peaks = []
+        for key, colour in zip(rates, RATES, strict=False):
+            label = key.removeprefix("learning_rate/").replace("_", " ")
+            steps, values = series(metrics, key)
+            panels[-1].plot(steps, values, color=colour, linewidth=1.6, label=label)
+            peaks.append(max(values))
+        wide_apart = 0 < 20 * min(peaks) < max(peaks)
+        if wide_apart:
+            panels[-1].set_yscale("log", nonpositive="mask")
+        else:
+            panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        panels[-1].set_ylabel("learning rate")
+        panels[-1].legend(frameon=False, loc="lower center" if wide_apart else "upper right", ncols=2, fontsize=9)
+    for panel in panels:
+        panel.grid(color="#e8e8e8", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("optimizer step")
+    figure.align_ylabels(panels)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _draw_loss(panel: Axes, metrics: Sequence[dict[str, Any]]) -> None:
+    steps, losses = series(metrics, "loss")
+    if losses:
+        panel.plot(steps, losses, color=RAW, linewidth=1, label="training")
+        panel.plot(steps, smooth(losses), color=SMOOTH, linewidth=2, label="training, smoothed")
+    steps, losses = series(metrics, "eval/loss")
+    if losses:
+        best = min(range(len(losses)), key=losses.__getitem__)
+        label = f"validation, best {losses[best]:.3f} at step {steps[best]}"
+        panel.plot(steps, losses, "o-", color=EVALUATION, linewidth=1.4, markersize=4, label=label)
+        panel.plot(steps[best], losses[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=EVALUATION)
+    panel.set_ylabel("loss per label token")
+    panel.legend(frameon=False, fontsize=9)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of about a tenth of the points, shorter at the ends; NaN and infinity are left out.
+
+    Centred, since a trailing average of a falling curve lies above it.
+    """
+    reach = max(1, len(values) // 20)
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    finite = ([value for value in window if math.isfinite(value)] for window in windows)
+    return [math.fsum(window) / len(window) if window else math.nan for window in finite]
+
+
+def series(metrics: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the metrics lines that have `key`."""
+    lines = [line for line in metrics if key in line]
+    return [line["step"] for line in lines], [float(line[key]) for line in lines]

@@ -1,0 +1,59 @@
+"""The protocol that every tuning method implements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adept_ds.config import AdeptConfig
+
+
+class Method(Protocol):
+    """What a tuning method gives to the model, the optimizer and the adapter file.
+
+    A method is made for one backbone, changes it in place in `inject`, and from then on answers for its own
+    parameters. Nothing outside a method knows what they are.
+    """
+
+    config: AdeptConfig
+    """The settings it was made from."""
+    num_virtual_tokens: int
+    """Soft-prompt tokens in front of the input; their ids are V .. V + num_virtual_tokens - 1."""
+
+    def inject(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
+    ) -> None:
+        """Change the frozen backbone in place and create the trained parameters on it.
+
+        `generator` (CPU) is the only source of randomness, so that all ranks create the same values. Without one, the
+        values are left to be loaded. Trained parameters are fp32, on the device of the backbone's embedding table.
+        """
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Name to parameter of all that is trained. The names are the keys of the adapter file."""
+
+    def learning_rate_group(self, name: str) -> str:
+        """Field of `train.learning_rate` with the peak learning rate of the trained parameter `name`."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Context in which the backbone computes what it did before `inject`."""
+
+
+@contextmanager
+def attribute_set(target: object, name: str, value: object) -> Iterator[None]:
+    """Set an instance attribute inside the block; after it the instance is as it was before."""
+    own = vars(target)
+    had, old = name in own, own.get(name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(target, name, old)
+        else:
+            delattr(target, name)

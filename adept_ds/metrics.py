@@ -1,0 +1,147 @@
+"""pass@k, how certain it is, and whether two runs differ.
+
+The unit of every interval is the problem: samples of one problem resemble each other, so an interval over all samples
+would be far too narrow. All formulas are closed, so the same results always give the same figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from adept_ds.errors import UserError
+
+# Half-width of a 95 % interval in standard errors.
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` problems with its 95 % confidence interval [`low`, `high`]."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of `second - first` over the `n` problems that both runs answered, with its 95 % interval.
+
+    `better` and `worse` count the problems on which the second run scores higher or lower than the first; `p_value` is
+    that of the exact two-sided sign test on the two counts (McNemar's exact test when each problem has one sample).
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    better: int
+    worse: int
+    p_value: float
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of `k` samples passes, when `c` of `n` drawn samples passed.
+
+    pass@k = 1 - C(n - c, k) / C(n, k)   (Chen et al. 2021, eq. 1), in integers up to one division.
+
+    Raises:
+        UserError: `n` < `k`, where the estimate is undefined.
+        ValueError: `k` < 1, or `c` outside [0, `n`].
+    """
+    if k < 1 or not 0 <= c <= n:
+        raise ValueError(f"pass@k needs k >= 1 and 0 <= c <= n, got n={n}, c={c}, k={k}")
+    if n < k:
+        raise UserError(f"pass@{k} needs at least {k} samples per problem, got {n}")
+    subsets = math.comb(n, k)
+    return (subsets - math.comb(n - c, k)) / subsets
+
+
+def problem_scores(results: Mapping[str, tuple[int, int]], k: int) -> dict[str, float]:
+    """pass@k of each problem; `results` maps a task id to (samples n, passed samples c).
+
+    Raises:
+        UserError: a problem has fewer than `k` samples; names the problem.
+    """
+    short = [task_id for task_id, (n, _) in results.items() if n < k]
+    if short:
+        task_id = short[0]
+        more = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
+        raise UserError(f"pass@{k} needs at least {k} samples per problem; {task_id} has {results[task_id][0]}{more}")
+    return {task_id: pass_at_k(n, c, k) for task_id, (n, c) in results.items()}
+
+
+def mean_pass_at_k(results: Mapping[str, tuple[int, int]], k: int) -> Estimate:
+    """Average pass@k over problems; `results` maps a task id to (samples n, passed samples c).
+
+    The interval is Wilson's score interval (Wilson 1927) at an effective number of problems m_eff = p (1 - p) / s^2 for
+    mean p and squared standard error s^2 (Dean and Pagano 2015). With one sample a problem it is Wilson's interval for
+    m problems; several samples narrow it as far as they tell problems apart. m_eff stays between the number of problems
+    and the number of samples, so a score of 0 or 1 has an honest interval too.
+
+    Raises:
+        UserError: there is no problem, or one has fewer than `k` samples.
+    """
+    if not results:
+        raise UserError(f"pass@{k} of no problems is undefined")
+    scores = list(problem_scores(results, k).values())
+    m = len(scores)
+    mean = math.fsum(scores) / m
+    samples = sum(n for n, _ in results.values())
+    spread = math.fsum((score - mean) ** 2 for score in scores) / m**2
+    effective = mean * (1 - mean) / spread if spread > 0 else math.inf
+    effective = min(max(effective, m), samples) if 0 < mean < 1 else m
+    low, high = _wilson(mean, effective)
+    return Estimate(mean, low, high, m)
+
+
+def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -> PairedDifference:
+    """Compare two runs over the same problems; both map a task id to that problem's score in [0, 1].
+
+    The interval is that of Agresti and Min (2005) for paired proportions: a normal interval for the mean difference
+    after adding half a problem to each of the four outcomes (both pass, only the first, only the second, neither). It
+    holds its level with few problems and has a positive width even if the runs never disagree.
+
+    Raises:
+        UserError: the runs do not cover the same problems, or there are none.
+    """
+    if first.keys() != second.keys():
+        odd = sorted(first.keys() ^ second.keys())
+        raise UserError(f"a paired comparison needs the same problems in both runs; {odd[0]} is only in one of them")
+    if not first:
+        raise UserError("a paired comparison of no problems is undefined")
+    differences = [second[task_id] - first[task_id] for task_id in first]
+    m = len(differences)
+    total = math.fsum(differences)
+    centre = total / (m + 2)
+    variance = (math.fsum(difference**2 for difference in differences) + 1) / (m + 2) - centre**2
+    margin = Z95 * math.sqrt(variance / (m + 2))
+    better = sum(difference > 0 for difference in differences)
+    worse = sum(difference < 0 for difference in differences)
+    return PairedDifference(
+        mean=total / m,
+        low=max(-1.0, centre - margin),
+        high=min(1.0, centre + margin),
+        n=m,
+        better=better,
+        worse=worse,
+        p_value=_sign_test(better, worse),
+    )
+
+
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    z2 = Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    margin = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    # At p = 0 and p = 1 one bound is p itself; rounding may put it a hair on the other side.
+    return max(0.0, min(p, centre - margin)), min(1.0, max(p, centre + margin))
+
+
+def _sign_test(better: int, worse: int) -> float:
+    trials = better + worse
+    tail = sum(math.comb(trials, i) for i in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**trials)

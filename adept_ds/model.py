@@ -1,0 +1,252 @@
+"""A frozen backbone with a tuning method in it, with the surface that PEFT users know.
+
+    backbone = AutoModelForCausalLM.from_pretrained(...)
+    model = get_adept_model(backbone, AdeptConfig(num_virtual_tokens=7, bottleneck=1), tokenizer)
+    model.print_trainable_parameters()
+    model(input_ids, attention_mask, labels=labels).loss.backward()
+    model.save_pretrained("adapter")
+    model = AdaptedModel.from_pretrained(backbone, "adapter")
+    model.generate(input_ids=input_ids, attention_mask=attention_mask)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.modeling_outputs import ModelOutput
+
+from adept_ds import adapter_io
+from adept_ds.config import AdeptConfig
+from adept_ds.frozen_linear import replace_frozen_linears
+from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.methods import Method, create_method
+from adept_ds.methods.base import attribute_set
+from adept_ds.sharding import full_numel
+
+
+class AdaptedModel(nn.Module):
+    """A backbone and the method that was injected into it.
+
+    The method's soft prompt is put in front of the input here, so callers pass plain token ids everywhere.
+
+    Args:
+        backbone: A causal or encoder-decoder language model. It is frozen and changed in place.
+        method: A method that has not been injected yet.
+        tokenizer: Needed where the method's initialisation starts from text.
+        seed: Seed of the initialisation; None where trained values will be loaded.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.method = method
+        self.is_encoder_decoder: bool = backbone.config.is_encoder_decoder
+        self.vocabulary_size: int = backbone.get_input_embeddings().num_embeddings
+        self.backbone_facts = adapter_io.backbone_facts(backbone)
+        backbone.requires_grad_(False)
+        method.inject(backbone, tokenizer, None if seed is None else torch.Generator().manual_seed(seed))
+        backbone.set_output_embeddings(LossHead(backbone.get_output_embeddings()))
+        replace_frozen_linears(backbone)
+        self._enabled = True
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name to parameter of all that is trained, under the names of the adapter file."""
+        return self.method.trained_parameters()
+
+    def learning_rate_groups(self) -> dict[str, list[str]]:
+        """Field of `train.learning_rate` to the names of the parameters that it drives."""
+        groups: dict[str, list[str]] = {}
+        for name in self.trainable_parameters():
+            groups.setdefault(self.method.learning_rate_group(name), []).append(name)
+        return groups
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters; shared tensors count once, sharded ones with their full size."""
+        trainable = sum(full_numel(parameter) for parameter in self.trainable_parameters().values())
+        return trainable, sum(full_numel(parameter) for parameter in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts in PEFT's form."""
+        trainable, total = self.count_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Soft-prompt tokens that are put in front of the input now."""
+        return self.method.num_virtual_tokens if self._enabled else 0
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute what the plain backbone does inside the block."""
+        with self.method.disabled(), attribute_set(self, "_enabled", False):
+            yield
+
+    def add_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Put the prompt's ids directly before each row's tokens: behind left padding, before the first real token.
+
+        Args:
+            input_ids: Token ids [B, S].
+            attention_mask: 1 for tokens, 0 for padding on either side [B, S]; all ones if not given.
+
+        Returns:
+            Ids [B, l + S] with prompt token i as V + i, and the mask that goes with them.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        length = self.num_virtual_tokens
+        if length == 0:
+            return input_ids, attention_mask
+        rows, columns = input_ids.shape
+        first = attention_mask.argmax(1, keepdim=True)
+        position = torch.arange(length + columns, device=input_ids.device).expand(rows, -1)
+        in_prompt = (position >= first) & (position < first + length)
+        source = torch.where(position < first, position, position - length).clamp(min=0)
+        ids = torch.where(in_prompt, self.vocabulary_size + position - first, input_ids.gather(1, source))
+        mask = torch.where(in_prompt, 1, attention_mask.gather(1, source))
+        return ids, mask
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Run the backbone on prompt and tokens.
+
+        Args:
+            input_ids: Token ids [B, S], padded on either side.
+            attention_mask: 1 for tokens, 0 for padding [B, S].
+            labels: For causal models [B, S], aligned with `input_ids`; for encoder-decoder models the target ids
+                [B, T]. `IGNORE_INDEX` where no loss is wanted.
+            reduction: `mean` over the label tokens or their `sum`.
+            **kwargs: Handed to the backbone.
+
+        Returns:
+            Without labels, the backbone's output; logits of a causal model cover the prompt too [B, l + S, V]. With
+            labels, an output whose `loss` is an fp32 scalar and which has no logits: they exist at the labelled
+            positions only, see `adept_ds.loss`.
+        """
+        input_ids, attention_mask = self.add_prompt(input_ids, attention_mask)
+        if not self.is_encoder_decoder:
+            # Models with absolute positions must not count left padding.
+            kwargs.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))
+        if labels is None:
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self.is_encoder_decoder:
+            targets = labels
+            kwargs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:
+            # Padding has no label, so this holds whichever side it is on.
+            targets = shift_labels(F.pad(labels, (self.num_virtual_tokens, 0), value=IGNORE_INDEX))
+        with self.backbone.get_output_embeddings().summing(targets):
+            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        loss = output.logits.sum()
+        if reduction == "mean":
+            loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        return ModelOutput(loss=loss)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """`transformers` generation on the adapted model; every generated token gets its offset too.
+
+        Takes plain ids [B, S] (left-padded for causal models) and any argument of the backbone's `generate`; returns
+        the sequences that it would: for causal models what was read and generated, without the prompt.
+        """
+        length = self.num_virtual_tokens
+        input_ids, attention_mask = self.add_prompt(input_ids, attention_mask)
+        if self.is_encoder_decoder or length == 0:
+            return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        for name in ("max_length", "min_length"):
+            if kwargs.get(name) is not None:
+                kwargs[name] += length
+        with self._prompt_hidden_from_processors():
+            sequences = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return self._plain_ids(sequences)
+
+    def _plain_ids(self, sequences: Tensor) -> Tensor:
+        """Take the prompt's ids out [B, l + S] -> [B, S]. Every row has l of them, so the rest is rectangular."""
+        return sequences[sequences < self.vocabulary_size].view(sequences.shape[0], -1)
+
+    @contextmanager
+    def _prompt_hidden_from_processors(self) -> Iterator[None]:
+        """Show logits processors and stopping criteria ids of the vocabulary only.
+
+        They look up scores and strings by id, where an id above V is out of range, and they count columns, so the
+        shape must stay. In place of the prompt they see the row's first id repeated in front, like left padding.
+        """
+
+        def visible(input_ids: Tensor) -> Tensor:
+            plain = self._plain_ids(input_ids)
+            return torch.cat([plain[:, :1].expand(-1, self.num_virtual_tokens), plain], dim=1)
+
+        class PlainProcessors(LogitsProcessorList):
+            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+                return super().__call__(visible(input_ids), scores, **kwargs)
+
+        class PlainCriteria(StoppingCriteriaList):
+            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+                return super().__call__(visible(input_ids), scores, **kwargs)
+
+        processors, criteria = self.backbone._get_logits_processor, self.backbone._get_stopping_criteria
+        with (
+            attribute_set(self.backbone, "_get_logits_processor", lambda **kw: PlainProcessors(processors(**kw))),
+            attribute_set(self.backbone, "_get_stopping_criteria", lambda **kw: PlainCriteria(criteria(**kw))),
+        ):
+            yield
+
+    def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` (fp32); `facts` go into the former."""
+        values = {name: parameter.detach().float().cpu() for name, parameter in self.trainable_parameters().items()}
+        adapter_io.save_adapter(folder, self.method.config, values, self.backbone_facts, facts)
+
+    @classmethod
+    def from_pretrained(cls, backbone: PreTrainedModel, folder: str | Path) -> AdaptedModel:
+        """Inject the method of a saved adapter into `backbone` and load its values.
+
+        Raises:
+            UserError: The folder holds no whole adapter, or one for another backbone.
+        """
+        adapter = adapter_io.load_adapter(folder)
+        adapter_io.check_backbone(adapter, adapter_io.backbone_facts(backbone))
+        model = cls(backbone, create_method(adapter.method), seed=None)
+        model.load_trained(adapter.tensors)
+        return model
+
+    @torch.no_grad()
+    def load_trained(self, values: dict[str, Tensor]) -> None:
+        """Copy trained values by their adapter-file names into the parameters. They must not be sharded.
+
+        Raises:
+            UserError: A name is missing or unknown, or a shape is another one.
+        """
+        parameters = self.trainable_parameters()
+        adapter_io.check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def get_adept_model(
+    backbone: PreTrainedModel,
+    config: AdeptConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> AdaptedModel:
+    """Inject the method that `config` describes into `backbone`; see `AdaptedModel`."""
+    return AdaptedModel(backbone, create_method(config), tokenizer, seed)

@@ -1,0 +1,180 @@
+"""What a run would do, told without doing it: `launchers/train.py --config FILE --dry-run`.
+
+The backbone is built on the meta device, so nothing is loaded but its config: from a local folder, from the few that
+ship with the package (`adept_ds/architectures`), or from the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+
+from adept_ds.backbone import DTYPES, load_architecture
+from adept_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from adept_ds.config_loader import LoadedConfig, config_hash, flatten
+from adept_ds.data import load_examples
+from adept_ds.deepspeed_config import DeepSpeedPlan, complete
+from adept_ds.errors import UserError
+from adept_ds.methods import create_method
+from adept_ds.model import AdaptedModel
+
+RELEASED_TRAIN_SIZES = {"mbpp-paper": 487, "mbpp": 374, "mbpp-instruct": 374}
+"""Training examples by `data.format` in the released MBPP files, for a plan made before they are there."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run."""
+
+    architecture_origin: str
+    """Where the backbone's config is from."""
+    backbone_parameters: int
+    trained_parameters: int
+    adapter_bytes: int
+    """Size of adapter_model.safetensors."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each trained parameter by name."""
+    learning_rate_groups: dict[str, list[str]]
+    """Field of `train.learning_rate` to the names of the parameters that it drives."""
+    deepspeed: DeepSpeedPlan
+    training_examples: int | None
+    """None if the data is not there and its size is not known."""
+    data_note: str
+    """Where the number of examples comes from."""
+    total_steps: int | None
+    """None if it follows from a number of examples that is not known."""
+
+
+def dry_run(loaded: LoadedConfig, world_size: int) -> str:
+    """Return `make_plan` as text.
+
+    Raises:
+        UserError: As `make_plan`.
+    """
+    run, plan = loaded.run, make_plan(loaded.run, world_size)
+    dtype, batch, train = DTYPES[run.model.dtype], plan.deepspeed.batch, run.train
+    total = plan.backbone_parameters + plan.trained_parameters
+    zero = plan.deepspeed.config["zero_optimization"]
+    lines = [
+        f"config         {loaded.path} (sha256 of the resolved config: {config_hash(run)[:12]}...)",
+        f"backbone       {run.model.name_or_path} ({plan.architecture_origin})",
+        f"               {plan.backbone_parameters:,} parameters, frozen; {run.model.dtype}, "
+        f"{plan.backbone_parameters * dtype.itemsize / 1e9:.2f} GB",
+        f"method         {run.method.name}: {plan.trained_parameters:,} trainable parameters "
+        f"({100 * plan.trained_parameters / total:.4f} % of all)",
+        f"adapter        {plan.adapter_bytes:,} bytes (fp32, adapter_model.safetensors)",
+    ]
+    for group, names in plan.learning_rate_groups.items():
+        shapes = ", ".join(f"{name} {list(plan.shapes[name])}" for name in names)
+        lines.append(
+            f"learning rate  {getattr(train.learning_rate, group):g} (train.learning_rate.{group}) for {shapes}"
+        )
+    decay = "linear decay to zero" if train.schedule == "linear" else "constant"
+    lines += [
+        f"batch          {batch.global_batch_size} = {batch.micro_batch_size} (micro-batch) x "
+        f"{batch.gradient_accumulation_steps} (accumulation) x {batch.world_size} (ranks)",
+        f"examples       {plan.data_note}",
+        f"steps          {_steps_text(plan, train)}",
+        f"warm-up        {train.warmup_steps:,} steps, then {decay}",
+        f"DeepSpeed      zero_optimization.stage = {zero.get('stage', 0)}",
+    ]
+    settings = flatten(plan.deepspeed.config)
+    lines += [f"               {key} = {settings[key]} (from {owner})" for key, owner in plan.deepspeed.derived.items()]
+    return "\n".join(lines)
+
+
+def make_plan(run: RunConfig, world_size: int) -> Plan:
+    """Work out what `run` does on `world_size` ranks.
+
+    Raises:
+        UserError: The backbone's config cannot be had, the batch does not divide, the data is malformed, or the
+            warm-up does not fit into the run.
+    """
+    architecture, origin = resolve_architecture(run.model)
+    deepspeed = complete(run, world_size, architecture.hidden_size)
+    model = meta_model(run, architecture)
+    trained, total = model.count_parameters()
+    parameters = model.trainable_parameters()
+    tensors = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
+    examples, note = count_training_examples(run.data)
+    return Plan(
+        architecture_origin=origin,
+        backbone_parameters=total - trained,
+        trained_parameters=trained,
+        adapter_bytes=len(safetensors.torch.save(tensors, metadata={"format": "pt"})),
+        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        learning_rate_groups=model.learning_rate_groups(),
+        deepspeed=deepspeed,
+        training_examples=examples,
+        data_note=note,
+        total_steps=None if examples is None and run.train.epochs else count_steps(run.train, examples or 0),
+    )
+
+
+def resolve_architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
+    """Return the backbone's `transformers` config and where it is from.
+
+    A local folder comes first, then the shapes that ship with the package, by the last part of the model's name, so
+    that they serve for mirrors and for folders that are yet to be filled, then the hub.
+
+    Raises:
+        UserError: It is in none of the three.
+    """
+    name = config.name_or_path
+    shipped = resources.files("adept_ds") / "architectures" / f"{Path(name).name.lower()}.json"
+    if Path(name).is_dir() or not shipped.is_file():
+        return load_architecture(config), f"config of {name}"
+    return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8"))), "shape shipped with adept_ds"
+
+
+def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
+    """Return the adapted model with every parameter on the meta device: shapes, no values."""
+    auto = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        backbone = auto.from_config(architecture, dtype=DTYPES[run.model.dtype])
+        return AdaptedModel(backbone, create_method(run.method), seed=None)
+
+
+def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
+    """Return the number of training examples and where it is known from. A data set of the hub is not fetched.
+
+    Raises:
+        UserError: The data file is there and is malformed.
+    """
+    if config.path is not None and not Path(config.path).exists():
+        released = RELEASED_TRAIN_SIZES.get(config.format)
+        if released is None:
+            return None, f"unknown, {config.path} is not here"
+        return released, f"{released:,} for training in the released MBPP; {config.path} is not here"
+    count = len(load_examples(config, "train"))
+    return count, f"{count:,} for training in {config.path or 'the bundled problems'}"
+
+
+def count_steps(config: TrainConfig, examples: int) -> int:
+    """Optimizer steps of the whole run; the last step of an epoch may have fewer examples.
+
+    Raises:
+        UserError: The warm-up does not fit in.
+    """
+    total = config.max_steps or (config.epochs or 0) * math.ceil(examples / config.global_batch_size)
+    if config.warmup_steps >= total:
+        raise UserError(
+            f"train.warmup_steps is {config.warmup_steps}, but the run has {total} steps ({config.epochs} epochs of "
+            f"{examples} examples, {config.global_batch_size} a step); expected: less"
+        )
+    return total
+
+
+def _steps_text(plan: Plan, train: TrainConfig) -> str:
+    if plan.total_steps is None:
+        return f"{train.epochs} epochs; their length is known once the data is here"
+    if train.epochs is None:
+        return f"{plan.total_steps:,}"
+    return f"{plan.total_steps:,} = {train.epochs} epochs x {plan.total_steps // train.epochs:,}"

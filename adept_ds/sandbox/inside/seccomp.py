@@ -1,0 +1,181 @@
+"""The system calls that a program may make: two allow-lists, for x86-64 and aarch64, installed as a BPF filter by prctl.
+
+`compute` is for a process that has no namespaces around it: memory, time, threads, and the descriptors it was given.
+`files` adds files, processes and pipes, for programs whose file system, process table and network are private.
+Both refuse every socket; unknown calls answer ENOSYS, so that the C library falls back to older ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import struct
+
+# name:x86-64:aarch64, a dash where the architecture lacks the call; frequent calls first.
+_COMPUTE = """
+read:0:63 write:1:64 mmap:9:222 munmap:11:215 brk:12:214 futex:202:98 rt_sigaction:13:134 rt_sigprocmask:14:135
+rt_sigreturn:15:139 close:3:57 lseek:8:62 fstat:5:80 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 dup:32:23
+mremap:25:216 mprotect:10:226 madvise:28:233 mincore:27:232 msync:26:227 rt_sigpending:127:136 rt_sigsuspend:130:133
+rt_sigtimedwait:128:137 sigaltstack:131:132 set_robust_list:273:99 get_robust_list:274:100 rseq:334:293
+membarrier:324:283 set_tid_address:218:96 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
+nanosleep:35:101 gettimeofday:96:169 time:201:- times:100:153 getitimer:36:102 setitimer:38:103 alarm:37:- pause:34:-
+timer_create:222:107 timer_settime:223:110 timer_gettime:224:108 timer_getoverrun:225:109 timer_delete:226:111
+getpid:39:172 getppid:110:173 gettid:186:178 getuid:102:174 geteuid:107:175 getgid:104:176 getegid:108:177
+getresuid:118:148 getresgid:120:150 getgroups:115:158 getpgid:121:155 getpgrp:111:- getsid:124:156 getrlimit:97:163
+getrusage:98:165 getpriority:140:141 getrandom:318:278 uname:63:160 sysinfo:99:179 getcpu:309:168 sched_yield:24:124
+sched_getaffinity:204:123 sched_getparam:143:121 sched_getscheduler:145:120 sched_get_priority_max:146:125
+sched_get_priority_min:147:126 poll:7:- ppoll:271:73 select:23:- pselect6:270:72 epoll_create:213:- epoll_create1:291:20
+epoll_ctl:233:21 epoll_wait:232:- epoll_pwait:281:22 eventfd:284:- eventfd2:290:19 pipe:22:- pipe2:293:59 exit:60:93
+exit_group:231:94 restart_syscall:219:128 arch_prctl:158:- getcwd:79:17 umask:95:166
+"""
+_FILES = """
+open:2:- openat:257:56 openat2:437:437 creat:85:- access:21:- faccessat:269:48 faccessat2:439:439 stat:4:- lstat:6:-
+newfstatat:262:79 statx:332:291 readlink:89:- readlinkat:267:78 chdir:80:49 fchdir:81:50 getdents:78:-
+getdents64:217:61 mkdir:83:- mkdirat:258:34 rmdir:84:- unlink:87:- unlinkat:263:35 rename:82:- renameat:264:38
+renameat2:316:276 link:86:- linkat:265:37 symlink:88:- symlinkat:266:36 truncate:76:45 ftruncate:77:46 fallocate:285:47
+fsync:74:82 fdatasync:75:83 flock:73:32 chmod:90:- fchmod:91:52 fchmodat:268:53 utime:132:- utimes:235:-
+utimensat:280:88 futimesat:261:- statfs:137:43 fstatfs:138:44 copy_file_range:326:285 sendfile:40:71 preadv:295:69
+pwritev:296:70 preadv2:327:286 pwritev2:328:287 fadvise64:221:223 readahead:187:213 splice:275:76 tee:276:77
+getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11 llistxattr:195:12 flistxattr:196:13 dup2:33:-
+dup3:292:24 close_range:436:436 fork:57:- vfork:58:- execve:59:221 execveat:322:281 wait4:61:260 waitid:247:95
+setpgid:109:154 setsid:112:157 sched_setaffinity:203:122 setpriority:141:140 setrlimit:160:164 inotify_init:253:-
+inotify_init1:294:26 inotify_add_watch:254:27 inotify_rm_watch:255:28 timerfd_create:283:85 timerfd_settime:286:86
+timerfd_gettime:287:87 signalfd:282:- signalfd4:289:74 pidfd_open:434:434 mlock:149:228 munlock:150:229 mlock2:325:284
+sendmsg:46:211 recvmsg:47:212 sendto:44:206 recvfrom:45:207 shutdown:48:210 getsockname:51:204 getpeername:52:205
+getsockopt:55:209 setsockopt:54:208
+"""
+_CHECKED = {
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "prctl": (157, 167),
+    "ioctl": (16, 29),
+    "fcntl": (72, 25),
+    "prlimit64": (302, 261),
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+}
+_ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+EPERM, EACCES, ENOSYS, ENOTTY = 1, 13, 38, 25
+_LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24  # offsets in struct seccomp_data; the low halves of 64-bit arguments
+_NEW_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag that clone() takes
+_CLONE_THREAD = 0x00010000
+_FIRST_UNKNOWN = 424
+_OWN_PID = 0x5EC0C0DE
+_TTY_FREE_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIO(N)CLEX
+_PLAIN_PRCTL = (3, 15, 16, 21, 23, 27, 39)  # only reads, and the thread's name
+_PLAIN_FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)  # dup, descriptor and status flags, locks, cloexec dup, pipe size
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def supported() -> bool:
+    """Tell whether this machine's architecture has a filter."""
+    return platform.machine() in _ARCHITECTURES
+
+
+def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+    return struct.pack("HBBI", code, yes, no, value & 0xFFFFFFFF)
+
+
+def _case(value: int, body: list[bytes]) -> list[bytes]:
+    """`body` for the call numbered `value`, skipped for every other; the body must end in a return."""
+    return [_statement(_JEQ, value, 0, len(body)), *body]
+
+
+def _among(offset: int, values: tuple[int, ...], otherwise: int) -> list[bytes]:
+    """Allow if the argument is one of `values`."""
+    body = [_statement(_LOAD, offset)]
+    for value in values:
+        body += [_statement(_JEQ, value, 0, 1), _statement(_RET, ALLOW)]
+    return [*body, _statement(_RET, otherwise)]
+
+
+def program(level: str, pid: int, machine: str | None = None) -> bytes:
+    """Return the filter for one process; see `_program`. Its long part is the same for all, and made once."""
+    marked = _program(level, machine or platform.machine())
+    return marked.replace(_statement(_JEQ, _OWN_PID, 0, 1), _statement(_JEQ, pid, 0, 1))
+
+
+@functools.cache
+def _program(level: str, machine: str) -> bytes:
+    """Return the BPF program for `level` ("compute" or "files"), with `_OWN_PID` where the process's own number belongs.
+
+    Signals sent to process 1, to "everybody", or (level "compute") to any other process kill the sender: such a program
+    tries to end the grader, and a plain refusal would let it go on unnoticed.
+    """
+    audit, column = _ARCHITECTURES[machine]
+    number = {name: numbers[column] for name, numbers in _CHECKED.items()}
+    refuse = _statement(_RET, ERRNO | EPERM)
+    allow, kill = _statement(_RET, ALLOW), _statement(_RET, KILL)
+    code = [_statement(_LOAD, _ARCH), _statement(_JEQ, audit, 1, 0), kill, _statement(_LOAD, _NR)]
+    if column == 0:  # the x32 numbers would pass the comparisons of another table
+        code += [_statement(_JGE, 0x40000000, 0, 1), refuse]
+    for entry in (_COMPUTE + (_FILES if level == "files" else "")).split():
+        value = entry.split(":")[1 + column]
+        if value != "-":
+            code += [_statement(_JEQ, int(value), 0, 1), allow]
+    clone = [_statement(_LOAD, _ARG0), _statement(_JSET, _NEW_NAMESPACES, 0, 1), refuse]
+    if level == "files":
+        signal = [_statement(_LOAD, _ARG0)]
+        for target in (1, -1):
+            signal += [_statement(_JEQ, target, 0, 1), kill]
+        signal.append(allow)
+        clone.append(allow)
+        thread_signal = signal
+        limits = [allow]
+        pair = _among(_ARG0, (1,), ERRNO | EACCES)
+    else:
+        signal = [_statement(_LOAD, _ARG0), _statement(_JEQ, _OWN_PID, 0, 1), allow, kill]
+        thread_signal = signal
+        clone += [_statement(_JSET, _CLONE_THREAD, 0, 1), allow, refuse]
+        limits = _among(_ARG0, (0, _OWN_PID), ERRNO | EPERM)
+        pair = [_statement(_RET, ERRNO | EACCES)]
+    bodies = {
+        "clone": clone,
+        "clone3": [_statement(_RET, ERRNO | ENOSYS)],
+        "kill": signal,
+        "tgkill": thread_signal,
+        # tkill names a thread: one of a foreign process cannot be told apart by number, so only the main thread is allowed
+        "tkill": signal if level == "files" else [_statement(_LOAD, _ARG0), _statement(_JEQ, _OWN_PID, 0, 1), allow, kill],
+        "rt_sigqueueinfo": signal,
+        "rt_tgsigqueueinfo": signal,
+        "prctl": _among(_ARG0, _PLAIN_PRCTL + ((1, 2, 4, 36, 38) if level == "files" else ()), ERRNO | EPERM),
+        "ioctl": _among(_ARG1, _TTY_FREE_IOCTLS, ERRNO | ENOTTY),
+        "fcntl": _among(_ARG1, _PLAIN_FCNTL, ERRNO | EPERM),
+        "prlimit64": limits,
+        "socket": [_statement(_RET, ERRNO | EACCES)],
+        "socketpair": pair,
+    }
+    for name, body in bodies.items():
+        code += _case(number[name], body)
+    code += [_statement(_JGE, _FIRST_UNKNOWN, 0, 1), _statement(_RET, ERRNO | ENOSYS), refuse]
+    return b"".join(code)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+
+
+def install(code: bytes) -> None:
+    """Put the calling thread under the filter, for good; raises OSError where the kernel refuses."""
+    no_new_privs()
+    filter_program = _Program(len(code) // 8, code)
+    if _libc.prctl(22, 2, ctypes.byref(filter_program), 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "seccomp filter refused: " + os.strerror(ctypes.get_errno()))
+
+
+def no_new_privs() -> None:
+    """Give up gaining privileges by exec, for good."""
+    if _libc.prctl(38, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "no_new_privs refused")

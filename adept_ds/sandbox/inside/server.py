@@ -1,0 +1,106 @@
+"""The fork server: one exec'ed interpreter per worker that starts programs, one at a time, each in fresh isolation.
+
+It is told only a program's limits; the program itself goes from the grader to the candidate's process directly, over a
+socket that is passed through. So nothing of one program, and no test, is in the memory that the next one inherits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import random
+import signal
+import site
+import socket
+import sys
+import time
+from typing import Any
+
+from . import namespaces
+from .candidate import serve
+from .supervisor import Supervisor
+
+# Imported once here, so that programs which use them start fast; they are found on disk otherwise.
+_WARM = """abc bisect cmath collections collections.abc copy dataclasses datetime decimal enum fractions functools heapq
+itertools math numbers operator random re statistics string time typing unicodedata""".split()
+
+
+def _warm(everything: bool) -> None:
+    for name in _WARM:
+        importlib.import_module(name)
+    if everything:
+        skipped = {"antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo", "lib2to3", "test", "ensurepip"}
+        for name in sorted(sys.stdlib_module_names - skipped):
+            if not name.startswith("_"):
+                with contextlib.suppress(ImportError, OSError):
+                    importlib.import_module(name)
+    site.setquit()
+    site.sethelper()
+    random.seed(0)
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to, and so copy, every page
+    gc.disable()
+
+
+def _wait_as_parent(server: int) -> None:
+    """Outlive the server by nothing, and the grader neither."""
+    parent = os.getppid()
+    while True:
+        pid, status = os.waitpid(server, os.WNOHANG)
+        if pid:
+            os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+        if os.getppid() != parent:
+            os.kill(server, signal.SIGKILL)
+        time.sleep(0.2)
+
+
+def _isolate(config: dict[str, Any]) -> dict[str, Any]:
+    """Enter the tier's isolation for the server itself; returns what was had."""
+    had: dict[str, Any] = {}
+    libc = ctypes.CDLL(None, use_errno=True)
+    if config["tier"] == "namespaces":
+        had["namespaces"] = namespaces.enter()
+        server = os.fork()
+        if server:
+            os.close(config["control"])
+            _wait_as_parent(server)
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)
+        namespaces.build_root(config)
+        namespaces.drop_bounding_set()
+    else:
+        libc.prctl(36, 1, 0, 0, 0)
+    if config["tier"] != "none":
+        libc.prctl(4, 0, 0, 0, 0)  # not dumpable: no program may look into the server
+    return had
+
+
+def main() -> None:
+    """Serve programs until the grader closes the control socket (its number is in argv, the configuration its first message)."""
+    number = int(sys.argv[2])
+    control = socket.socket(fileno=number)
+    config = json.loads(control.recv(1 << 20))
+    os.umask(0o022)
+    try:
+        had = _isolate(config)
+        supervisor = Supervisor(number, config)
+    except OSError as error:
+        control.send(json.dumps({"refused": str(error)}).encode())
+        return
+    sys.path[:] = [path for path in sys.path if path != config["code"]]
+    sys.argv = ["candidate"]
+    _warm(config["warm_everything"])
+    control.send(json.dumps({"ready": had}).encode())
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+        if not message:
+            return
+        if descriptors:  # else it is a "stop" that crossed the report of the program it was meant for
+            try:
+                report = supervisor.run(descriptors[0], json.loads(message), serve)
+            except OSError as error:
+                report = {"failure": str(error)}
+            control.send(json.dumps(report).encode())

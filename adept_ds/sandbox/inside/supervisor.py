@@ -1,0 +1,269 @@
+"""The parent of one program: sets its limits, watches the whole tree of its processes, and leaves nothing of it behind.
+
+Part of the fork server. In the namespaces tier every program has its own pid namespace, whose end ends every process in
+there, wherever it went; in the others the server is the child subreaper that all of them fall back to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import resource
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from . import namespaces, seccomp
+
+PROTOCOL_EXIT = 121  # the candidate's side ends so when its channel to the grader is gone
+SETUP_EXIT = 122  # ... and so when its isolation could not be had
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICK = os.sysconf("SC_CLK_TCK")
+_WATCH_SECONDS = 0.04
+_DRAIN_BYTES = 1 << 16
+
+
+class Stopped(Exception):
+    """The program must end; the text is the reason."""
+
+
+class _Watch:
+    """Memory, CPU time and number of the program's processes, read from /proc."""
+
+    def __init__(self, limits: dict[str, Any], child: int, init: int | None) -> None:
+        self.limits, self.child, self.init = limits, child, init
+        self.peak_mb = 0.0
+        self.cpu_seconds = 0.0
+
+    def processes(self) -> list[int]:
+        """Return the program's processes: in a pid namespace of the server's own all but two, else its descendants."""
+        me = os.getpid()
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        if self.init is not None:
+            return [pid for pid in pids if pid not in (me, self.init)]
+        parents = {}
+        for pid in pids:
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+                parents[pid] = int(file.read().rpartition(")")[2].split()[1])
+        found = [me]
+        for pid in found:
+            found += [child for child, parent in parents.items() if parent == pid]
+        return found[1:]
+
+    def look(self) -> None:
+        """Raise `Stopped` if the tree as a whole is over a limit."""
+        pids = self.processes()
+        memory, cpu = self.scratch_bytes(), 0.0
+        for pid in pids:
+            with contextlib.suppress(OSError, IndexError):
+                with open(f"/proc/{pid}/statm") as file:
+                    _, resident, shared = (int(field) for field in file.read().split()[:3])
+                memory += (resident - shared) * _PAGE
+                with open(f"/proc/{pid}/stat") as file:
+                    fields = file.read().rpartition(")")[2].split()
+                cpu += sum(int(field) for field in fields[11:15]) / _TICK
+        limit = self.limits["memory_mb"] * 2**20
+        if memory > limit and len(pids) > 1:
+            # Pages shared since a fork were counted once for each process; the kernel's exact figure costs more.
+            memory = self.scratch_bytes() + sum(_proportional(pid) for pid in pids)
+        self.peak_mb = max(self.peak_mb, memory / 2**20)
+        self.cpu_seconds = max(self.cpu_seconds, cpu)
+        if memory > limit:
+            raise Stopped("memory")
+        if cpu > self.limits["cpu_seconds"]:
+            raise Stopped("timeout")
+
+    def scratch_bytes(self) -> int:
+        """Return what the program's scratch folder holds; it is memory too."""
+        with contextlib.suppress(OSError):
+            if self.init is not None:
+                info = os.statvfs(f"/proc/{self.child}/root/tmp")
+                return (info.f_blocks - info.f_bfree) * info.f_frsize
+        return 0
+
+
+def _proportional(pid: int) -> int:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:
+        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+    return 0
+
+
+def _set_limit(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _apply_limits(limits: dict[str, Any]) -> None:
+    megabyte = 2**20
+    cpu = int(limits["cpu_seconds"]) + 2
+    _set_limit(resource.RLIMIT_CPU, cpu)
+    # A backstop for one huge allocation; the tree's real use is watched from outside.
+    _set_limit(resource.RLIMIT_AS, (limits["memory_mb"] + limits["address_space_extra_mb"]) * megabyte)
+    _set_limit(resource.RLIMIT_FSIZE, limits["file_size_mb"] * megabyte)
+    _set_limit(resource.RLIMIT_NOFILE, limits["open_files"])
+    _set_limit(resource.RLIMIT_CORE, 0)
+    _set_limit(resource.RLIMIT_STACK, 8 * megabyte)
+    _set_limit(resource.RLIMIT_MEMLOCK, 64 * 1024)
+    _set_limit(resource.RLIMIT_MSGQUEUE, 0)
+    _set_limit(resource.RLIMIT_SIGPENDING, 256)
+    if limits["processes"] is not None:
+        _set_limit(resource.RLIMIT_NPROC, limits["processes"])
+
+
+class Supervisor:
+    """Starts programs, one at a time, and reports how each ended.
+
+    `control` is the grader's socket: a message on it while a program runs asks for the program's end, its closing for the
+    server's. `config` is the worker's configuration (`tier`, `seccomp`).
+    """
+
+    def __init__(self, control: int, config: dict[str, Any]) -> None:
+        self.control, self.config = control, config
+        self.in_namespaces = config["tier"] == "namespaces"
+        self.wake, waker = os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(waker, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, _nothing)
+        if config["seccomp"] is not None:
+            seccomp.program(config["seccomp"], 0)  # its long part is made here, once, not in every child
+        self.pids = namespaces.PidNamespaces() if self.in_namespaces else None
+
+    def run(self, channel: int, limits: dict[str, Any], serve: Callable[[int], None]) -> dict[str, Any]:
+        """Run one program in a new process, in which `serve(channel)` is called; returns the report.
+
+        The report has `reason` (None, "timeout", "memory", "output" or "stopped"), `status` (as from waitpid, or None),
+        `seconds`, `cpu_seconds`, `peak_mb`. No process of the program is left when this returns.
+        """
+        output, writer = os.pipe()
+        init = self.pids.open() if self.pids is not None else None
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            try:
+                serve(self.become_candidate(channel, writer, limits))
+            finally:
+                os._exit(SETUP_EXIT)
+        if self.pids is not None:
+            self.pids.leave()
+        os.close(writer)
+        os.close(channel)
+        os.set_blocking(output, False)
+        watch = _Watch(limits, child, init)
+        reason = status = None
+        try:
+            status, usage = self.wait(child, output, watch, started + limits["wall_seconds"])
+            watch.cpu_seconds = max(watch.cpu_seconds, usage.ru_utime + usage.ru_stime)
+            watch.peak_mb = max(watch.peak_mb, usage.ru_maxrss / 1024)
+        except Stopped as stop:
+            reason = str(stop)
+        seconds = time.monotonic() - started
+        if self.pids is not None:
+            self.pids.end()
+        _end_children(watch)
+        os.close(output)
+        cpu, peak = round(watch.cpu_seconds, 3), round(watch.peak_mb, 1)
+        return {"reason": reason, "status": status, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
+
+    def become_candidate(self, channel: int, output: int, limits: dict[str, Any]) -> int:
+        """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the channel's new number."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        if self.in_namespaces:
+            namespaces.renew(limits["scratch_mb"], limits["scratch_files"])
+        home = limits["open_files"] - 1
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if channel != home:
+            os.dup2(channel, home, inheritable=False)
+        os.closerange(3, home)
+        os.closerange(home + 1, 1 << 16)
+        os.chdir("/" if self.config["tier"] == "seccomp" else "/tmp")
+        os.umask(0o077)
+        _apply_limits(limits)
+        if self.in_namespaces:
+            namespaces.become_nobody()
+        namespaces.libc.prctl(4, 1, 0, 0, 0)  # dumpable again: a program may look at its own /proc entries
+        if self.config["seccomp"] is not None:
+            seccomp.install(seccomp.program(self.config["seccomp"], os.getpid()))
+        else:
+            seccomp.no_new_privs()
+        random.seed(0)
+        gc.enable()
+        return home
+
+    def wait(self, child: int, output: int, watch: _Watch, deadline: float) -> tuple[int, resource.struct_rusage]:
+        """Wait for the child's end while reading away the output and looking after the limits; raises `Stopped`."""
+        poll = select.poll()
+        for descriptor in (self.wake, output, self.control):
+            poll.register(descriptor, select.POLLIN)
+        left = watch.limits["output_bytes"]
+        next_look = time.monotonic() + _WATCH_SECONDS
+        while True:
+            events = poll.poll(max(0.0, min(next_look, deadline) - time.monotonic()) * 1000 + 1)
+            for descriptor, event in events:
+                if descriptor == output:
+                    if event & select.POLLIN:
+                        left -= _drain(output, left)
+                    else:
+                        poll.unregister(output)
+                elif descriptor == self.control:
+                    os.read(self.control, 4096)  # "stop", or nothing at the grader's end
+                    raise Stopped("stopped")
+                else:
+                    os.read(self.wake, 4096)
+                    status, usage = _reap(child)
+                    if status is not None:
+                        _drain(output, left)
+                        return status, usage
+            now = time.monotonic()
+            if now >= deadline:
+                raise Stopped("timeout")
+            if now >= next_look:
+                watch.look()
+                next_look = time.monotonic() + _WATCH_SECONDS
+
+
+def _nothing(*_: Any) -> None:
+    """Handle SIGCHLD: only its byte on the wake-up pipe matters."""
+
+
+def _reap(child: int) -> tuple[int | None, resource.struct_rusage]:
+    """Collect ended processes; returns the child's status once it is among them."""
+    while True:
+        pid, status, usage = os.wait4(-1, os.WNOHANG)
+        if pid == child:
+            return status, usage
+        if pid == 0:
+            return None, usage
+
+
+def _drain(output: int, left: int) -> int:
+    """Read what the pipe holds now; raises `Stopped` once more than `left` bytes came."""
+    total = 0
+    with contextlib.suppress(BlockingIOError):
+        while data := os.read(output, _DRAIN_BYTES):
+            total += len(data)
+            if total > left:
+                raise Stopped("output")
+    return total
+
+
+def _end_children(watch: _Watch) -> None:
+    """Kill and reap every descendant; orphans have fallen back to this process, so the loop ends only when none is left."""
+    while True:
+        if watch.init is None:
+            for pid in watch.processes():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return

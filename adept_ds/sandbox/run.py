@@ -1,0 +1,240 @@
+"""One program on its way through a worker: answers the plan's calls from the candidate's process, ends with a verdict."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import signal
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from .inside.codec import Decoder, Limit, decode, encode, shorten
+from .inside.supervisor import PROTOCOL_EXIT, SETUP_EXIT
+from .program import ERROR_KINDS, Limits, Program, Status, Verdict
+from .split import Call, Plan, plan
+
+_HEADER = struct.Struct("!I")
+_ABSENT = object()
+_SHOWN = 200
+
+
+class CandidateError(Exception):
+    """An exception of the candidate's own type that reached the tests."""
+
+
+@dataclass
+class _Outcome:
+    status: Status
+    kind: str | None
+    detail: str
+
+
+class Run:
+    """The grader's side of one program. `outcome` is set as soon as the verdict no longer depends on what comes."""
+
+    def __init__(self, program: Program, limits: Limits) -> None:
+        self.program, self.limits = program, limits
+        self.plan: Plan = plan(program.tests)
+        self.outcome: _Outcome | None = None
+        self.all_passed = False
+        self.loaded = False
+        self.at = 0
+        self.got: list[str] = []
+        self.steps = self.plan.start() if self.plan.start is not None else None
+        self.outgoing = bytearray()
+        self.incoming = bytearray()
+        self.started = False
+        self.send(self.job())
+
+    def job(self) -> dict[str, Any]:
+        """Return the first message to the candidate's process; it holds tests only if they have to run there."""
+        tests = None
+        if self.steps is None:
+            given = self.program.tests
+            tests = {"setup": given.setup, "asserts": [source.strip() for source in given.asserts]}
+            tests |= {"check": given.check, "entry_point": given.entry_point}
+        return {"source": self.program.source, "tests": tests}
+
+    def send(self, message: Any) -> None:
+        """Queue a frame for the candidate's process."""
+        data = json.dumps(message).encode("ascii")
+        self.outgoing += _HEADER.pack(len(data)) + data
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more is wanted from the candidate's process."""
+        return self.outcome is not None or self.all_passed
+
+    def flush(self, channel: socket.socket) -> None:
+        """Send what the channel takes now."""
+        try:
+            while self.outgoing:
+                del self.outgoing[: channel.send(self.outgoing, socket.MSG_NOSIGNAL)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.outgoing.clear()  # the process is gone; its report tells why
+
+    def receive(self, channel: socket.socket) -> bool:
+        """Take what has arrived and act on whole frames; returns False at the end of the channel."""
+        while not self.settled:
+            try:
+                data = channel.recv(1 << 18)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+            self.started = True
+            self.incoming += data
+            while len(self.incoming) >= _HEADER.size and not self.settled:
+                (length,) = _HEADER.unpack_from(self.incoming)
+                if length > self.limits.answer_bytes:
+                    self.violation(f"an answer of {length} bytes")
+                    break
+                end = _HEADER.size + length
+                if len(self.incoming) < end:
+                    break
+                frame = bytes(self.incoming[_HEADER.size : end])
+                del self.incoming[:end]
+                self.act(frame)
+        return True
+
+    def violation(self, what: str) -> None:
+        self.outcome = _Outcome("error", "protocol", f"the program's process sent {what}")
+
+    def act(self, frame: bytes) -> None:
+        """Judge one answer and ask for the next call."""
+        try:
+            answer = json.loads(frame)
+            if "raised" in answer:
+                kind, name, text = (shorten(str(answer[key])) for key in ("raised", "type", "text"))
+                where = answer.get("where", -1)
+                assertion = bool(answer.get("assertion"))
+                self.raised(kind, name, text, where if type(where) is int else -1, assertion)
+            elif self.steps is None:
+                self.all_passed = answer == {"done": True} or self.violation("no verdict of its tests") or False
+            elif not self.loaded:
+                self.loaded = True
+                self.advance(_ABSENT if answer == {"loaded": True} else self.violation("nonsense"))
+            else:
+                self.advance(decode(answer["value"]))
+        except (Limit, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            self.violation(f"something that is not an answer ({shorten(str(error), 80)})")
+
+    def raised(self, kind: str, name: str, text: str, where: int, assertion: bool) -> None:
+        """Act on an exception: of the program as a whole before its tests began, of a tested call afterwards."""
+        what = f"{name}: {text}" if text else name
+        if kind not in ERROR_KINDS:
+            self.violation("an unknown kind of exception")
+        elif self.steps is None and where >= -1 and not self.in_tests(where, assertion):
+            self.outcome = _Outcome("error", kind, what)
+        elif self.steps is None:
+            source = self.plan.sources[where] if 0 <= where < len(self.plan.sources) else "check(candidate)"
+            raised = "" if assertion and not text else f": {what}" if assertion else f" raised {what}"
+            self.outcome = (
+                _Outcome("failed", None if assertion else "exception", shorten(source, _SHOWN) + raised)
+                if kind == "exception"
+                else _Outcome("error", kind, what)
+            )
+        elif not self.loaded or kind != "exception":
+            self.outcome = _Outcome("error", kind, what)
+        else:
+            self.got.append(f"raised {what}")
+            known = getattr(builtins, name, None)
+            is_exception = isinstance(known, type) and issubclass(known, Exception)
+            try:
+                error = known(text) if is_exception else CandidateError(what)
+            except TypeError:
+                error = CandidateError(what)
+            self.advance(error, throw=True)
+
+    def in_tests(self, where: int, assertion: bool) -> bool:
+        return where >= 0 or assertion
+
+    def advance(self, value: Any, throw: bool = False) -> None:
+        """Run the plan up to the next call; sets the outcome if it ends."""
+        if self.outcome is not None or self.steps is None:
+            return
+        if value is not _ABSENT and not throw:
+            self.got.append(_show(value))
+        try:
+            step = self.steps.throw(value) if throw else self.steps.send(None if value is _ABSENT else value)
+            while not isinstance(step, Call):
+                self.at, self.got = step, []
+                step = next(self.steps)
+        except StopIteration:
+            self.all_passed = True
+        except AssertionError:
+            self.fail(None, "")
+        except Exception as error:
+            by_candidate = throw and error is value
+            self.fail("exception" if by_candidate else None, "" if by_candidate else f" ({_show_error(error)})")
+        else:
+            name, args, kwargs = step.name, step.args, step.kwargs
+            pairs = [[key, encode(argument)] for key, argument in kwargs.items()]
+            self.send({"call": [name, [encode(argument) for argument in args], pairs]})
+
+    def fail(self, kind: str | None, why: str) -> None:
+        source = self.plan.sources[self.at] if self.plan.sources else "tests"
+        got = ", ".join(self.got)
+        got = got if got.startswith("raised") else f"got {got}" if got else ""
+        self.outcome = _Outcome("failed", kind, shorten(source, _SHOWN) + (f": {shorten(got)}" if got else "") + why)
+
+    def verdict(self, report: dict[str, Any]) -> Verdict:
+        """Return the verdict, given how the program's processes ended."""
+        if "failure" in report:
+            outcome = _Outcome("sandbox_error", None, shorten(str(report["failure"])))
+        elif self.outcome is not None:
+            outcome = self.outcome
+        else:
+            outcome = self.ended(report["reason"], report["status"])
+        seconds = round(report.get("seconds", 0.0), 4)
+        in_process = self.plan.start is None
+        detail = outcome.detail.encode("utf-8", "backslashreplace").decode()
+        return Verdict(self.program.id, outcome.status, outcome.kind, detail, seconds, in_process)
+
+    def ended(self, reason: str | None, status: int | None) -> _Outcome:
+        if reason == "timeout":
+            limits = self.limits
+            return _Outcome("timeout", None, f"over {limits.wall_seconds:g} s, or {limits.cpu_seconds:g} s of CPU time")
+        if reason == "memory":
+            return _Outcome("error", "memory", f"its processes used more than {self.limits.memory_mb} MB")
+        if reason == "output":
+            return _Outcome("error", "output", f"wrote more than {self.limits.output_bytes} bytes")
+        if self.all_passed:
+            return _Outcome("passed", None, "")
+        if status is None:
+            return _Outcome("sandbox_error", None, f"stopped unasked ({reason})")
+        if os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            if number == signal.SIGXCPU:
+                return _Outcome("timeout", None, "CPU time")
+            name = signal.Signals(number).name if number in signal.valid_signals() else str(number)
+            if number == signal.SIGSYS:
+                name += " (a forbidden system call)"
+            return _Outcome("error", "signal", f"ended by {name}")
+        code = os.WEXITSTATUS(status)
+        if code == SETUP_EXIT and not self.started:
+            return _Outcome("sandbox_error", None, "a program's isolation could not be set up")
+        if code == PROTOCOL_EXIT:
+            return _Outcome("error", "protocol", "closed its channel to the grader")
+        return _Outcome("error", "exit", f"exit status {code} before the last test")
+
+
+def _show(value: Any) -> str:
+    try:
+        return shorten(repr(value), _SHOWN)
+    except ValueError:  # an integer beyond the interpreter's limit on digits
+        return f"<{type(value).__name__} too long to show>"
+
+
+def _show_error(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}", _SHOWN)
+
+
+_ = Decoder

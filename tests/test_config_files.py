@@ -1,0 +1,80 @@
+"""The files in ds_configs: they load, and they hold the paper's hyperparameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adept_ds.config import RunConfig
+from adept_ds.config_loader import load_config
+from adept_ds.config_schema import json_schema
+
+FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
+FILES = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "schema")
+
+
+def load(name: str) -> RunConfig:
+    return load_config(FOLDER / f"{name}.json").run
+
+
+def test_the_schema_is_fresh():
+    assert (FOLDER / "schema.json").read_text() == json_schema(), (
+        "run: python -m adept_ds.config_schema ds_configs/schema.json"
+    )
+
+
+def test_all_recipes_are_there():
+    assert FILES == ["codegen_350m", "llama3_8b", "smollm2_135m", "smollm2_135m_demo", "t5_3b", "t5_base"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_says_what_it_reproduces_and_on_which_hardware(name):
+    about = load(name).about
+    assert "ADePT" in about
+    assert "Hardware" in about
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_trains_at_zero_stage_3(name):
+    assert load(name).deepspeed["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_has_a_run_folder_of_its_own(name):
+    assert [load(other).logging.run_dir for other in FILES].count(load(name).logging.run_dir) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"), [("codegen_350m", "17.86"), ("llama3_8b", "43.22"), ("smollm2_135m", None)]
+)
+def test_mbpp_recipes_follow_the_paper(name, figure):
+    run = load(name)
+    assert (run.method.num_virtual_tokens, run.method.bottleneck) == (7, 1)
+    assert (run.train.epochs, run.train.global_batch_size, run.train.warmup_steps) == (10, 4, 500)
+    assert (run.train.learning_rate.soft_prompt, run.train.learning_rate.network) == (1e-3, 1e-3)
+    assert (run.data.format, run.data.max_prompt_length, run.data.max_length) == ("mbpp-paper", 325, 581)
+    assert (run.eval.generation.temperature, run.eval.generation.top_p) == (0.6, 0.95)
+    assert figure is None or figure in run.about
+
+
+@pytest.mark.parametrize(("name", "length", "accumulation"), [("t5_base", 256, None), ("t5_3b", 512, 2)])
+def test_t5_recipes_follow_the_paper(name, length, accumulation):
+    run = load(name)
+    assert (run.method.num_virtual_tokens, run.method.bottleneck) == (60, 19)
+    assert (run.train.max_steps, run.train.global_batch_size, run.train.warmup_steps) == (30_000, 32, 500)
+    assert (run.train.learning_rate.soft_prompt, run.train.learning_rate.network) == (3e-1, 1e-4)
+    assert run.train.gradient_accumulation_steps == accumulation
+    assert run.data.max_prompt_length == length + run.method.num_virtual_tokens
+    assert run.eval.every_steps == 1_000
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_recipe_uses_the_papers_optimizer(name):
+    train = load(name).train
+    assert (train.adam_betas, train.adam_eps, train.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
+    assert (train.schedule, train.max_grad_norm) == ("linear", 0.0)
+
+
+def test_the_demo_shards_every_parameter():
+    assert load("smollm2_135m_demo").deepspeed["zero_optimization"]["stage3_param_persistence_threshold"] == 0

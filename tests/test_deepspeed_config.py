@@ -1,0 +1,253 @@
+"""The `deepspeed` section: batch arithmetic, checks, and what is filled in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adept_ds.config import RunConfig, TrainConfig
+from adept_ds.deepspeed_config import (
+    REFUSED_KEYS,
+    SECTION_KEYS,
+    TOP_LEVEL_KEYS,
+    BatchArithmetic,
+    batch_arithmetic,
+    complete,
+    contradictions,
+    section_problems,
+)
+from adept_ds.errors import UserError
+
+
+def make_run(deepspeed: dict[str, Any] | None = None, dtype: str = "bf16", **train: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"name_or_path": "x", "dtype": dtype},
+            "train": {"max_steps": 1000, "global_batch_size": 32} | train,
+            "deepspeed": deepspeed or {"zero_optimization": {"stage": 3}},
+        }
+    )
+
+
+def split(world_size: int, **train: Any) -> BatchArithmetic:
+    return batch_arithmetic(
+        TrainConfig.model_validate({"max_steps": 1000, "global_batch_size": 32} | train), world_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "train", "micro", "accumulation"),
+    [
+        (1, {}, 32, 1),
+        (4, {}, 8, 1),
+        (4, {"micro_batch_size": 2}, 2, 4),
+        (4, {"gradient_accumulation_steps": 2}, 4, 2),
+        (2, {"micro_batch_size": 8, "gradient_accumulation_steps": 2}, 8, 2),
+        (32, {}, 1, 1),
+    ],
+)
+def test_batch_arithmetic(world_size, train, micro, accumulation):
+    assert split(world_size, **train) == BatchArithmetic(32, micro, accumulation, world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "train", "expected"),
+    [
+        (3, {}, "global_batch_size 30 or 33, or a world size among 1, 2, 4, 8, 16, 32"),
+        (64, {}, "global_batch_size 64, or a world size"),
+        (
+            4,
+            {"micro_batch_size": 3},
+            "micro_batch_size must divide the 8 examples of one rank; expected one of 1, 2, 4, 8",
+        ),
+        (4, {"gradient_accumulation_steps": 16}, "gradient_accumulation_steps must divide the 8 examples"),
+        (4, {"micro_batch_size": 2, "gradient_accumulation_steps": 2}, "x world size is 16"),
+    ],
+)
+def test_a_batch_that_does_not_divide_names_the_keys_and_what_would(world_size, train, expected):
+    with pytest.raises(UserError) as caught:
+        split(world_size, **train)
+    message = str(caught.value)
+    assert expected in message
+    assert "train.global_batch_size = 32" in message
+    assert f"world size = {world_size}" in message
+
+
+def test_completed_section_states_every_value_that_matters():
+    config = complete(make_run(max_grad_norm=0.5), 4).config
+    assert config["train_batch_size"] == 32
+    assert config["train_micro_batch_size_per_gpu"] == 8
+    assert config["gradient_accumulation_steps"] == 1
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"]["enabled"] is True
+    assert config["fp16"]["enabled"] is False
+    assert config["zero_optimization"] == {"stage": 3}
+    assert config["zero_allow_untested_optimizer"] is True
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_no_clipping_is_written_out():
+    assert complete(make_run(), 1).config["gradient_clipping"] == 0.0
+
+
+def test_fp32_turns_bf16_off():
+    assert complete(make_run(dtype="fp32"), 1).config["bf16"]["enabled"] is False
+
+
+def test_derived_values_name_their_owner():
+    derived = complete(make_run(), 1).derived
+    assert derived["train_batch_size"] == "train.global_batch_size"
+    assert derived["bf16.enabled"] == "model.dtype"
+
+
+def test_auto_and_equal_values_are_accepted():
+    section = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": True},
+    }
+    run = make_run(section, gradient_accumulation_steps=2)
+    assert complete(run, 2).config["train_micro_batch_size_per_gpu"] == 8
+
+
+def test_the_users_own_values_stay():
+    section = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}, "communication_data_type": "bf16"}
+    config = complete(make_run(section), 1).config
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7}
+    assert config["communication_data_type"] == "bf16"
+
+
+def test_the_run_is_left_as_it_was():
+    run = make_run({"bf16": {"enabled": "auto"}})
+    complete(run, 1)
+    assert run.deepspeed == {"bf16": {"enabled": "auto"}}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "owner"),
+    [
+        ({"train_batch_size": 16}, "deepspeed.train_batch_size", "train.global_batch_size = 32"),
+        ({"gradient_clipping": 1.0}, "deepspeed.gradient_clipping", "train.max_grad_norm = 0.0"),
+        ({"bf16": {"enabled": False}}, "deepspeed.bf16.enabled", "model.dtype = 'bf16'"),
+        ({"bf16": {"enabled": 1}}, "deepspeed.bf16.enabled", "model.dtype = 'bf16'"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled", "model.dtype = 'bf16'"),
+        ({"torch_autocast": {"enabled": True}}, "deepspeed.torch_autocast.enabled", "model.dtype = 'bf16'"),
+    ],
+)
+def test_a_contradiction_names_both_keys_and_values(section, key, owner):
+    [(named, message)] = contradictions(make_run(section))
+    assert named == key
+    assert owner in message
+
+
+def test_a_contradiction_that_depends_on_the_world_size():
+    run = make_run({"train_micro_batch_size_per_gpu": 8})
+    assert complete(run, 4).batch.micro_batch_size == 8
+    with pytest.raises(UserError, match=r"per_gpu: 8 contradicts train\.micro_batch_size"):
+        complete(run, 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "expected"),
+    [
+        ({"zero_optimisation": {}}, "deepspeed.zero_optimisation", "did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stag": 3}}, "deepspeed.zero_optimization.stag", "did you mean 'stage'?"),
+        ({"zero_optimization": {"stage": "3"}}, "deepspeed.zero_optimization.stage", "expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, "deepspeed.zero_optimization.stage", "expected 0, 1, 2 or 3"),
+        ({"zero_optimization": True}, "deepspeed.zero_optimization", "expected an object"),
+        ({"zero_optimization": {"overlap_comm": "auto"}}, "deepspeed.zero_optimization.overlap_comm", "fills in"),
+        ({"steps_per_print": "auto"}, "deepspeed.steps_per_print", "fills in"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "deepspeed.data_types.grad_acum_dtype", "'grad_accum_dtype'?"),
+        ({"optimizer": {}}, "deepspeed.optimizer", "train.learning_rate"),
+        ({"scheduler": {}}, "deepspeed.scheduler", "train.warmup_steps"),
+        ({"gradient_allreduce_op": "sum"}, "deepspeed.gradient_allreduce_op", "averaged"),
+    ],
+)
+def test_what_deepspeed_would_take_silently_is_refused(section, key, expected):
+    [(named, message)] = section_problems(section)
+    assert named == key
+    assert expected in message
+
+
+def test_auto_sizes_follow_from_the_hidden_size():
+    keys = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    run = make_run({"zero_optimization": {"stage": 3} | dict.fromkeys(keys, "auto")})
+    zero = complete(run, 1, hidden_size=100).config["zero_optimization"]
+    assert [zero[key] for key in keys] == [10_000, 9_000, 1_000]
+
+
+def test_auto_sizes_without_a_hidden_size_are_refused():
+    run = make_run({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}})
+    with pytest.raises(UserError, match=r"deepspeed\.zero_optimization\.reduce_bucket_size"):
+        complete(run, 1)
+
+
+class ReadKeys(dict):
+    """A config that notes which keys are asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> ReadKeys:
+        return self
+
+
+@pytest.fixture
+def deepspeed_config_module(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    return pytest.importorskip("deepspeed.runtime.config")
+
+
+def test_top_level_keys_are_those_that_the_installed_deepspeed_reads(deepspeed_config_module):
+    config = ReadKeys({"train_batch_size": 1})
+    deepspeed_config_module.DeepSpeedConfig(config)
+    removed = deepspeed_config_module._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+    # `bfloat16` is an old name of `bf16`, which has an owner.
+    assert config.read - removed - {"bfloat16"} | {"sequence_parallel_size"} == TOP_LEVEL_KEYS
+    assert REFUSED_KEYS.keys() <= TOP_LEVEL_KEYS
+
+
+def test_section_keys_are_those_that_the_installed_deepspeed_reads(deepspeed_config_module):
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    assert SECTION_KEYS["zero_optimization"] == fields.keys() | {
+        field.alias for field in fields.values() if field.alias
+    }
+    assert SECTION_KEYS["bf16"] == DeepSpeedBF16Config.model_fields.keys()
+    assert SECTION_KEYS["fp16"] == DeepSpeedFP16Config.model_fields.keys()
+    names = ("GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES")
+    assert SECTION_KEYS["data_types"] == {getattr(constants, name) for name in names}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_reads_the_completed_section_as_meant(deepspeed_config_module, stage):
+    section = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    config = deepspeed_config_module.DeepSpeedConfig(complete(make_run(section), 1).config)
+    assert config.zero_optimization_stage == stage
+    assert config.zero_config.param_persistence_threshold == 0
+    assert config.gradient_clipping == 0.0
+    assert config.bfloat16_config.enabled
+    assert (config.train_batch_size, config.train_micro_batch_size_per_gpu) == (32, 32)

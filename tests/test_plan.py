@@ -1,0 +1,111 @@
+"""The dry run: counts, sizes, steps, for every shipped recipe, without weights or network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from adept_ds.config_loader import load_config
+from adept_ds.errors import UserError
+from adept_ds.plan import Plan, dry_run, make_plan
+
+FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: pytest.fail("a dry run went to the network"))
+
+
+def plan(name: str, *overrides: str, world_size: int = 1) -> Plan:
+    return make_plan(load_config(FOLDER / f"{name}.json", overrides).run, world_size)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "backbone"),
+    [
+        ("t5_base", 76_051, 222_903_552),
+        ("t5_3b", 101_395, 2_851_598_336),
+        ("codegen_350m", 10_241, 356_712_448),
+        ("llama3_8b", 40_961, 8_030_261_248),
+        ("smollm2_135m", 5_761, 134_515_008),
+    ],
+)
+def test_parameter_counts(name, trained, backbone):
+    result = plan(name)
+    assert result.trained_parameters == trained
+    assert result.backbone_parameters == backbone
+
+
+def test_adapter_size_is_that_of_the_file(tmp_path):
+    result = plan("codegen_350m")
+    tensors = {name: torch.ones(shape) for name, shape in result.shapes.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter.safetensors", metadata={"format": "pt"})
+    assert result.adapter_bytes == (tmp_path / "adapter.safetensors").stat().st_size
+
+
+def test_each_group_drives_its_parameters():
+    groups = plan("llama3_8b").learning_rate_groups
+    assert groups["soft_prompt"] == ["soft_prompt"]
+    assert sorted(groups["network"]) == ["network.b1", "network.b2", "network.w_down", "network.w_up"]
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "codegen_350m", "smollm2_135m"])
+def test_steps_of_the_papers_mbpp_runs(name):
+    assert plan(name).total_steps == 1_220
+
+
+def test_steps_from_the_real_file(shared_dir):
+    result = plan("llama3_8b", f"data.path={shared_dir / 'data' / 'mbxp_mbpp_release_v1.jsonl'}")
+    assert result.training_examples == 487
+    assert result.total_steps == 1_220
+
+
+def test_steps_from_a_file_of_the_users_own(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"source": f"q {i}", "target": "a"}) + "\n" for i in range(65)))
+    files = (f"data.path={data}", f"data.validation_path={data}")
+    assert plan("t5_base", *files, "train.max_steps=null", "train.epochs=2", "train.warmup_steps=5").total_steps == 6
+
+
+def test_steps_are_unknown_without_the_users_data():
+    overrides = ("data.path=nowhere.jsonl", "train.max_steps=null", "train.epochs=2")
+    assert plan("t5_base", *overrides).total_steps is None
+
+
+def test_a_warm_up_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match=r"train\.warmup_steps is 500, but the run has 122 steps"):
+        plan("llama3_8b", "train.epochs=1")
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"train\.global_batch_size = 4, .* world size = 8"):
+        plan("llama3_8b", world_size=8)
+
+
+def test_a_local_folder_needs_only_its_config(tmp_path):
+    model = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert plan("llama3_8b", f"model.name_or_path={tmp_path}").trained_parameters == 7 * 64 + 2 * 64 + 1 + 64
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "schema"))
+def test_every_recipe_can_be_planned(name):
+    text = dry_run(load_config(FOLDER / f"{name}.json"), world_size=2)
+    for line in ("backbone ", "trainable parameters", "adapter ", "learning rate ", "batch ", "steps ", "warm-up "):
+        assert line in text
+
+
+def test_text_of_the_llama3_recipe():
+    text = dry_run(load_config(FOLDER / "llama3_8b.json"), world_size=2)
+    assert "8,030,261,248 parameters, frozen; bf16, 16.06 GB" in text
+    assert "40,961 trainable parameters" in text
+    assert "4 = 2 (micro-batch) x 1 (accumulation) x 2 (ranks)" in text
+    assert "1,220 = 10 epochs x 122" in text
+    assert "500 steps, then linear decay to zero" in text
+    assert "0.001 (train.learning_rate.soft_prompt) for soft_prompt [7, 4096]" in text

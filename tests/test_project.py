@@ -1,0 +1,98 @@
+"""The project's own promises: pins that fit, a package that is whole, commands that exist."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def requirements() -> list[Requirement]:
+    """What setup.cfg asks for, extras included."""
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    blocks = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    return [Requirement(line) for block in blocks for line in block.splitlines() if line]
+
+
+def pins() -> dict[str, Version]:
+    """constraints.txt as name and version."""
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
+def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
+    assert pins()[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_no_pin_is_a_build_for_one_kind_of_machine() -> None:
+    assert [name for name, version in pins().items() if version.local] == []
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of the files in a wheel built from this tree (from a copy, since setuptools builds in place)."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, folder)
+    shutil.copytree(REPOSITORY / "adept_ds", folder / "adept_ds", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", folder, folder], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        return set(wheel.namelist())
+
+
+def test_every_file_of_the_package_is_in_the_wheel(wheel_files: set[str]) -> None:
+    package = REPOSITORY / "adept_ds"
+    files = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*") if path.is_file()}
+    files = {name for name in files if "__pycache__" not in name}
+    assert files - wheel_files == set()
+
+
+def test_the_wheel_holds_nothing_but_the_package(wheel_files: set[str]) -> None:
+    assert {name.split("/")[0] for name in wheel_files if ".dist-info/" not in name} == {"adept_ds"}
+
+
+def test_demo_makes_the_environment_first_and_the_report_last() -> None:
+    command = ["make", "--dry-run", "--always-make", "demo"]
+    recipe = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    steps = ["-m venv .venv", "adept_ds.demo_model", "launchers/train.py", "evals/mbpp.py", "evals/report.py"]
+    positions = [recipe.index(step) for step in steps]
+    assert positions == sorted(positions)
+
+
+def test_an_interpreter_that_is_too_old_or_missing_is_named(tmp_path: Path) -> None:
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
+    done = subprocess.run(["make", "env", "PYTHON=/nowhere/python"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Python 3.11 or newer is needed, PYTHON is '/nowhere/python'" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_every_make_target_is_explained() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    explained = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert [target for target in phony[1].split() if target != "help" and f"make {target}" not in explained] == []
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    named = set(re.findall(r"\b(?:launchers|evals|ds_configs|adept_ds)/[\w./]*\w", readme))
+    assert named
+    assert [name for name in sorted(named) if not (REPOSITORY / name).exists()] == []
