@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adept_ds.config import AdeptConfig
@@ -46,7 +45,7 @@ class Adapter:
 
 def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:
     """What an adapter says about the backbone it belongs to. Collective under ZeRO-3."""
-    table = backbone.get_input_embeddings()
+    table = cast(nn.Embedding, backbone.get_input_embeddings())
     return {
         "name_or_path": backbone.config.name_or_path,
         "revision": getattr(backbone.config, "_commit_hash", None),
@@ -57,7 +56,7 @@ def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def embedding_fingerprint(table: torch.nn.Embedding) -> str | None:
+def embedding_fingerprint(table: nn.Embedding) -> str | None:
     """sha256 over 64 evenly spaced rows of the table, rounded to bf16 so that the precision it is loaded in is no
     matter; None on the meta device."""
     if table.weight.is_meta:
@@ -106,12 +105,19 @@ def load_adapter(folder: str | Path) -> Adapter:
             raise UserError(f"{folder} is not an adapter folder: it has no {path.name}")
     try:
         facts = json.loads(config_path.read_text(encoding="utf-8"))
+        written_as = facts.pop("format")
         method = AdeptConfig.model_validate(facts.pop("method"))
         backbone = facts.pop("backbone")
-    except (KeyError, AttributeError, ValueError, ValidationError) as error:
+    except KeyError as error:
+        raise UserError(f"{config_path} is not a config of an adept_ds adapter: it has no {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{config_path} is not a config of an adept_ds adapter: {error}") from error
+    if written_as != FORMAT:
+        raise UserError(f"{config_path} has the format {written_as!r}; this version reads {FORMAT!r}")
     if facts.get("tensors_sha256") != hashlib.sha256(tensors_path.read_bytes()).hexdigest():
-        raise UserError(f"{tensors_path} is damaged or belongs to another {CONFIG_NAME}: its sha256 is not the one there")
+        raise UserError(
+            f"{tensors_path} is damaged or belongs to another {CONFIG_NAME}: its sha256 is not the one there"
+        )
     try:
         tensors = load_file(tensors_path)
     except SafetensorError as error:

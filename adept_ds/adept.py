@@ -45,7 +45,9 @@ class TokenSharedNetwork(nn.Module):
         self, width: int, bottleneck: int, down_bound: float, dropout: float, generator: torch.Generator | None
     ) -> None:
         super().__init__()
-        self.w_down = nn.Parameter(torch.empty(width, bottleneck).uniform_(-down_bound, down_bound, generator=generator))
+        self.w_down = nn.Parameter(
+            torch.empty(width, bottleneck).uniform_(-down_bound, down_bound, generator=generator)
+        )
         self.b1 = nn.Parameter(torch.zeros(bottleneck))
         self.w_up = nn.Parameter(torch.zeros(bottleneck, width))
         self.b2 = nn.Parameter(torch.zeros(width))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adept_ds import adapter_io
@@ -81,20 +81,25 @@ def save_checkpoint(
     rng: Mapping[str, Tensor],
     keep: int,
 ) -> Path:
-    """Write a checkpoint below `root` and remove all but the newest `keep`. For rank 0 alone."""
+    """Write a checkpoint below `root` and remove all but the newest `keep`. For rank 0 alone.
+
+    Checkpoints of later steps go too: the run went back to before them, and they belong to steps that it takes anew.
+    """
 
     def fill(folder: Path) -> None:
         save_adapter(folder)
-        save_file({name: tensor.contiguous() for name, tensor in optimizer_states.items()}, folder / "optimizer.safetensors")
-        save_file(dict(rng), folder / "rng.safetensors")
+        (folder / "optimizer.safetensors").write_bytes(save(dict(optimizer_states)))
+        (folder / "rng.safetensors").write_bytes(save(dict(rng)))
         (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
     folder = root / f"{PREFIX}{state.step:08d}"
     replace_folder(folder, fill)
-    for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
+    checkpoints = list_checkpoints(root)
+    at = checkpoints.index(folder) + 1
+    for other in checkpoints[: max(0, at - keep)] + checkpoints[at:]:
+        shutil.rmtree(other)
     return folder
 
 

@@ -101,6 +101,28 @@ def parse_command_line(
     return flags, loaded
 
 
+def parse_flags(
+    arguments: Sequence[str], program: str, description: str, add_flags: Callable[[argparse.ArgumentParser], object]
+) -> argparse.Namespace:
+    """Parse the flags of an entry point that reads no config file. Dashes and underscores are the same.
+
+    Raises:
+        UserError: A flag is unknown, or its value is not what it takes.
+    """
+    parser = _Parser(
+        prog=program,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser)
+    flags, rest = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
+    if rest:
+        near = did_you_mean(rest[0], [f"--{name}" for name in vars(flags)])
+        raise UserError(f"{rest[0]}: unknown flag{near}")
+    return flags
+
+
 def launcher_world_size() -> int:
     """Number of ranks that the launcher has set, or 1."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)

@@ -46,7 +46,7 @@ def init_world() -> World:
         # DeepSpeed reads them from here too.
         environment.setdefault(name, environment[slurm_name] if is_slurm else single)
     rank, world_size, local_rank = (int(environment[name]) for name in sources)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and environment.get("DS_ACCELERATOR") != "cpu":
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:

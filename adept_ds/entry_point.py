@@ -12,6 +12,11 @@ from adept_ds.errors import UserError
 USER_ERROR_STATUS = 2
 
 
+def is_main_rank() -> bool:
+    """Whether the launcher made this process rank 0; for use before the process group exists."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+
+
 def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
     """Call `main` with the command-line arguments and exit with its status (None is 0).
 
@@ -21,7 +26,7 @@ def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main_rank():
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)

@@ -52,7 +52,7 @@ class StopStrings(StoppingCriteria):
         tokenizer: Decodes the end of each row; a token has at least one character, so as many tokens as the longest
             stop string has characters are enough, and a few more for characters of several tokens.
         stop: The strings.
-        start: Column of the first generated token.
+        start: Column of the first generated token, the soft prompt not counted.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], start: int) -> None:
@@ -101,7 +101,9 @@ def generate_samples(
     for turn in tqdm(range(rounds), desc="generate", unit="batch", disable=not world.is_main):
         number = turn * world.world_size + world.rank
         batch = batches[number] if number < len(batches) else batches[0][:1]
-        texts = _complete(model, tokenizer, [prompts[task_id] for task_id, _ in batch], batch, config, stop, world.device)
+        texts = _complete(
+            model, tokenizer, [prompts[task_id] for task_id, _ in batch], batch, config, stop, world.device
+        )
         if number < len(batches):
             completions.update(zip(batch, texts, strict=True))
     model.train(was_training)
@@ -123,7 +125,6 @@ def _complete(
     rows = [Encoded(ids, [], False, False, model.is_encoder_decoder) for ids in prompts]
     batch = collate(rows, tokenizer.pad_token_id, padding_side="left")
     read = 1 if model.is_encoder_decoder else batch["input_ids"].shape[1]
-    prompt_columns = 0 if model.is_encoder_decoder else model.num_virtual_tokens
     defaults = model.backbone.generation_config
     sequences = model.generate(
         input_ids=batch["input_ids"].to(device),
@@ -136,9 +137,7 @@ def _complete(
             decoder_start_token_id=defaults.decoder_start_token_id,
         ),
         logits_processor=_sampling(config, jobs),
-        stopping_criteria=StoppingCriteriaList(
-            [StopStrings(tokenizer, stop, read + prompt_columns)] if stop else []
-        ),
+        stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop, read)] if stop else []),
     )
     texts = tokenizer.batch_decode(sequences[:, read:], skip_special_tokens=True)
     return [stop_at(text, stop) for text in texts]

@@ -83,6 +83,7 @@ class LossHead(nn.Module):
         self.weight = head.weight
         self.bias = head.bias
         self._targets: Tensor | None = None
+        self._loss: Tensor | None = None
 
     @contextmanager
     def summing(self, targets: Tensor) -> Iterator[None]:
@@ -91,7 +92,12 @@ class LossHead(nn.Module):
         try:
             yield
         finally:
-            self._targets = None
+            self._targets = self._loss = None
+
+    def returned(self, logits: Tensor) -> bool:
+        """Within `summing`: whether `logits` is what forward returned, untouched."""
+        # By memory: hooks wrap outputs in new tensors of the same storage.
+        return self._loss is not None and logits.data_ptr() == self._loss.data_ptr()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits or summed loss, see the class."""
@@ -100,7 +106,9 @@ class LossHead(nn.Module):
             return logits if self.bias is None else logits + self.bias
         labelled = self._targets != IGNORE_INDEX
         rows = hidden[labelled]
-        return _ChunkedCrossEntropy.apply(rows, self._targets[labelled], self.weight, self.bias).view(1, 1, 1)
+        loss = _ChunkedCrossEntropy.apply(rows, self._targets[labelled], self.weight, self.bias).view(1, 1, 1)
+        self._loss = loss.detach()
+        return loss
 
 
 def shift_labels(labels: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """A frozen backbone with a tuning method in it, with the surface that PEFT users know.
 
+Train:
     backbone = AutoModelForCausalLM.from_pretrained(...)
     model = get_adept_model(backbone, AdeptConfig(num_virtual_tokens=7, bottleneck=1), tokenizer)
     model.print_trainable_parameters()
     model(input_ids, attention_mask, labels=labels).loss.backward()
     model.save_pretrained("adapter")
+
+Use, on a backbone as it is:
     model = AdaptedModel.from_pretrained(backbone, "adapter")
     model.generate(input_ids=input_ids, attention_mask=attention_mask)
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +23,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_outputs import ModelOutput
 
 from adept_ds import adapter_io
 from adept_ds.config import AdeptConfig
+from adept_ds.errors import UserError
 from adept_ds.frozen_linear import replace_frozen_linears
 from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
 from adept_ds.methods import Method, create_method
@@ -42,6 +47,9 @@ class AdaptedModel(nn.Module):
         method: A method that has not been injected yet.
         tokenizer: Needed where the method's initialisation starts from text.
         seed: Seed of the initialisation; None where trained values will be loaded.
+
+    Raises:
+        UserError: The backbone has been adapted before.
     """
 
     def __init__(
@@ -52,11 +60,14 @@ class AdaptedModel(nn.Module):
         seed: int | None = 0,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        # Untyped, as transformers leaves its models' calls and `generate`.
+        self.backbone: Any = backbone
         self.method = method
         self.is_encoder_decoder: bool = backbone.config.is_encoder_decoder
-        self.vocabulary_size: int = backbone.get_input_embeddings().num_embeddings
+        if isinstance(backbone.get_output_embeddings(), LossHead):
+            raise UserError(f"{backbone.config.name_or_path!r} has a method in it already; load the backbone anew")
         self.backbone_facts = adapter_io.backbone_facts(backbone)
+        self.vocabulary_size: int = self.backbone_facts["vocab_size"]
         backbone.requires_grad_(False)
         method.inject(backbone, tokenizer, None if seed is None else torch.Generator().manual_seed(seed))
         backbone.set_output_embeddings(LossHead(backbone.get_output_embeddings()))
@@ -142,6 +153,9 @@ class AdaptedModel(nn.Module):
             Without labels, the backbone's output; logits of a causal model cover the prompt too [B, l + S, V]. With
             labels, an output whose `loss` is an fp32 scalar and which has no logits: they exist at the labelled
             positions only, see `adept_ds.loss`.
+
+        Raises:
+            UserError: With labels, a backbone that computes something of its head's logits.
         """
         input_ids, attention_mask = self.add_prompt(input_ids, attention_mask)
         if not self.is_encoder_decoder:
@@ -155,65 +169,103 @@ class AdaptedModel(nn.Module):
         else:
             # Padding has no label, so this holds whichever side it is on.
             targets = shift_labels(F.pad(labels, (self.num_virtual_tokens, 0), value=IGNORE_INDEX))
-        with self.backbone.get_output_embeddings().summing(targets):
+        head = self.backbone.get_output_embeddings()
+        with head.summing(targets):
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+            if not head.returned(output.logits):
+                raise UserError(
+                    f"model.name_or_path is {self.backbone.config.name_or_path!r}: {type(self.backbone).__name__} "
+                    "scales or caps its logits behind the LM head, where the loss is computed; such models cannot be "
+                    "trained here"
+                )
         loss = output.logits.sum()
         if reduction == "mean":
             loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
         return ModelOutput(loss=loss)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | ModelOutput:
         """`transformers` generation on the adapted model; every generated token gets its offset too.
 
         Takes plain ids [B, S] (left-padded for causal models) and any argument of the backbone's `generate`; returns
         the sequences that it would: for causal models what was read and generated, without the prompt.
         """
-        length = self.num_virtual_tokens
         input_ids, attention_mask = self.add_prompt(input_ids, attention_mask)
-        if self.is_encoder_decoder or length == 0:
-            return self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        for name in ("max_length", "min_length"):
-            if kwargs.get(name) is not None:
-                kwargs[name] += length
         with self._prompt_hidden_from_processors():
-            sequences = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        return self._plain_ids(sequences)
+            output = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if isinstance(output, Tensor):
+            return self._plain_ids(output)
+        output.sequences = self._plain_ids(output.sequences)
+        return output
 
-    def _plain_ids(self, sequences: Tensor) -> Tensor:
-        """Take the prompt's ids out [B, l + S] -> [B, S]. Every row has l of them, so the rest is rectangular."""
-        return sequences[sequences < self.vocabulary_size].view(sequences.shape[0], -1)
+    def _plain_ids(self, ids: Tensor) -> Tensor:
+        """Take the prompt's ids out [B, l + S] -> [B, S]. Every row has as many of them, so the rest is rectangular."""
+        return ids[ids < self.vocabulary_size].view(ids.shape[0], -1)
 
     @contextmanager
     def _prompt_hidden_from_processors(self) -> Iterator[None]:
-        """Show logits processors and stopping criteria ids of the vocabulary only.
+        """Make logits processors and stopping criteria of `generate` what they are without a prompt.
 
-        They look up scores and strings by id, where an id above V is out of range, and they count columns, so the
-        shape must stay. In place of the prompt they see the row's first id repeated in front, like left padding.
+        They look up scores and strings by id, where an id above V is out of range, and they compare numbers of columns
+        with `max_length` and the like. So they see ids and lengths without the prompt, and a `max_length` or
+        `min_length` asked for does not count it.
         """
-
-        def visible(input_ids: Tensor) -> Tensor:
-            plain = self._plain_ids(input_ids)
-            return torch.cat([plain[:, :1].expand(-1, self.num_virtual_tokens), plain], dim=1)
+        backbone = self.backbone
+        prepare_length = backbone._prepare_generated_length
+        make_processors, make_criteria = backbone._get_logits_processor, backbone._get_stopping_criteria
+        columns = 0 if self.is_encoder_decoder else self.num_virtual_tokens
+        plain_ids: Any = self._plain_ids
 
         class PlainProcessors(LogitsProcessorList):
-            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-                return super().__call__(visible(input_ids), scores, **kwargs)
+            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                return super().__call__(plain_ids(input_ids), scores, **kwargs)
 
         class PlainCriteria(StoppingCriteriaList):
-            def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-                return super().__call__(visible(input_ids), scores, **kwargs)
+            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+                return super().__call__(plain_ids(input_ids), scores, **kwargs)
 
-        processors, criteria = self.backbone._get_logits_processor, self.backbone._get_stopping_criteria
+        def lengthened(config: GenerationConfig, by: int) -> GenerationConfig:
+            config = copy.copy(config)
+            for name in ("max_length", "min_length"):
+                if getattr(config, name):
+                    setattr(config, name, getattr(config, name) + by)
+            return config
+
+        def prepare_with_prompt(
+            generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
+        ) -> GenerationConfig:
+            config = lengthened(generation_config, columns)
+            if has_default_max_length:
+                # It counts from the end of what is read, prompt included.
+                config.max_length = generation_config.max_length
+            return prepare_length(generation_config=config, has_default_max_length=has_default_max_length, **kwargs)
+
+        def plain_processors(
+            generation_config: GenerationConfig, input_ids_seq_length: int, encoder_input_ids: Tensor, **kwargs: Any
+        ) -> LogitsProcessorList:
+            processors = make_processors(
+                generation_config=lengthened(generation_config, -columns),
+                input_ids_seq_length=input_ids_seq_length - columns,
+                encoder_input_ids=plain_ids(encoder_input_ids),
+                **kwargs,
+            )
+            return PlainProcessors(processors)
+
+        def plain_criteria(generation_config: GenerationConfig, **kwargs: Any) -> StoppingCriteriaList:
+            return PlainCriteria(make_criteria(generation_config=lengthened(generation_config, -columns), **kwargs))
+
         with (
-            attribute_set(self.backbone, "_get_logits_processor", lambda **kw: PlainProcessors(processors(**kw))),
-            attribute_set(self.backbone, "_get_stopping_criteria", lambda **kw: PlainCriteria(criteria(**kw))),
+            attribute_set(backbone, "_prepare_generated_length", prepare_with_prompt),
+            attribute_set(backbone, "_get_logits_processor", plain_processors),
+            attribute_set(backbone, "_get_stopping_criteria", plain_criteria),
         ):
             yield
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` (fp32); `facts` go into the former."""
         values = {name: parameter.detach().float().cpu() for name, parameter in self.trainable_parameters().items()}
+        if self.method.config is None:
+            raise UserError("the backbone as it is has no adapter to save")
         adapter_io.save_adapter(folder, self.method.config, values, self.backbone_facts, facts)
 
     @classmethod

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from adept_ds.config import TrainConfig
+from adept_ds.errors import UserError
 from adept_ds.model import AdaptedModel
 
 
@@ -22,6 +25,21 @@ def build_optimizer(model: AdaptedModel, config: TrainConfig) -> torch.optim.Ada
     return torch.optim.AdamW(
         groups, lr=0.0, betas=config.adam_betas, eps=config.adam_eps, weight_decay=config.weight_decay
     )
+
+
+def count_steps(config: TrainConfig, examples: int) -> int:
+    """Optimizer steps of the whole run; the last step of an epoch may have fewer examples.
+
+    Raises:
+        UserError: The warm-up does not fit in.
+    """
+    total = config.max_steps or (config.epochs or 0) * math.ceil(examples / config.global_batch_size)
+    if config.warmup_steps >= total:
+        raise UserError(
+            f"train.warmup_steps is {config.warmup_steps}, but the run has {total} steps ({config.epochs} epochs of "
+            f"{examples} examples, {config.global_batch_size} a step); expected: less"
+        )
+    return total
 
 
 def learning_rate_factor(step: int, config: TrainConfig, total_steps: int) -> float:

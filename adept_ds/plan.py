@@ -7,7 +7,6 @@ ship with the package (`adept_ds/architectures`), or from the hub.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,9 +20,9 @@ from adept_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from adept_ds.config_loader import LoadedConfig, config_hash, flatten
 from adept_ds.data import load_examples
 from adept_ds.deepspeed_config import DeepSpeedPlan, complete
-from adept_ds.errors import UserError
 from adept_ds.methods import create_method
 from adept_ds.model import AdaptedModel
+from adept_ds.optimizer import count_steps
 
 RELEASED_TRAIN_SIZES = {"mbpp-paper": 487, "mbpp": 374, "mbpp-instruct": 374}
 """Training examples by `data.format` in the released MBPP files, for a plan made before they are there."""
@@ -155,21 +154,6 @@ def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
         return released, f"{released:,} for training in the released MBPP; {config.path} is not here"
     count = len(load_examples(config, "train"))
     return count, f"{count:,} for training in {config.path or 'the bundled problems'}"
-
-
-def count_steps(config: TrainConfig, examples: int) -> int:
-    """Optimizer steps of the whole run; the last step of an epoch may have fewer examples.
-
-    Raises:
-        UserError: The warm-up does not fit in.
-    """
-    total = config.max_steps or (config.epochs or 0) * math.ceil(examples / config.global_batch_size)
-    if config.warmup_steps >= total:
-        raise UserError(
-            f"train.warmup_steps is {config.warmup_steps}, but the run has {total} steps ({config.epochs} epochs of "
-            f"{examples} examples, {config.global_batch_size} a step); expected: less"
-        )
-    return total
 
 
 def _steps_text(plan: Plan, train: TrainConfig) -> str:

@@ -66,8 +66,8 @@ class RunFolder:
         if stored.is_file():
             if resume == "never":
                 raise UserError(
-                    f"logging.run_dir is {str(self.path)!r}, which holds a run already: go on with it by --resume auto, "
-                    "or choose another folder by --logging.run_dir"
+                    f"logging.run_dir is {str(self.path)!r}, which holds a run already: go on with it by "
+                    "--resume auto, or choose another folder by --logging.run_dir"
                 )
             self._check_same_run(json.loads(stored.read_text(encoding="utf-8")), config)
         write_json(stored, config)
@@ -84,8 +84,8 @@ class RunFolder:
         ]
         if differing:
             raise UserError(
-                f"logging.run_dir is {str(self.path)!r}, which holds a run with other settings: {'; '.join(differing)}. "
-                "Put them back, or choose another folder by --logging.run_dir"
+                f"logging.run_dir is {str(self.path)!r}, which holds a run with other settings: "
+                f"{'; '.join(differing)}. Put them back, or choose another folder by --logging.run_dir"
             )
 
     def status(self) -> dict[str, Any]:
@@ -96,4 +96,3 @@ class RunFolder:
     def set_status(self, state: str, step: int, total_steps: int, **facts: Any) -> None:
         """Write `status.json`; `state` is running, interrupted, or finished."""
         write_json(self.path / STATUS_NAME, {"state": state, "step": step, "total_steps": total_steps, **facts})
-

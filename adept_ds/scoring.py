@@ -7,26 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from adept_ds.config import SandboxConfig
+from adept_ds.data import Problem, Sample
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
 from adept_ds.metrics import Estimate, mean_pass_at_k
 from adept_ds.sandbox import Limits, Program, Sandbox, Verdict
-from adept_ds.data import Problem
 
 RESULTS_NAME = "results.jsonl"
 SUMMARY_NAME = "summary.json"
-
-
-class Completion(Protocol):
-    """What is scored: which problem it belongs to, and what was written."""
-
-    task_id: str
-    completion: str
 
 
 @dataclass(frozen=True)
@@ -49,10 +42,10 @@ class Score:
 
 def score_samples(
     problems: Sequence[Problem],
-    samples: Sequence[Completion],
+    samples: Sequence[Sample],
     config: SandboxConfig,
     ks: Sequence[int] = (1,),
-    postprocess: Callable[[str], str] = str,
+    postprocess: Callable[[Problem, str], str] = lambda problem, completion: completion,
 ) -> Score:
     """Run every sample against its problem's tests.
 
@@ -61,7 +54,7 @@ def score_samples(
         samples: Completions, any number for a problem, identical ones included.
         config: The sandbox's settings.
         ks: The k of pass@k.
-        postprocess: Applied to each completion before the program is made.
+        postprocess: Changes each completion before its program is made.
 
     Raises:
         UserError: A sample belongs to no problem, or a problem has fewer samples than the largest k.
@@ -74,17 +67,12 @@ def score_samples(
             f"{len(unknown)} task ids of the samples are none of the {len(problems)} problems, the first is "
             f"{unknown[0]!r}; the problems are {problems[0].task_id!r} .. {problems[-1].task_id!r}"
         )
-    programs = [
-        Program(
-            str(number),
-            by_id[sample.task_id].program(postprocess(sample.completion)),
-            by_id[sample.task_id].tests,
-        )
-        for number, sample in enumerate(samples)
-    ]
-    limits = Limits(
-        wall_seconds=config.wall_seconds, cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb
-    )
+    programs = []
+    for number, sample in enumerate(samples):
+        problem = by_id[sample.task_id]
+        source = problem.program(postprocess(problem, sample.completion))
+        programs.append(Program(str(number), source, problem.tests))
+    limits = Limits(wall_seconds=config.wall_seconds, cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb)
     verdicts: dict[str, Verdict] = {}
     with Sandbox(isolation=config.isolation, limits=limits, workers=config.workers) as sandbox:
         for verdict in tqdm(sandbox.run(programs), total=len(programs), desc="score", unit="program"):
@@ -97,9 +85,7 @@ def score_samples(
         counts[sample.task_id][0] += 1
         counts[sample.task_id][1] += verdict.status == "passed"
         facts = {name: value for name, value in asdict(verdict).items() if name != "id"}
-        results.append(
-            {"task_id": sample.task_id, "completion": sample.completion, "program": program.source, **facts}
-        )
+        results.append({"task_id": sample.task_id, "completion": sample.completion, "program": program.source, **facts})
     missing = [task_id for task_id, (n, _) in counts.items() if n == 0]
     largest = max(ks)
     tallies = {task_id: (n, c) if n else (largest, 0) for task_id, (n, c) in counts.items()}

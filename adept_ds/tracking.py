@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from adept_ds.config import LoggingConfig
 from adept_ds.errors import UserError, did_you_mean
@@ -16,17 +16,20 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers that Accelerate does not know.
+    """Refuse trackers that Accelerate does not know or whose package is not there.
 
     Raises:
-        UserError: Names the unknown tracker and the known ones.
+        UserError: Names the tracker and the known ones.
     """
+    installed = {tracker.value for tracker in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(
                 f"logging.trackers has {name!r}, which is none of {', '.join(LOGGER_TYPE_TO_CLASS)}"
                 f"{did_you_mean(name, LOGGER_TYPE_TO_CLASS)}"
             )
+        if name not in installed:
+            raise UserError(f"logging.trackers has {name!r}, whose package is not installed")
 
 
 class MetricsLog:

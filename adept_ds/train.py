@@ -36,7 +36,7 @@ from adept_ds.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from adept_ds.config import RunConfig, TrainConfig
+from adept_ds.config import RunConfig
 from adept_ds.config_loader import config_hash, flatten
 from adept_ds.data import (
     EncodedDataset,
@@ -53,7 +53,7 @@ from adept_ds.errors import UserError
 from adept_ds.generate import generate_samples
 from adept_ds.loss import IGNORE_INDEX
 from adept_ds.model import get_adept_model
-from adept_ds.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
+from adept_ds.optimizer import build_optimizer, count_steps, learning_rate_factor, set_learning_rates
 from adept_ds.run_folder import RunFolder
 from adept_ds.scoring import score_samples
 from adept_ds.tracking import MetricsLog, check_trackers
@@ -103,8 +103,8 @@ def train(run: RunConfig, resume: str = "never") -> None:
         num_virtual_tokens=run.method.num_virtual_tokens,
         encoder_decoder=architecture.is_encoder_decoder,
     )
-    train_set = encode(load_examples(run.data, "train", run.data.validation_fraction))
-    validation_examples = load_examples(run.data, "validation", run.data.validation_fraction)[: run.eval.max_examples]
+    train_set = encode(load_examples(run.data, "train"))
+    validation_examples = load_examples(run.data, "validation")[: run.eval.max_examples]
     validation_set = encode(validation_examples) if validation_examples else None
 
     # Ranks, batches, steps.
@@ -144,9 +144,9 @@ def train(run: RunConfig, resume: str = "never") -> None:
         model.print_trainable_parameters()
     engine = Engine(model, build_optimizer(model, run.train), plan.config, world)
 
-    Trainer(run, engine, tokenizer, train_set, validation_set, batches, epoch_steps, total_steps, folder, stop).run_from(
-        checkpoint
-    )
+    Trainer(
+        run, engine, tokenizer, train_set, validation_set, batches, epoch_steps, total_steps, folder, stop
+    ).run_from(checkpoint)
 
 
 class Trainer:
@@ -317,13 +317,11 @@ class Trainer:
     def _validation_pass_at_1(self) -> float:
         """pass@1 on the validation problems, by running the generated programs in the sandbox on rank 0."""
         run = self.run
-        problems = load_problems(run.data, "validation", run.data.validation_fraction)[: run.eval.max_examples]
+        problems = load_problems(run.data, "validation")[: run.eval.max_examples]
         samples = generate_samples(
             self.engine.model, self.tokenizer, problems, run.eval.generation, run.data, self.world
         )
-        return on_main_rank(
-            lambda: score_samples(problems, samples, run.eval.sandbox).pass_at_k[1].mean, self.world
-        )
+        return on_main_rank(lambda: score_samples(problems, samples, run.eval.sandbox).pass_at_k[1].mean, self.world)
 
     def _adapter_writer(self) -> Callable[[Path], None]:
         """Gather the trained values; the result writes them as an adapter folder."""
@@ -365,6 +363,9 @@ class ThroughputWindow:
     """Examples and tokens per second since the window was opened or last closed."""
 
     def __init__(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
         self._start, self._examples, self._tokens = time.perf_counter(), 0, 0.0
 
     def add(self, examples: int, tokens: float) -> None:
@@ -376,23 +377,8 @@ class ThroughputWindow:
         """Return the rates and start over."""
         seconds = time.perf_counter() - self._start
         rates = {"examples_per_second": self._examples / seconds, "tokens_per_second": self._tokens / seconds}
-        self.__init__()
+        self._open()
         return rates
-
-
-def count_steps(config: TrainConfig, examples: int) -> int:
-    """Optimizer steps of the whole run.
-
-    Raises:
-        UserError: The warm-up does not fit in.
-    """
-    total = config.max_steps or (config.epochs or 0) * math.ceil(examples / config.global_batch_size)
-    if config.warmup_steps >= total:
-        raise UserError(
-            f"train.warmup_steps is {config.warmup_steps}, but the run has {total} steps ({config.epochs} epochs of "
-            f"{examples} examples, {config.global_batch_size} a step); expected: less"
-        )
-    return total
 
 
 def _count_labels(batch: dict[str, Tensor]) -> int:

@@ -3,6 +3,9 @@
     deepspeed launchers/train.py --config ds_configs/llama3_8b.json
     deepspeed launchers/train.py --config ds_configs/llama3_8b.json --train.learning_rate.soft_prompt 3e-3
     python launchers/train.py --config ds_configs/llama3_8b.json --dry-run
+
+A run that SIGTERM, SIGUSR1 or Ctrl-C stops is saved and ends with status 0; status.json in its folder says
+"interrupted", and --resume auto goes on with it. Status 2 is a mistake in the settings, told in the last lines.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from adept_ds.command_line import parse_command_line
-from adept_ds.entry_point import run_entry_point
+from adept_ds.entry_point import is_main_rank, run_entry_point
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,7 +23,8 @@ def main(arguments: Sequence[str]) -> None:
     if flags.dry_run:
         from adept_ds.plan import dry_run
 
-        print(dry_run(loaded, flags.world_size))
+        if is_main_rank():
+            print(dry_run(loaded, flags.world_size))
         return
     from adept_ds.train import train
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ class Adept:
         """See `Method.inject`."""
         config = self.config
         reader = backbone.get_encoder() if backbone.config.is_encoder_decoder else backbone
-        table = reader.get_input_embeddings()
+        table = cast(nn.Embedding, reader.get_input_embeddings())
         soft_prompt = None
         if config.num_virtual_tokens:
             with gathered([table.weight]):
@@ -45,8 +46,9 @@ class Adept:
             generator,
         )
         self.embedding = AdeptEmbedding(table, soft_prompt, network)
-        for parameter in self.trained_parameters().values():
-            parameter.data = parameter.data.to(table.weight.device)
+        for module in (soft_prompt, network):
+            if module is not None:
+                module.to(table.weight.device)
         reader.set_input_embeddings(self.embedding)
 
     def _initial_prompt(

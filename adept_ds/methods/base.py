@@ -20,10 +20,12 @@ class Method(Protocol):
     parameters. Nothing outside a method knows what they are.
     """
 
-    config: AdeptConfig
-    """The settings it was made from."""
     num_virtual_tokens: int
     """Soft-prompt tokens in front of the input; their ids are V .. V + num_virtual_tokens - 1."""
+
+    @property
+    def config(self) -> AdeptConfig | None:
+        """The settings it was made from; None for the backbone as it is."""
 
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None

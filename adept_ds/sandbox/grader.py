@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import selectors
 import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from adept_ds.errors import UserError, did_you_mean
 
 from . import isolation as tiers
+from .cache import VerdictCache
 from .program import Limits, Program, SandboxFailure, Verdict
 from .run import Run
 from .worker import Worker
@@ -52,12 +52,20 @@ class Sandbox:
             for verdict in sandbox.run(programs):
                 ...
 
-    `isolation` is "auto" (the strongest tier that passes its self-test), one of `TIERS`, or "none", which protects nothing.
-    `workers` defaults to the cores that this process may use; more would make time-outs measure contention. Raises
-    `SandboxUnavailable` if the isolation cannot be had.
+    `isolation` is "auto" (the strongest tier that passes its self-test), "namespaces", "bubblewrap", "seccomp", or
+    "none", which protects nothing. One `run` at a time.
+    `workers` defaults to the cores that this process may use, and is cut to them; more would make time-outs measure
+    contention. `cache` is a folder in which verdicts are kept for equal programs. Raises `SandboxUnavailable` if the
+    isolation cannot be had.
     """
 
-    def __init__(self, isolation: str = "auto", limits: Limits | None = None, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        isolation: str = "auto",
+        limits: Limits | None = None,
+        workers: int | None = None,
+        cache: str | Path | None = None,
+    ) -> None:
         choices = ("auto", *tiers.TIERS, "none")
         if isolation not in choices:
             hint = did_you_mean(isolation, choices)
@@ -68,13 +76,21 @@ class Sandbox:
         self.limits = limits or Limits()
         self._count = min(workers or cores, cores)
         self._slots: list[_Slot] = []
-        self._launch, self.isolation = tiers.choose(isolation)
+        self._tier = tiers.choose(isolation)
+        self._cache = VerdictCache(Path(cache), self.limits, self._tier.tier) if cache is not None else None
 
     def __enter__(self) -> Sandbox:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
+
+    @property
+    def isolation(self) -> dict[str, Any]:
+        """What protects the host, JSON-able: the tier, what it consists of, what it does not cover."""
+        return self._tier.description
 
     def close(self) -> None:
         """End all workers and whatever runs in them."""
@@ -101,6 +117,8 @@ class Sandbox:
                     program = next(source, None)
                     if program is None:
                         exhausted = True
+                    elif self._cache is not None and (known := self._cache.get(program)) is not None:
+                        yield known
                     else:
                         self._assign(_Item(program), selector)
                 while retries and self._idle():
@@ -123,10 +141,16 @@ class Sandbox:
                         item.rerun = True
                         alone.append(item)
                     else:
+                        if self._cache is not None:
+                            self._cache.put(item.program, verdict)
                         yield verdict
         finally:
             self._abandon()
             selector.close()
+
+    def _launch(self) -> Worker:
+        assert self._tier.launch is not None
+        return self._tier.launch()
 
     def _idle(self) -> bool:
         return len(self._slots) < self._count or any(slot.run is None for slot in self._slots)
@@ -182,12 +206,10 @@ class Sandbox:
 
     def _finish(self, slot: _Slot, selector: selectors.BaseSelector, hung: bool) -> tuple[Verdict, _Item, bool]:
         run, item, worker = slot.run, slot.item, slot.worker
-        assert run is not None and item is not None
+        assert run is not None
+        assert item is not None
         selector.unregister(worker.control)
-        report: dict[str, Any] = {"failure": "the fork server hung" if hung else "the fork server died"}
-        if not hung:
-            with contextlib.suppress(OSError, ValueError):
-                report = json.loads(worker.control.recv(65536)) or report
+        report = {"failure": "the fork server hung"} if hung else worker.report()
         if slot.channel is not None:
             run.receive(slot.channel)  # answers that were on their way when the report overtook them
             selector.unregister(slot.channel)

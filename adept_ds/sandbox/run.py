@@ -1,23 +1,24 @@
-"""One program on its way through a worker: answers the plan's calls from the candidate's process, ends with a verdict."""
+"""One program on its way through a worker: carries the plan's calls to the candidate's process, ends with a verdict."""
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import signal
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .inside.codec import Decoder, Limit, decode, encode, shorten
+from .inside.codec import Limit, decode, encode, shorten
 from .inside.supervisor import PROTOCOL_EXIT, SETUP_EXIT
 from .program import ERROR_KINDS, Limits, Program, Status, Verdict
-from .split import Call, Plan, plan
+from .split import Call, Plan, Steps, plan
 
 _HEADER = struct.Struct("!I")
-_ABSENT = object()
 _SHOWN = 200
 
 
@@ -51,11 +52,11 @@ class Run:
 
     def job(self) -> dict[str, Any]:
         """Return the first message to the candidate's process; it holds tests only if they have to run there."""
-        tests = None
-        if self.steps is None:
-            given = self.program.tests
-            tests = {"setup": given.setup, "asserts": [source.strip() for source in given.asserts]}
-            tests |= {"check": given.check, "entry_point": given.entry_point}
+        if self.steps is not None:
+            return {"source": self.program.source, "tests": None}
+        given = self.program.tests
+        tests: dict[str, Any] = {"setup": given.setup, "asserts": [source.strip() for source in given.asserts]}
+        tests |= {"check": given.check, "entry_point": given.entry_point}
         return {"source": self.program.source, "tests": tests}
 
     def send(self, message: Any) -> None:
@@ -105,6 +106,7 @@ class Run:
         return True
 
     def violation(self, what: str) -> None:
+        """Set the outcome for a process that does not keep to the protocol."""
         self.outcome = _Outcome("error", "protocol", f"the program's process sent {what}")
 
     def act(self, frame: bytes) -> None:
@@ -113,73 +115,72 @@ class Run:
             answer = json.loads(frame)
             if "raised" in answer:
                 kind, name, text = (shorten(str(answer[key])) for key in ("raised", "type", "text"))
-                where = answer.get("where", -1)
-                assertion = bool(answer.get("assertion"))
-                self.raised(kind, name, text, where if type(where) is int else -1, assertion)
+                what = f"{name}: {text}" if text else name
+                if kind not in ERROR_KINDS:
+                    raise ValueError(kind)
+                if self.steps is None and "where" in answer:
+                    self.raised_in_tests(kind, what, answer["where"], answer["assertion"] is True)
+                elif self.loaded and kind == "exception":
+                    self.raised(name, text, what)
+                else:
+                    self.outcome = _Outcome("error", kind, what)
             elif self.steps is None:
-                self.all_passed = answer == {"done": True} or self.violation("no verdict of its tests") or False
-            elif not self.loaded:
+                if answer != {"done": True}:
+                    raise ValueError("no verdict of its tests")
+                self.all_passed = True
+            elif self.loaded:
+                value = decode(answer["value"])
+                self.got.append(_show(value))
+                self.advance(self.steps, lambda steps: steps.send(value))
+            elif answer == {"loaded": True}:
                 self.loaded = True
-                self.advance(_ABSENT if answer == {"loaded": True} else self.violation("nonsense"))
+                self.advance(self.steps, next)
             else:
-                self.advance(decode(answer["value"]))
+                raise ValueError("neither loaded nor failed")
         except (Limit, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.violation(f"something that is not an answer ({shorten(str(error), 80)})")
 
-    def raised(self, kind: str, name: str, text: str, where: int, assertion: bool) -> None:
-        """Act on an exception: of the program as a whole before its tests began, of a tested call afterwards."""
-        what = f"{name}: {text}" if text else name
-        if kind not in ERROR_KINDS:
-            self.violation("an unknown kind of exception")
-        elif self.steps is None and where >= -1 and not self.in_tests(where, assertion):
+    def raised_in_tests(self, kind: str, what: str, where: int, assertion: bool) -> None:
+        """Act on an exception of tests that run in the candidate's process; `where` counts their asserts."""
+        if kind != "exception":
             self.outcome = _Outcome("error", kind, what)
-        elif self.steps is None:
-            source = self.plan.sources[where] if 0 <= where < len(self.plan.sources) else "check(candidate)"
-            raised = "" if assertion and not text else f": {what}" if assertion else f" raised {what}"
-            self.outcome = (
-                _Outcome("failed", None if assertion else "exception", shorten(source, _SHOWN) + raised)
-                if kind == "exception"
-                else _Outcome("error", kind, what)
-            )
-        elif not self.loaded or kind != "exception":
-            self.outcome = _Outcome("error", kind, what)
-        else:
-            self.got.append(f"raised {what}")
-            known = getattr(builtins, name, None)
-            is_exception = isinstance(known, type) and issubclass(known, Exception)
-            try:
-                error = known(text) if is_exception else CandidateError(what)
-            except TypeError:
-                error = CandidateError(what)
-            self.advance(error, throw=True)
-
-    def in_tests(self, where: int, assertion: bool) -> bool:
-        return where >= 0 or assertion
-
-    def advance(self, value: Any, throw: bool = False) -> None:
-        """Run the plan up to the next call; sets the outcome if it ends."""
-        if self.outcome is not None or self.steps is None:
             return
-        if value is not _ABSENT and not throw:
-            self.got.append(_show(value))
+        known = isinstance(where, int) and 0 <= where < len(self.plan.sources)
+        source = shorten(self.plan.sources[where].strip() if known else "tests", _SHOWN)
+        detail = source if assertion else f"{source}: raised {what}"
+        self.outcome = _Outcome("failed", None if assertion else "exception", detail)
+
+    def raised(self, name: str, text: str, what: str) -> None:
+        """Raise in the tests what a tested call raised: the builtin exception of that name, or a stand-in."""
+        self.got.append(f"raised {what}")
+        known = getattr(builtins, name, None)
+        error: Exception = CandidateError(what)
+        if isinstance(known, type) and issubclass(known, Exception):
+            with contextlib.suppress(TypeError):  # some need more than a text
+                error = known(text)
+        assert self.steps is not None
+        self.advance(self.steps, lambda steps: steps.throw(error), error)
+
+    def advance(self, steps: Steps, resume: Callable[[Steps], Call | int], error: Exception | None = None) -> None:
+        """Resume the plan up to its next call; sets the outcome if it ends. `error` is what is raised in it, if any."""
         try:
-            step = self.steps.throw(value) if throw else self.steps.send(None if value is _ABSENT else value)
-            while not isinstance(step, Call):
+            step = resume(steps)
+            while isinstance(step, int):
                 self.at, self.got = step, []
-                step = next(self.steps)
+                step = next(steps)
         except StopIteration:
             self.all_passed = True
-        except AssertionError:
-            self.fail(None, "")
-        except Exception as error:
-            by_candidate = throw and error is value
-            self.fail("exception" if by_candidate else None, "" if by_candidate else f" ({_show_error(error)})")
+        except Exception as caught:
+            if caught is error:
+                self.fail("exception", "")
+            else:
+                self.fail(None, "" if isinstance(caught, AssertionError) else f" ({_show_error(caught)})")
         else:
-            name, args, kwargs = step.name, step.args, step.kwargs
-            pairs = [[key, encode(argument)] for key, argument in kwargs.items()]
-            self.send({"call": [name, [encode(argument) for argument in args], pairs]})
+            pairs = [[key, encode(argument)] for key, argument in step.kwargs.items()]
+            self.send({"call": [step.name, [encode(argument) for argument in step.args], pairs]})
 
     def fail(self, kind: str | None, why: str) -> None:
+        """Set the outcome: the statement that the plan is at, what came back for it, and why that is wrong."""
         source = self.plan.sources[self.at] if self.plan.sources else "tests"
         got = ", ".join(self.got)
         got = got if got.startswith("raised") else f"got {got}" if got else ""
@@ -199,6 +200,7 @@ class Run:
         return Verdict(self.program.id, outcome.status, outcome.kind, detail, seconds, in_process)
 
     def ended(self, reason: str | None, status: int | None) -> _Outcome:
+        """Return the outcome of a program whose end came before, or with, its last answer."""
         if reason == "timeout":
             limits = self.limits
             return _Outcome("timeout", None, f"over {limits.wall_seconds:g} s, or {limits.cpu_seconds:g} s of CPU time")
@@ -206,6 +208,8 @@ class Run:
             return _Outcome("error", "memory", f"its processes used more than {self.limits.memory_mb} MB")
         if reason == "output":
             return _Outcome("error", "output", f"wrote more than {self.limits.output_bytes} bytes")
+        if reason == "violation":
+            return _Outcome("error", "violation", "started too many processes or made too many files")
         if self.all_passed:
             return _Outcome("passed", None, "")
         if status is None:
@@ -235,6 +239,3 @@ def _show(value: Any) -> str:
 
 def _show_error(error: Exception) -> str:
     return shorten(f"{type(error).__name__}: {error}", _SHOWN)
-
-
-_ = Decoder

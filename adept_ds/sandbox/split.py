@@ -1,10 +1,10 @@
 """Turns a problem's tests into a plan that runs in the grader and asks the candidate's process for single calls.
 
-The tests' syntax tree is checked against a list of harmless constructs and rewritten into a generator: every call of a
-candidate's function becomes a `yield` of that call, answered by the value that came back. So literals, expected values and
-comparisons stay in the grader. Tests that need more than plain values (objects of the program's own classes, changes made
-to an argument, other modules) are `NotSplittable`; they run in the candidate's process, and their verdicts say so.
-Whether that is so depends on the tests and the reference program only.
+The tests' syntax tree is checked against a list of harmless constructs and rewritten into a generator: every call of
+a candidate's function becomes a `yield` of that call, answered by the value that came back. So literals, expected
+values and comparisons stay in the grader. Tests that need more than plain values (objects of the program's own classes,
+changes made to an argument, other modules) are `NotSplittable`; they run in the candidate's process, and their verdicts
+say so. Whether that is so depends on the tests and the reference program only.
 """
 
 from __future__ import annotations
@@ -53,24 +53,116 @@ class Plan:
     """Why the tests could not be split."""
 
 
-_BUILTINS = """abs all any ascii bin bool bytearray bytes chr complex dict divmod enumerate filter float frozenset hash hex int
-isinstance issubclass iter len list map max min next object oct ord pow print range repr reversed round set slice sorted str
-sum tuple type zip Ellipsis NotImplemented""".split()
-_EXCEPTIONS = [name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)]
-_MODULES = {
-    name: None
-    for name in (
-        "math cmath random copy string itertools collections operator functools statistics fractions decimal datetime "
-        "heapq bisect numbers re"
-    ).split()
-}
+_BUILTINS = [
+    "abs",
+    "all",
+    "any",
+    "ascii",
+    "bin",
+    "bool",
+    "bytearray",
+    "bytes",
+    "chr",
+    "complex",
+    "dict",
+    "divmod",
+    "enumerate",
+    "filter",
+    "float",
+    "frozenset",
+    "hash",
+    "hex",
+    "int",
+    "isinstance",
+    "issubclass",
+    "iter",
+    "len",
+    "list",
+    "map",
+    "max",
+    "min",
+    "next",
+    "object",
+    "oct",
+    "ord",
+    "pow",
+    "print",
+    "range",
+    "repr",
+    "reversed",
+    "round",
+    "set",
+    "slice",
+    "sorted",
+    "str",
+    "sum",
+    "tuple",
+    "type",
+    "zip",
+    "Ellipsis",
+    "NotImplemented",
+]
+_EXCEPTIONS = [
+    name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)
+]
+_MODULES = dict.fromkeys(
+    [
+        "math",
+        "cmath",
+        "random",
+        "copy",
+        "string",
+        "itertools",
+        "collections",
+        "operator",
+        "functools",
+        "statistics",
+        "fractions",
+        "decimal",
+        "datetime",
+        "heapq",
+        "bisect",
+        "numbers",
+        "re",
+    ]
+)
 _HIDDEN = {"operator": {"attrgetter", "methodcaller"}, "functools": {"singledispatch", "singledispatchmethod"}}
 _PLAIN_TYPES = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, slice)
 _ALLOWED = (
     *(ast.Module, ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.For, ast.If, ast.Pass, ast.Break),
-    *(ast.Continue, ast.FunctionDef, ast.Return, ast.Raise, ast.Try, ast.ExceptHandler, ast.arguments, ast.arg, ast.Load),
-    *(ast.Store, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Lambda, ast.IfExp, ast.Dict, ast.Set, ast.ListComp, ast.SetComp),
-    *(ast.DictComp, ast.GeneratorExp, ast.comprehension, ast.Compare, ast.Call, ast.keyword, ast.Constant, ast.Attribute),
+    *(
+        ast.Continue,
+        ast.FunctionDef,
+        ast.Return,
+        ast.Raise,
+        ast.Try,
+        ast.ExceptHandler,
+        ast.arguments,
+        ast.arg,
+        ast.Load,
+    ),
+    *(
+        ast.Store,
+        ast.BoolOp,
+        ast.BinOp,
+        ast.UnaryOp,
+        ast.Lambda,
+        ast.IfExp,
+        ast.Dict,
+        ast.Set,
+        ast.ListComp,
+        ast.SetComp,
+    ),
+    *(
+        ast.DictComp,
+        ast.GeneratorExp,
+        ast.comprehension,
+        ast.Compare,
+        ast.Call,
+        ast.keyword,
+        ast.Constant,
+        ast.Attribute,
+    ),
     *(ast.Subscript, ast.Starred, ast.Name, ast.List, ast.Tuple, ast.Slice, ast.boolop, ast.operator, ast.unaryop),
     *(ast.cmpop, ast.JoinedStr, ast.FormattedValue),
 )
@@ -228,7 +320,7 @@ class _Rewriter(ast.NodeTransformer):
 
 
 def _changed_arguments(statements: list[ast.stmt], rewriter: _Rewriter) -> None:
-    """Refuse tests that pass a variable to the candidate and look at that variable afterwards, as for in-place sorting."""
+    """Refuse tests that pass a variable to the candidate and look at it afterwards, as for in-place sorting."""
     handed: set[str] = set()
     for statement in statements:
         inside: set[int] = set()
@@ -238,9 +330,9 @@ def _changed_arguments(statements: list[ast.stmt], rewriter: _Rewriter) -> None:
                 now |= {arg.id for arg in node.args if isinstance(arg, ast.Name)}
                 inside |= {id(part) for arg in node.args for part in ast.walk(arg)}
         for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in inside:
-                if node.id in handed:
-                    raise NotSplittable(f"variable {node.id} is looked at after a call may have changed it")
+            looked_at = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in inside
+            if looked_at and node.id in handed:
+                raise NotSplittable(f"variable {node.id} is looked at after a call may have changed it")
         handed |= now
 
 
@@ -260,9 +352,7 @@ def _statements(tests: Tests) -> list[ast.stmt]:
 
 
 def _build(statements: list[ast.stmt], tests: Tests, more_functions: set[str]) -> tuple[Plan, int]:
-    stored = {node.id for statement in statements for node in ast.walk(statement) if _is_stored(node)}
-    stored |= {node.arg for statement in statements for node in ast.walk(statement) if isinstance(node, ast.arg)}
-    stored |= {node.name for statement in statements for node in ast.walk(statement) if isinstance(node, ast.FunctionDef)}
+    stored = {name for statement in statements for node in ast.walk(statement) if (name := _bound_name(node))}
     functions, classes = _defined(tests.reference)
     rewriter = _Rewriter(stored, functions | more_functions, classes, tests.entry_point if tests.check else None)
     _changed_arguments(statements, rewriter)
@@ -279,12 +369,17 @@ def _build(statements: list[ast.stmt], tests: Tests, more_functions: set[str]) -
     return Plan(space["steps"], tuple(rewriter.sources)), rewriter.calls
 
 
-def _is_stored(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+def _bound_name(node: ast.AST) -> str | None:
+    """Return the name that a node binds in the tests, if it binds one."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return node.id
+    if isinstance(node, ast.arg):
+        return node.arg
+    return node.name if isinstance(node, (ast.FunctionDef, ast.ExceptHandler)) else None
 
 
 def _outermost_calls(statements: list[ast.stmt]) -> set[str]:
-    """Return the functions called at the left of the asserts: the candidate's, if nothing else is, though named as builtins."""
+    """Return the functions called at the left of the asserts: the candidate's, if it has names of builtins."""
     found = set()
     for statement in statements:
         if isinstance(statement, ast.Assert):

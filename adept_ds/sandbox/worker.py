@@ -16,7 +16,7 @@ from typing import Any
 from .program import Limits
 
 _BOOT = "import sys; sys.path[:1] = []; sys.path.append(sys.argv[1]); from inside.server import main; main()"
-_CODE = str(Path(__file__).resolve().parent)
+CODE = str(Path(__file__).resolve().parent)
 _START_SECONDS = 60.0
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -41,11 +41,11 @@ class Worker:
 
     def __init__(self, command: list[str], config: dict[str, Any]) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         number = theirs.fileno()
         # fork and exec, never a fork alone: a caller that holds a large model would pay for it with each program.
         self.process = subprocess.Popen(
-            [*command, "-s", "-S", "-B", "-c", _BOOT, _CODE, str(number)],
+            [*command, "-s", "-S", "-B", "-c", _BOOT, CODE, str(number)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
@@ -57,7 +57,7 @@ class Worker:
         theirs.close()
         self.had: dict[str, Any] = {}
         try:
-            self.control.send(json.dumps(config | {"control": number, "code": _CODE}).encode())
+            self.control.send(json.dumps(config | {"control": number, "code": CODE}).encode())
             self._await_start()
         except BaseException:
             self.close()
@@ -97,6 +97,14 @@ class Worker:
         """Ask for the end of the running program; its report follows as for any other end."""
         with contextlib.suppress(OSError):
             self.control.send(b'{"stop": true}')
+
+    def report(self) -> dict[str, Any]:
+        """Return the report of the program that ended, or a failure if the server itself has ended."""
+        with contextlib.suppress(OSError, ValueError):
+            if message := self.control.recv(65536):
+                report: dict[str, Any] = json.loads(message)
+                return report
+        return {"failure": f"the fork server died: {self.errors()}"}
 
     def close(self) -> None:
         """End the server with everything below it."""

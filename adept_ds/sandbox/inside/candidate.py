@@ -11,13 +11,12 @@ import os
 import struct
 import sys
 import types
-from builtins import (
+from builtins import (  # noqa: UP029
     AssertionError,
     BaseException,
     EOFError,
     ImportError,
     MemoryError,
-    OSError,
     RecursionError,
     SyntaxError,
     SystemExit,
@@ -123,7 +122,7 @@ def _run_tests(module: Any, job: dict[str, Any]) -> dict[str, Any]:
     try:
         if job["setup"]:
             exec(compile(job["setup"], "<setup>", "exec", 0, True), space)
-        for where, source in enumerate(job["asserts"]):
+        for where, source in enumerate(job["asserts"]):  # noqa: B007
             exec(compile(source, "<test>", "exec", 0, True), space)
         if job["check"]:
             # A program may itself define `check`: the test's names stay apart from the program's.
@@ -157,4 +156,3 @@ def serve(channel: int) -> None:
         _exit(0)
     except BaseException:
         _exit(PROTOCOL_EXIT)
-

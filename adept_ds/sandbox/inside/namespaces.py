@@ -1,7 +1,7 @@
 """Linux namespaces by ctypes: a private, almost empty root file system that holds the interpreter and nothing else.
 
-`enter` makes the namespaces that the fork server lives in; `renew` gives one program its own mounts, processes' view and
-shared memory on top of them. Everything raises OSError with the step that failed in its text.
+`enter` makes the namespaces that the fork server lives in; `PidNamespaces` and `renew` give one program its own
+processes, mounts and shared memory on top. Everything raises OSError with the step that failed in its text.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def _bind(source: str, target: str) -> None:
 class PidNamespaces:
     """Gives the caller's next child a fresh pid namespace, time after time.
 
-    Process 1 of each is a thread-like clone that shares this process's memory and sleeps in pause(2): it costs no copy of
-    the address space, reaps what falls to it, and its end takes every process of the namespace along.
+    Process 1 of each is a thread-like clone that shares this process's memory and sleeps in pause(2): it costs no copy
+    of the address space, and its end takes every process of the namespace along.
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class PidNamespaces:
     def open(self) -> int:
         """Make the namespace that the next fork will enter; returns its process 1."""
         unshare(CLONE_NEWPID, "pid")
-        # All signals blocked and SIGCHLD ignored, both inherited: pause never returns, children are reaped by the kernel.
+        # Both are inherited. All signals blocked: pause never returns. SIGCHLD ignored: the kernel reaps orphans.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
@@ -206,7 +206,7 @@ class PidNamespaces:
         _check(libc.setns(self.home, CLONE_NEWPID), "setns(pid)")
 
     def end(self) -> None:
-        """End every process of the namespace; process 1 can be waited for once the caller's own child in it is reaped."""
+        """End every process of the namespace; process 1 is gone once the caller has reaped its own child in there."""
         os.kill(self.init, signal.SIGKILL)
 
 

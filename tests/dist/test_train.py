@@ -1,0 +1,248 @@
+"""Training on two ZeRO-3 ranks by the real launcher, against plain PyTorch and against itself after interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+
+from adept_ds.config import AdeptConfig, DataConfig
+from adept_ds.data import EncodedDataset, global_batches, load_examples
+from adept_ds.model import get_adept_model
+
+from .conftest import Launch, Start, losses, run_settings
+
+TRAIN = "launchers/train.py"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_llama: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 12 steps on two ranks."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    result = launch(2, TRAIN, run_settings(tiny_llama, run_dir))
+    assert result.returncode == 0, result.stdout
+    return run_dir
+
+
+def plain_pytorch_losses(model_path: Path, tokenizer: PreTrainedTokenizerFast, steps: int) -> list[float]:
+    """The run of `run_settings` written out with torch and transformers alone: eq. 3 and 4 on input embeddings.
+
+    Only the start values and the order of the examples are taken from the project.
+    """
+    start = get_adept_model(AutoModelForCausalLM.from_pretrained(model_path), AdeptConfig(num_virtual_tokens=5, bottleneck=2), seed=42)
+    values = {name: value.detach().clone().requires_grad_() for name, value in start.trainable_parameters().items()}
+    prompt, w_down, b1, w_up, b2 = (
+        values[name] for name in ("soft_prompt", "network.w_down", "network.b1", "network.w_up", "network.b2")
+    )
+    backbone = AutoModelForCausalLM.from_pretrained(model_path).requires_grad_(False)
+    dataset = EncodedDataset(load_examples(DataConfig(), "train"), tokenizer, DataConfig(), 5, False)
+    optimizer = torch.optim.AdamW(
+        [{"params": [prompt], "lr": 0.03}, {"params": [w_down, b1, w_up, b2], "lr": 0.01}],
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        weight_decay=0.01,
+    )
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, steps)
+    found = []
+    for batch in global_batches(dataset.lengths, 4, 42, 0, True)[:steps]:
+        total, labels = torch.zeros(()), 0
+        for example in (dataset[index] for index in batch):
+            embeddings = backbone.get_input_embeddings()(torch.tensor(example.input_ids))
+            embeddings = embeddings + F.relu(embeddings @ w_down + b1) @ w_up + b2
+            logits = backbone(inputs_embeds=torch.cat([prompt, embeddings])[None]).logits[0, 5:]
+            targets = torch.tensor(example.labels)
+            total = total + F.cross_entropy(logits[:-1], targets[1:], ignore_index=-100, reduction="sum")
+            labels += int((targets[1:] != -100).sum())
+        (total / labels).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        found.append(float(total) / labels)
+    return found
+
+
+def test_two_ranks_of_zero3_give_the_loss_curve_of_plain_pytorch(
+    whole_run: Path, tiny_llama: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = plain_pytorch_losses(tiny_llama, tiny_tokenizer, 12)
+    assert expected[-1] < expected[0]
+    assert losses(whole_run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_folder_holds_config_status_metrics_checkpoints_and_the_best_adapter(whole_run: Path) -> None:
+    assert json.loads((whole_run / "config.json").read_text())["train"]["adam_betas"] == [0.9, 0.98]
+    status = json.loads((whole_run / "status.json").read_text())
+    assert (status["state"], status["step"], status["best_step"]) == ("finished", 12, 12)
+    assert sorted(folder.name for folder in (whole_run / "checkpoints").iterdir()) == [
+        "step-00000005",
+        "step-00000010",
+        "step-00000012",
+    ]
+    tensors = load_file(whole_run / "best" / "adapter_model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "soft_prompt": (5, 32),
+        "network.w_down": (32, 2),
+        "network.b1": (2,),
+        "network.w_up": (2, 32),
+        "network.b2": (32,),
+    }
+
+
+def test_a_checkpoint_never_holds_the_backbone(whole_run: Path) -> None:
+    size = sum(path.stat().st_size for path in (whole_run / "checkpoints" / "step-00000012").iterdir())
+    trained = 5 * 32 + 2 * 2 * 32 + 2 + 32
+    assert size < 3 * 4 * trained + 20_000  # values and two moments in fp32; two ranks' RNG states and JSON
+
+
+def resumed_copy(whole_run: Path, folder: Path, last_step: int) -> Path:
+    """The folder of the same run as it was after `last_step` steps."""
+    shutil.copytree(whole_run, folder, symlinks=True)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if checkpoint.name > f"step-{last_step:08d}":
+            shutil.rmtree(checkpoint)
+    (folder / "status.json").unlink()
+    return folder
+
+
+def settings_of(run_dir: Path, copy: Path) -> dict[str, Any]:
+    settings = json.loads((run_dir / "config.json").read_text())
+    settings["logging"]["run_dir"] = str(copy)
+    return settings
+
+
+def test_a_resumed_run_is_equal_to_the_bit(whole_run: Path, launch: Launch, tmp_path: Path) -> None:
+    copy = resumed_copy(whole_run, tmp_path / "run", last_step=5)
+    result = launch(2, TRAIN, settings_of(whole_run, copy), "--resume", "auto")
+    assert result.returncode == 0, result.stdout
+    assert "step-00000005" in result.stdout
+    assert losses(copy) == losses(whole_run)
+    ours, theirs = (load_file(run / "best" / "adapter_model.safetensors") for run in (copy, whole_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_resumes_on_another_number_of_ranks_past_a_damaged_checkpoint(
+    whole_run: Path, launch: Launch, tmp_path: Path
+) -> None:
+    copy = resumed_copy(whole_run, tmp_path / "run", last_step=10)
+    (copy / "checkpoints" / "step-00000010" / "optimizer.safetensors").write_bytes(b"cut short")
+    half_written = copy / "checkpoints" / "step-00000011"
+    half_written.mkdir()
+    (half_written / "state.json").write_text("{}")
+    result = launch(0, TRAIN, settings_of(whole_run, copy), "--resume", "auto")
+    assert result.returncode == 0, result.stdout
+    assert "step-00000011 is not a whole checkpoint" in result.stdout
+    assert "step-00000010 is damaged: optimizer.safetensors" in result.stdout
+    assert losses(copy) == pytest.approx(losses(whole_run), rel=1e-5)
+    assert losses(copy)[:5] == losses(whole_run)[:5]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_saves_at_the_next_step_and_nothing_is_lost(
+    number: signal.Signals, tiny_llama: Path, whole_run: Path, start: Start, launch: Launch, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = run_settings(tiny_llama, run_dir)
+    # The checkpoints of the schedule are out of the way: what is resumed from is what the signal saved.
+    settings["train"]["save_every"] = 12
+    process = start(2, TRAIN, settings)
+    try:
+        wait_for_steps(run_dir, 2, process)
+        for rank in ranks_of(process.pid):
+            os.kill(rank, number)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (process.returncode, status["state"], status["signal"]) == (0, "interrupted", number.name), output
+    assert 2 <= status["step"] < 12
+    assert losses(run_dir) == losses(whole_run)[: status["step"]]
+
+    result = launch(2, TRAIN, settings, "--resume", "auto")
+    assert result.returncode == 0, result.stdout
+    assert losses(run_dir) == losses(whole_run)
+
+
+def wait_for_steps(run_dir: Path, steps: int, process: Any) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= steps:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {steps} steps: {process.communicate()[0] if process.poll() is not None else 'too slow'}")
+
+
+def ranks_of(session: int) -> list[int]:
+    """Process ids of the training ranks in a session."""
+    ranks = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if os.getsid(int(folder.name)) == session and TRAIN.encode() in command and b"-u" in command[:2]:
+                ranks.append(int(folder.name))
+        except (OSError, ProcessLookupError):
+            continue
+    ranks = [rank for rank in ranks if b"RANK=" in (Path("/proc") / str(rank) / "environ").read_bytes()]
+    assert len(ranks) == 2, ranks
+    return ranks
+
+
+def test_bf16_follows_fp32(tiny_llama: Path, whole_run: Path, launch: Launch, tmp_path: Path) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run")
+    settings["model"]["dtype"] = "bf16"
+    result = launch(2, TRAIN, settings)
+    assert result.returncode == 0, result.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=3e-3)
+
+
+def test_accumulation_and_checkpointing_change_nothing(
+    tiny_llama: Path, whole_run: Path, launch: Launch, tmp_path: Path
+) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run", micro_batch_size=1, activation_checkpointing=True)
+    result = launch(2, TRAIN, settings)
+    assert result.returncode == 0, result.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=1e-5)
+
+
+def test_t5_trains_on_two_ranks_as_on_one(tiny_t5: Path, launch: Launch, tmp_path: Path) -> None:
+    rows = [{"prompt": f"sum of {a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = []
+    for ranks in (2, 0):
+        settings = run_settings(tiny_t5, tmp_path / f"run{ranks}", max_steps=8)
+        settings["data"] = {"format": "jsonl", "path": str(data), "validation_path": str(data)}
+        result = launch(ranks, TRAIN, settings)
+        assert result.returncode == 0, result.stdout
+        curves.append(losses(tmp_path / f"run{ranks}"))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run", save_every=1)
+    settings["train"]["learning_rate"] = {"soft_prompt": 1e30, "network": 1e30}
+    result = launch(0, TRAIN, settings)
+    assert result.returncode == 2
+    assert "the step was not taken" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_a_batch_that_does_not_divide_is_told_once(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
+    result = launch(2, TRAIN, run_settings(tiny_llama, tmp_path / "run", global_batch_size=3))
+    assert result.returncode != 0
+    assert result.stdout.count("train.global_batch_size") == 1
+    assert "Traceback" not in result.stdout

@@ -1,0 +1,206 @@
+"""The chunked loss against cross-entropy over whole logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from adept_ds import loss as loss_module
+from adept_ds.config import AdeptConfig
+from adept_ds.errors import UserError
+from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.model import AdaptedModel, get_adept_model
+from tests.conftest import EOS, PAD, VOCABULARY
+
+
+@pytest.fixture(params=[1, 3 * VOCABULARY, 2**25], ids=["row by row", "3 rows", "one chunk"])
+def chunks(request, monkeypatch) -> Iterator[None]:
+    """Run with chunks of several sizes."""
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", request.param)
+
+
+def head_and_input(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A head, hidden states [2, 8, 16] and targets of which five have a label."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, VOCABULARY, bias=bias, dtype=dtype)
+    targets = torch.full((2, 8), IGNORE_INDEX)
+    targets[0, 2:5] = torch.tensor([4, 98, 0])
+    targets[1, 6:] = torch.tensor([98, 7])
+    return head, torch.randn(2, 8, 16, dtype=dtype, requires_grad=True), targets
+
+
+def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def chunked_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+    loss_head = LossHead(head)
+    with loss_head.summing(targets):
+        return loss_head(hidden).sum()
+
+
+def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(2.5 * loss, tensors)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradients_with_a_trained_head(bias):
+    head, hidden, targets = head_and_input(bias)
+    expected, actual = plain_loss(head(hidden), targets), chunked_loss(head, hidden, targets)
+    torch.testing.assert_close(actual, expected)
+    tensors = (hidden, *head.parameters())
+    for a, b in zip(gradients(actual, *tensors), gradients(expected, *tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradient_with_a_frozen_head(bias):
+    head, hidden, targets = head_and_input(bias)
+    head.requires_grad_(False)
+    expected, actual = plain_loss(head(hidden), targets), chunked_loss(head, hidden, targets)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradients(actual, hidden), gradients(expected, hidden))
+
+
+def test_a_frozen_head_leaves_one_gradient_of_the_labelled_rows_behind():
+    head, hidden, targets = head_and_input(bias=True)
+    head.requires_grad_(False)
+    labelled = hidden[targets != IGNORE_INDEX]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda tensor: tensor):
+        chunked_loss(head, labelled[None], targets[targets != IGNORE_INDEX][None])
+    # Beside it only the mask that the rows were picked by.
+    assert [shape for shape in saved if len(shape) == 2 and shape[1] == 16] == [labelled.shape]
+    assert not any(VOCABULARY in shape for shape in saved)
+
+
+def test_bf16_loss_is_computed_in_fp32():
+    head, hidden, targets = head_and_input(bias=False, dtype=torch.bfloat16)
+    actual = chunked_loss(head, hidden, targets)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, plain_loss(head(hidden), targets), rtol=1e-3, atol=0)
+    (gradient,) = gradients(actual, hidden)
+    (expected,) = gradients(plain_loss(head(hidden), targets), hidden)
+    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)
+
+
+def test_no_label_at_all_gives_zero_and_zero_gradients():
+    head, hidden, targets = head_and_input(bias=True)
+    loss = chunked_loss(head, hidden, torch.full_like(targets, IGNORE_INDEX))
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(loss, hidden, *head.parameters()))
+
+
+def test_outside_of_summing_the_head_gives_logits():
+    head, hidden, targets = head_and_input(bias=True)
+    loss_head = LossHead(head)
+    with loss_head.summing(targets):
+        loss_head(hidden)
+    torch.testing.assert_close(loss_head(hidden), head(hidden))
+
+
+def test_shift_labels():
+    assert shift_labels(torch.tensor([[1, 2, 3]])).tolist() == [[2, 3, IGNORE_INDEX]]
+
+
+def model_and_batch(make_backbone, name: str) -> tuple[AdaptedModel, dict[str, Tensor]]:
+    """An adapted model with offsets, and a right-padded batch."""
+    model = get_adept_model(make_backbone(name), AdeptConfig(num_virtual_tokens=3, bottleneck=2))
+    torch.manual_seed(1)
+    for parameter in model.trainable_parameters().values():
+        nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    mask = torch.ones_like(ids)
+    ids[1, 6:], mask[1, 6:] = PAD, 0
+    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
+    if model.is_encoder_decoder:
+        labels = torch.tensor([[7, 8, 9, EOS], [5, EOS, IGNORE_INDEX, IGNORE_INDEX]])
+    else:
+        labels[0, :4] = IGNORE_INDEX
+        labels[1, :2] = IGNORE_INDEX
+    return model, {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loss_by_whole_logits(model: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Mean cross-entropy from the model's own logits."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if model.is_encoder_decoder:
+        inputs["decoder_input_ids"] = model.backbone.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        logits, targets = model(**inputs).logits, batch["labels"]
+    else:
+        logits, targets = model(**inputs).logits[:, model.num_virtual_tokens :][:, :-1], batch["labels"][:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "codegen", "t5-tied", "t5-untied"])
+def test_models_loss_and_gradients_are_those_of_whole_logits(make_backbone, name):
+    model, batch = model_and_batch(make_backbone, name)
+    parameters = list(model.trainable_parameters().values())
+    actual, expected = model(**batch).loss, loss_by_whole_logits(model, batch)
+    torch.testing.assert_close(actual, expected)
+    for a, b in zip(gradients(actual, *parameters), gradients(expected, *parameters), strict=True):
+        assert b.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5-tied"])
+def test_sum_is_mean_times_label_tokens(make_backbone, name):
+    model, batch = model_and_batch(make_backbone, name)
+    labels = batch["labels"] if model.is_encoder_decoder else batch["labels"][:, 1:]
+    count = (labels != IGNORE_INDEX).sum()
+    torch.testing.assert_close(model(**batch, reduction="sum").loss, model(**batch).loss * count)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5-tied"])
+def test_the_summed_loss_does_not_depend_on_the_split_of_the_batch(make_backbone, name):
+    model, batch = model_and_batch(make_backbone, name)
+    rows = [model(**{key: value[i : i + 1] for key, value in batch.items()}, reduction="sum").loss for i in range(2)]
+    torch.testing.assert_close(sum(rows), model(**batch, reduction="sum").loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5-tied"])
+def test_a_batch_without_labels_has_zero_loss_and_gradients(make_backbone, name):
+    model, batch = model_and_batch(make_backbone, name)
+    batch["labels"].fill_(IGNORE_INDEX)
+    for reduction in ("sum", "mean"):
+        loss = model(**batch, reduction=reduction).loss
+        assert loss.item() == 0
+        assert not any(gradient.any() for gradient in gradients(loss, *model.trainable_parameters().values()))
+
+
+def small(config_class: type, **options) -> dict:
+    return config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=PAD,
+        bos_token_id=2,
+        eos_token_id=EOS,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: CohereForCausalLM(small(CohereConfig, logit_scale=0.0625)),
+        lambda: GraniteForCausalLM(small(GraniteConfig, logits_scaling=8.0)),
+    ],
+    ids=["cohere", "granite"],
+)
+def test_a_backbone_that_changes_its_logits_is_refused(build):
+    model = get_adept_model(build(), AdeptConfig())
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(UserError, match="scales or caps its logits"):
+        model(ids, labels=ids)
