@@ -250,30 +250,33 @@ def _groups(events: Sequence[FunctionEvent]) -> list[str]:
     forward operator that its node belongs to."""
     # A node has the number of the operator that made it. An operator that made none shows the number of the next node,
     # so the last operator with a number is the one.
-    forward = {e.sequence_nr: e for e in sorted(events, key=lambda e: e.time_range.start) if not _is_backward(e)}
-
-    def group_of(event: FunctionEvent) -> str:
-        inside: FunctionEvent | None = event
-        while inside is not None:
-            if inside.name in GROUPS:
-                return inside.name
-            if inside.name in ATTENTION_OPERATORS:
-                return ATTENTION
-            if inside.name == BACKBONE:
-                return ELEMENTWISE
-            if inside.name.startswith("Optimizer."):
-                return OPTIMIZER
-            if _is_backward(inside):
-                maker = forward.get(inside.sequence_nr) if inside.sequence_nr >= 0 else None
-                return OTHER if maker is None else group_of(maker)
-            inside = inside.cpu_parent
-        return OTHER
-
-    return [group_of(event) for event in events]
+    maker_of: dict[int, str] = {}
+    groups = [OTHER] * len(events)
+    for i in sorted(range(len(events)), key=lambda i: events[i].time_range.start):
+        lineage = list(_with_ancestors(events[i]))
+        node = next((event for event in lineage if event.name.startswith(BACKWARD)), None)
+        if node is None:
+            groups[i] = next(filter(None, map(_group_by_name, lineage)), OTHER)
+            maker_of[events[i].sequence_nr] = groups[i]
+        elif node.sequence_nr >= 0:
+            groups[i] = maker_of[node.sequence_nr]
+    return groups
 
 
-def _is_backward(event: FunctionEvent) -> bool:
-    return event.name.startswith(BACKWARD)
+def _with_ancestors(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
+    while event is not None:
+        yield event
+        event = event.cpu_parent
+
+
+def _group_by_name(event: FunctionEvent) -> str | None:
+    if event.name in GROUPS:
+        return event.name
+    if event.name in ATTENTION_OPERATORS:
+        return ATTENTION
+    if event.name.startswith("Optimizer."):
+        return OPTIMIZER
+    return ELEMENTWISE if event.name == BACKBONE else None
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

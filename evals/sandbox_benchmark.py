@@ -2,8 +2,8 @@
 
     python evals/sandbox_benchmark.py mbpp.jsonl [--workers 2] [--rounds 3] [--isolation auto] [--ballast_gb 0]
 
-`mbpp.jsonl` is the original MBPP file; its reference solutions are the programs. `--ballast_gb` makes the caller hold that
-much memory, as one with a loaded model does: a grader that forks from its caller pays for it with each program.
+`mbpp.jsonl` is the original MBPP file; its reference solutions are the programs. `--ballast_gb` makes the caller hold
+that much memory, as one with a loaded model does: a grader that forks from its caller pays for it with each program.
 """
 
 from __future__ import annotations

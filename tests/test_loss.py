@@ -148,7 +148,7 @@ def test_models_loss_and_gradients_are_those_of_whole_logits(make_backbone, name
     torch.testing.assert_close(actual, expected)
     for a, b in zip(gradients(actual, *parameters), gradients(expected, *parameters), strict=True):
         assert b.any()
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5-tied"])

@@ -14,6 +14,7 @@ import builtins
 import importlib
 import textwrap
 import types
+import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -330,8 +331,12 @@ def _changed_arguments(statements: list[ast.stmt], rewriter: _Rewriter) -> None:
                 now |= {arg.id for arg in node.args if isinstance(arg, ast.Name)}
                 inside |= {id(part) for arg in node.args for part in ast.walk(arg)}
         for node in ast.walk(statement):
-            looked_at = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in inside
-            if looked_at and node.id in handed:
+            if (
+                isinstance(node, ast.Name)
+                and isinstance(node.ctx, ast.Load)
+                and id(node) not in inside
+                and node.id in handed
+            ):
                 raise NotSplittable(f"variable {node.id} is looked at after a call may have changed it")
         handed |= now
 
@@ -393,11 +398,13 @@ def _outermost_calls(statements: list[ast.stmt]) -> set[str]:
 def plan(tests: Tests) -> Plan:
     """Return the plan for `tests`; raises UserError if they do not parse."""
     try:
-        statements = _statements(tests)
-        built, calls = _build(statements, tests, set())
-        if calls == 0 and not tests.reference:
-            built, calls = _build(_statements(tests), tests, _outermost_calls(statements))
-        return built
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about other people's escape sequences
+            statements = _statements(tests)
+            built, calls = _build(statements, tests, set())
+            if calls == 0 and not tests.reference:
+                built, calls = _build(_statements(tests), tests, _outermost_calls(statements))
+            return built
     except NotSplittable as reason:
         return Plan(None, (*tests.asserts,), str(reason))
     except (SyntaxError, ValueError) as error:

@@ -37,7 +37,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     examples = load_examples(DataConfig(), "train")
     tokenizer.train_from_iterator([example.prompt + example.target for example in examples], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -129,7 +133,9 @@ def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
     def start_ranks(ranks: int, script: str, settings: dict[str, Any], *arguments: str) -> subprocess.Popen:
         config = tmp_path_factory.mktemp("config") / "run.json"
         config.write_text(json.dumps(settings))
-        launcher = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())] if ranks else [sys.executable]
+        launcher = (
+            ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())] if ranks else [sys.executable]
+        )
         return subprocess.Popen(
             [*launcher, script, "--config", str(config), *arguments],
             cwd=REPOSITORY,

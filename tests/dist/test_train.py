@@ -40,7 +40,9 @@ def plain_pytorch_losses(model_path: Path, tokenizer: PreTrainedTokenizerFast, s
 
     Only the start values and the order of the examples are taken from the project.
     """
-    start = get_adept_model(AutoModelForCausalLM.from_pretrained(model_path), AdeptConfig(num_virtual_tokens=5, bottleneck=2), seed=42)
+    start = get_adept_model(
+        AutoModelForCausalLM.from_pretrained(model_path), AdeptConfig(num_virtual_tokens=5, bottleneck=2), seed=42
+    )
     values = {name: value.detach().clone().requires_grad_() for name, value in start.trainable_parameters().items()}
     prompt, w_down, b1, w_up, b2 = (
         values[name] for name in ("soft_prompt", "network.w_down", "network.b1", "network.w_up", "network.b2")

@@ -1,0 +1,153 @@
+"""Generation and scoring by the real entry point, over ranks and inside a ZeRO-3 run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from adept_ds.config import AdeptConfig, DataConfig
+from adept_ds.data import load_problems
+from adept_ds.model import AdaptedModel, get_adept_model
+
+from .conftest import REPOSITORY, Launch, run_settings
+
+EVALUATE = "evals/mbpp.py"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that visibly changes what the model writes."""
+    model = get_adept_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), AdeptConfig(num_virtual_tokens=5, bottleneck=2)
+    )
+    for parameter in model.trainable_parameters().values():
+        parameter.data += 0.3
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+def evaluation_settings(model: Path, **generation: Any) -> dict[str, Any]:
+    settings = run_settings(model, Path("unused"))
+    settings["eval"] = {
+        "max_examples": 10,
+        "generation": {"max_new_tokens": 12, "num_samples": 2, "stop": ["\n\n\n"], **generation},
+    }
+    return settings
+
+
+def samples(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_samples_do_not_depend_on_ranks_or_batches(
+    tiny_llama: Path, adapter: Path, launch: Launch, tmp_path: Path
+) -> None:
+    for ranks, batch_size in ((2, 3), (0, 7)):
+        result = launch(
+            ranks,
+            EVALUATE,
+            evaluation_settings(tiny_llama, batch_size=batch_size),
+            "--adapter",
+            str(adapter),
+            "--out",
+            str(tmp_path / str(ranks)),
+            "--k",
+            "1",
+            "2",
+        )
+        assert result.returncode == 0, result.stdout
+    two, one = samples(tmp_path / "2"), samples(tmp_path / "0")
+    assert two == one
+    expected = [problem.task_id for problem in load_problems(DataConfig(), "test")[:10] for _ in range(2)]
+    assert [sample["task_id"] for sample in two] == expected
+    assert len({sample["completion"] for sample in two}) > 10
+
+    summary = json.loads((tmp_path / "2" / "summary.json").read_text())
+    assert (summary["problems"], summary["samples"], sum(summary["verdicts"].values())) == (10, 20, 20)
+    assert summary["pass@1"]["high"] > 0
+    assert "pass@2" in summary
+    assert summary["isolation"]
+    assert len((tmp_path / "2" / "results.jsonl").read_text().splitlines()) == 20
+
+
+def test_an_adapter_of_another_backbone_is_refused_with_status_2(
+    tiny_t5: Path, adapter: Path, launch: Launch, tmp_path: Path
+) -> None:
+    result = launch(
+        0, EVALUATE, evaluation_settings(tiny_t5), "--adapter", str(adapter), "--out", str(tmp_path / "out")
+    )
+    assert result.returncode == 2
+    assert "other token embeddings" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run", max_steps=4)
+    settings["eval"] = {
+        "metric": "pass@1",
+        "every_steps": 2,
+        "max_examples": 5,
+        "generation": {"max_new_tokens": 6, "batch_size": 2},
+    }
+    result = launch(2, "launchers/train.py", settings)
+    assert result.returncode == 0, result.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/pass@1" in line] == [2, 4]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["best_step"] == 2
+    model = AdaptedModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "run" / "best")
+    assert model.num_virtual_tokens == 5
+
+
+def score(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, EVALUATE, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("problem_format", ["mbpp-paper", "mbpp"])
+def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: Path) -> None:
+    problems = load_problems(DataConfig(format=problem_format), "test")
+    right, wrong, rest = problems[0], problems[1], problems[2:]
+    lines = [{"task_id": right.task_id, "completion": right.target, "model": "other"}]
+    lines += [
+        {"task_id": wrong.task_id, "completion": "    return object()\n" if problem_format == "mbpp-paper" else "x = 1"}
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = score(
+        "--samples", str(path), "--problem_format", problem_format, "--split", "test", "--out", str(tmp_path / "out")
+    )
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["pass@1"]["mean"] == pytest.approx(1 / len(problems))
+    assert summary["missing"] == [problem.task_id for problem in rest]
+    assert f"{len(rest)} problems have no sample and count as failed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "SAMPLES", "--out", "OUT", "--k", "2"], "pass@2 needs at least 2 samples"),
+        (["--samples", "no-such-file", "--out", "OUT"], "no-such-file"),
+        (["--samples", "SAMPLES"], "--out FOLDER is needed"),
+        (["--samples", "SAMPLES", "--out", "OUT", "--isolation", "seccmop"], "--isolation seccmop"),
+        (["--samples", "SAMPLES", "--out", "OUT", "--split", "test"], "--split test needs --problem_format"),
+        (["--samples", "SAMPLES", "--out", "OUT", "--problem", "x"], "did you mean '--problems'"),
+    ],
+)
+def test_a_mistake_in_scoring_is_told_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps({"task_id": load_problems(DataConfig(), "test")[0].task_id, "completion": ""}) + "\n")
+    places = {"SAMPLES": str(path), "OUT": str(tmp_path / "out")}
+    result = score(*(places.get(argument, argument) for argument in arguments))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

