@@ -284,12 +284,10 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"torch": torch.__version__}
     if device.type == "cuda":
         return facts | {"device": torch.cuda.get_device_name(device)}
+    # Linux alone has this file; elsewhere the platform module knows the name.
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return facts | {
         "device": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),

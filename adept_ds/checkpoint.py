@@ -61,10 +61,15 @@ class Checkpoint:
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` with what `fill` writes, under a temporary name first; a folder that is there is replaced."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    # A process that was killed may have left it.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    fill(temporary)
+    try:
+        fill(temporary)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
     for path in [*temporary.iterdir(), temporary]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -148,7 +153,7 @@ def publish_adapter(link: Path, name: str, save_adapter: Callable[[Path], None])
     old = link.resolve() if link.is_symlink() else None
     folder = link.with_name(name)
     replace_folder(folder, save_adapter)
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(folder.name)
     temporary.replace(link)

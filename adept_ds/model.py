@@ -175,8 +175,8 @@ class AdaptedModel(nn.Module):
             if not head.returned(output.logits):
                 raise UserError(
                     f"model.name_or_path is {self.backbone.config.name_or_path!r}: {type(self.backbone).__name__} "
-                    "scales or caps its logits behind the LM head, where the loss is computed; such models cannot be "
-                    "trained here"
+                    "changes its logits behind the LM head (a scale, a cap, a bias), where the loss has been computed "
+                    "already; such models cannot be trained here"
                 )
         loss = output.logits.sum()
         if reduction == "mean":

@@ -19,11 +19,15 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import sandbox_corpus as corpus
+import sandbox_corpus as corpus  # noqa: E402
 
-from adept_ds.sandbox import Program, Sandbox, Tests
+from adept_ds.sandbox import Program, Sandbox, Tests  # noqa: E402
 
-UNSTABLE = {"memory_of_children", "lists_folder", "123"}  # the first and last run for many seconds; one needs a host path
+UNSTABLE = {
+    "memory_of_children",
+    "lists_folder",
+    "123",
+}  # the first and last run for many seconds; one needs a host path
 
 
 def state() -> dict[str, int]:

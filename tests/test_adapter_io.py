@@ -171,7 +171,10 @@ def test_another_format_is_refused(saved: Path):
             lambda tensors: tensors.update({"network.w_dwn": tensors.pop("network.w_down")}),
             "network.w_dwn is unknown; did you mean 'network.w_down'?",
         ),
-        (lambda tensors: tensors.update(soft_prompt=torch.zeros(4, WIDTH)), "soft_prompt has shape (4, 32), expected (3, 32)"),
+        (
+            lambda tensors: tensors.update(soft_prompt=torch.zeros(4, WIDTH)),
+            "soft_prompt has shape (4, 32), expected (3, 32)",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(make_backbone: Make, saved: Path, change, message):

@@ -166,6 +166,24 @@ def test_the_summed_loss_does_not_depend_on_the_split_of_the_batch(make_backbone
     torch.testing.assert_close(sum(rows), model(**batch, reduction="sum").loss)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5-tied"])
+def test_left_padding_does_not_change_the_loss(make_backbone, name):
+    model, batch = model_and_batch(make_backbone, name)
+    expected = model(**batch).loss
+    for key, value in (("input_ids", PAD), ("attention_mask", 0), ("labels", IGNORE_INDEX)):
+        if key != "labels" or not model.is_encoder_decoder:
+            batch[key] = F.pad(batch[key], (4, 0), value=value)
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_the_prompt_predicts_the_first_token_if_it_has_a_label(make_backbone):
+    model, batch = model_and_batch(make_backbone, "llama")
+    logits = model(batch["input_ids"]).logits[:, model.num_virtual_tokens - 1]
+    labels = torch.full_like(batch["labels"], IGNORE_INDEX)
+    labels[:, 0] = batch["input_ids"][:, 0]
+    torch.testing.assert_close(model(batch["input_ids"], labels=labels).loss, F.cross_entropy(logits, labels[:, 0]))
+
+
 @pytest.mark.parametrize("name", ["llama", "t5-tied"])
 def test_a_batch_without_labels_has_zero_loss_and_gradients(make_backbone, name):
     model, batch = model_and_batch(make_backbone, name)
@@ -202,5 +220,5 @@ def small(config_class: type, **options) -> dict:
 def test_a_backbone_that_changes_its_logits_is_refused(build):
     model = get_adept_model(build(), AdeptConfig())
     ids = torch.tensor([[5, 6, 7]])
-    with pytest.raises(UserError, match="scales or caps its logits"):
+    with pytest.raises(UserError, match="changes its logits behind the LM head"):
         model(ids, labels=ids)

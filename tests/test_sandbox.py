@@ -96,7 +96,9 @@ SPLIT = {
     "several statements": Tests(("x = [1, 2]", "assert f(x) == 3")),
     "loop": Tests(("for n in range(3):\n    assert f(n) == n",)),
     "random inputs": Tests(("import random\nr = random.Random(1)\nassert f([r.random()]) < 2",)),
-    "nested call of a class": Tests(("assert f([P(1), P(2)]) == 2",), reference="class P: pass\ndef f(x): return len(x)"),
+    "nested call of a class": Tests(
+        ("assert f([P(1), P(2)]) == 2",), reference="class P: pass\ndef f(x): return len(x)"
+    ),
     "function named as a builtin": Tests(("assert sum(1, 2) == 3",), reference="def sum(a, b): return a + b"),
     "the same without a reference": Tests(("assert sum(1, 2) == 3",)),
     "check": Tests(check="def check(candidate):\n    assert candidate(1) == 1", entry_point="f"),
@@ -106,7 +108,9 @@ SPLIT = {
     ),
 }
 NOT_SPLIT = {
-    "object of the program's class": Tests(("assert g(root) == 1",), setup="root = Node()", reference="class Node: pass"),
+    "object of the program's class": Tests(
+        ("assert g(root) == 1",), setup="root = Node()", reference="class Node: pass"
+    ),
     "argument changed in place": Tests(("x = [2, 1]", "f(x)", "assert x == [1, 2]")),
     "argument looked at later": Tests(("x = [2, 1]", "y = f(x)", "assert x == [1, 2]")),
     "foreign module": Tests(("import os", "assert f(os.getcwd()) == 1")),
@@ -302,7 +306,18 @@ def test_wrong_settings_are_named(make, message: str) -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [["l", ["x"]], ["i", "zz"], ["d", 1], ["s", ["l"]], ["np", "O", []], ["call", "f", [], []], {}, ["c", "a"], [[]], []],
+    [
+        ["l", ["x"]],
+        ["i", "zz"],
+        ["d", 1],
+        ["s", ["l"]],
+        ["np", "O", []],
+        ["call", "f", [], []],
+        {},
+        ["c", "a"],
+        [[]],
+        [],
+    ],
 )
 def test_forged_forms_are_refused(form: object) -> None:
     with pytest.raises(codec.Limit):

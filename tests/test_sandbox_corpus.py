@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sandbox_corpus as corpus
 
 from adept_ds.sandbox import Limits, Program, Sandbox, Tests
 from adept_ds.sandbox.isolation import TIERS, probe
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import sandbox_corpus as corpus  # noqa: E402  (shared with a script that other users and interpreters run)
 
 RUNNER = Path(__file__).with_name("sandbox_corpus_run.py")
 AS_NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]

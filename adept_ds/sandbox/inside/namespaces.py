@@ -19,8 +19,9 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
 NOBODY = 65534
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_CAPSET = {"x86_64": 126, "aarch64": 91}
+# Made once, in the server: what a child would make after its fork costs it fresh copies of pages.
+_PIVOT_ROOT, _CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(os.uname().machine, (-1, -1))
+_CAP_HEADER, _NO_CAPABILITY = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 _DEVICES = ("null", "zero", "random", "urandom")
 _STICKY = {"ST_NOSUID": MS_NOSUID, "ST_NODEV": MS_NODEV, "ST_NOEXEC": MS_NOEXEC}
 _STICKY |= {"ST_NOATIME": 1024, "ST_NODIRATIME": 2048, "ST_RELATIME": 1 << 21}
@@ -53,7 +54,7 @@ def umount(target: str) -> None:
 
 def pivot_root(new: str, old: str) -> None:
     """Make `new` the root and put the old one at `old`."""
-    _check(libc.syscall(_PIVOT_ROOT[os.uname().machine], new.encode(), old.encode()), "pivot_root")
+    _check(libc.syscall(_PIVOT_ROOT, new.encode(), old.encode()), "pivot_root")
 
 
 def _write(path: str, text: str) -> None:
@@ -185,19 +186,22 @@ class PidNamespaces:
         self.home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self.stack = ctypes.create_string_buffer(1 << 16)
         self.top = ctypes.c_void_p((ctypes.addressof(self.stack) + len(self.stack)) & ~0xF)
+        self.every_signal = ctypes.create_string_buffer(b"\xff" * 128, 128)
+        self.usual_signals = ctypes.create_string_buffer(128)
         self.init = 0
 
     def open(self) -> int:
         """Make the namespace that the next fork will enter; returns its process 1."""
         unshare(CLONE_NEWPID, "pid")
         # Both are inherited. All signals blocked: pause never returns. SIGCHLD ignored: the kernel reaps orphans.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        # (By the C library, because Python's own function builds 64 enum members each time.)
+        libc.pthread_sigmask(signal.SIG_SETMASK, self.every_signal, self.usual_signals)
         handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             self.init = libc.clone(libc.pause, self.top, CLONE_VM | signal.SIGCHLD, None)
         finally:
             signal.signal(signal.SIGCHLD, handler)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            libc.pthread_sigmask(signal.SIG_SETMASK, self.usual_signals, None)
         _check(min(self.init, 0), "clone")
         return self.init
 
@@ -231,6 +235,4 @@ def become_nobody() -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    none = (ctypes.c_uint32 * 6)()
-    _check(libc.syscall(_CAPSET[os.uname().machine], header, none), "capset")
+    _check(libc.syscall(_CAPSET, _CAP_HEADER, _NO_CAPABILITY), "capset")

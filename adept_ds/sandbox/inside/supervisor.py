@@ -25,6 +25,8 @@ SETUP_EXIT = 122  # ... and so when its isolation could not be had
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = os.sysconf("SC_CLK_TCK")
 _WATCH_SECONDS = 0.04
+# Older kernels would count all processes that the user has on the machine.
+_COUNTED_PER_NAMESPACE = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2]) >= (5, 14)
 _DRAIN_BYTES = 1 << 16
 
 
@@ -111,11 +113,6 @@ def _set_limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
-def _kernel() -> tuple[int, int]:
-    major, minor = re.findall(r"\d+", os.uname().release)[:2]
-    return int(major), int(minor)
-
-
 def _apply_limits(limits: dict[str, Any], own_user_namespace: bool) -> None:
     megabyte = 2**20
     cpu = int(limits["cpu_seconds"]) + 2
@@ -129,7 +126,7 @@ def _apply_limits(limits: dict[str, Any], own_user_namespace: bool) -> None:
     _set_limit(resource.RLIMIT_MEMLOCK, 64 * 1024)
     _set_limit(resource.RLIMIT_MSGQUEUE, 0)
     _set_limit(resource.RLIMIT_SIGPENDING, 256)
-    if own_user_namespace and _kernel() >= (5, 14):  # older kernels would count the user's processes everywhere
+    if own_user_namespace and _COUNTED_PER_NAMESPACE:
         _set_limit(resource.RLIMIT_NPROC, limits["processes"])
 
 

@@ -1,0 +1,138 @@
+"""The run folder: one writer, one config, resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adept_ds import adapter_io
+from adept_ds.checkpoint import TrainerState, save_checkpoint
+from adept_ds.config import AdeptConfig, RunConfig
+from adept_ds.errors import UserError
+from adept_ds.run_folder import RunFolder
+
+
+def resolved(**sections: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config as the training writes it."""
+    values: dict[str, Any] = {"model": {"name_or_path": "tiny"}, "train": {"max_steps": 900}}
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    return RunConfig.model_validate(values).model_dump(mode="json", by_alias=True)
+
+
+def start(path: Path, config: dict[str, Any], resume: str = "never") -> Any:
+    """Open a folder as a process would that ends afterwards."""
+    warnings: list[str] = []
+    return RunFolder(path).open(config, resume, warnings.append)
+
+
+def write_checkpoint(root: Path, step: int) -> Path:
+    def write_adapter(folder: Path) -> None:
+        adapter_io.save_adapter(folder, AdeptConfig(), {"soft_prompt": torch.ones(1)}, {}, {})
+
+    tensors = {"x": torch.ones(1)}
+    return save_checkpoint(root, TrainerState(step=step), write_adapter, tensors, tensors, keep=9)
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    first = RunFolder(tmp_path)
+    with pytest.raises(UserError, match="where another process is training now"):
+        RunFolder(tmp_path)
+    del first
+    RunFolder(tmp_path)
+
+
+def test_the_resolved_config_is_stored(tmp_path):
+    config = resolved()
+    start(tmp_path / "deep" / "run", config)
+    assert json.loads((tmp_path / "deep" / "run" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_new_folder_starts_at_the_beginning(tmp_path, resume):
+    assert start(tmp_path, resolved(), resume) is None
+
+
+def test_never_is_refused_on_a_used_folder(tmp_path):
+    start(tmp_path, resolved())
+    with pytest.raises(UserError, match="holds a run already: go on with it by --resume auto"):
+        start(tmp_path, resolved())
+
+
+def test_auto_on_a_used_folder_without_checkpoints_starts_over(tmp_path):
+    start(tmp_path, resolved())
+    assert start(tmp_path, resolved(), "auto") is None
+
+
+def test_auto_takes_the_newest_checkpoint(tmp_path):
+    start(tmp_path, resolved())
+    for step in (5, 10):
+        write_checkpoint(tmp_path / "checkpoints", step)
+    assert start(tmp_path, resolved(), "auto").state.step == 10
+
+
+def test_a_checkpoint_can_be_named(tmp_path):
+    folder = write_checkpoint(tmp_path / "other", 5)
+    assert start(tmp_path / "run", resolved(), str(folder)).state.step == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"weight_decay": 0.5}}, "train.weight_decay was 0.01 and is now 0.5"),
+        (
+            {"train": {"learning_rate": {"soft_prompt": 0.3}}},
+            "train.learning_rate.soft_prompt was 0.001 and is now 0.3",
+        ),
+        ({"method": {"bottleneck": 2}}, "method.bottleneck was 1 and is now 2"),
+        ({"data": {"max_length": 600}}, "data.max_length was 581 and is now 600"),
+        ({"model": {"dtype": "fp32"}}, "model.dtype was 'bf16' and is now 'fp32'"),
+    ],
+)
+def test_a_changed_setting_is_named(tmp_path, changes, message):
+    start(tmp_path, resolved())
+    with pytest.raises(UserError) as caught:
+        start(tmp_path, resolved(**changes), "auto")
+    assert message in str(caught.value)
+
+
+def test_all_changed_settings_are_named_at_once(tmp_path):
+    start(tmp_path, resolved())
+    with pytest.raises(UserError, match=r"method\.bottleneck .*; train\.weight_decay"):
+        start(tmp_path, resolved(train={"weight_decay": 0.5}, method={"bottleneck": 2}), "auto")
+
+
+def test_a_refused_config_does_not_replace_the_stored_one(tmp_path):
+    start(tmp_path, resolved())
+    with pytest.raises(UserError):
+        start(tmp_path, resolved(method={"bottleneck": 2}), "auto")
+    assert start(tmp_path, resolved(), "auto") is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logging": {"every_steps": 3}},
+        {"eval": {"every_steps": 50, "generation": {"batch_size": 2}}},
+        {"deepspeed": {"zero_optimization": {"stage": 3}}},
+        {"train": {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "keep_checkpoints": 7, "save_every": 5}},
+        {"model": {"name_or_path": "elsewhere/tiny"}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_that_do_not_change_the_training_may_change(tmp_path, changes):
+    start(tmp_path, resolved())
+    start(tmp_path, resolved(**changes), "auto")
+    assert json.loads((tmp_path / "config.json").read_text()) == resolved(**changes)
+
+
+def test_status_is_that_of_the_last_try(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.status() == {}
+    folder.set_status("running", 0, 10)
+    folder.set_status("interrupted", 4, 10, signal="SIGTERM")
+    assert folder.status() == {"state": "interrupted", "step": 4, "total_steps": 10, "signal": "SIGTERM"}
