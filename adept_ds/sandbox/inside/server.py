@@ -106,7 +106,7 @@ def _wait_as_parent(server: int) -> None:
             os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
         if os.getppid() != parent:
             os.kill(server, signal.SIGKILL)
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def _isolate(config: dict[str, Any]) -> dict[str, Any]:

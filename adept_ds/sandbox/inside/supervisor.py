@@ -212,6 +212,7 @@ class Supervisor:
         _apply_limits(limits, self.in_namespaces or self.scratch is not None)
         if self.in_namespaces:
             namespaces.become_nobody()
+        namespaces.libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the server's end is this process's too
         namespaces.libc.prctl(4, 1, 0, 0, 0)  # dumpable again: a program may look at its own /proc entries
         seccomp.no_new_privs()
         if self.config["tier"] == "seccomp":
