@@ -19,6 +19,10 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=60)
 """A hang becomes an exit after this. Scoring on rank 0 while the others wait must fit in."""
 
 
+class MainRankError(RuntimeError):
+    """Rank 0 failed in something that it does for all ranks."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all."""
@@ -77,14 +81,23 @@ def gather_objects(value: Any, world: World) -> list[Any]:
 
 
 def on_main_rank(function: Callable[[], Result], world: World) -> Result:
-    """Run `function` on rank 0 and give its result to every rank; a `UserError` there is raised on all. Collective."""
-    outcome: list[Any] = [None, None]
+    """Run `function` on rank 0 and give its result to every rank. Collective.
+
+    What `function` raises is raised on every rank, a `UserError` as it is and anything else as `MainRankError`, so that
+    no rank waits for one that has given up.
+    """
+    outcome: list[Any] = [None, None, False]
+    error: Exception | None = None
     if world.is_main:
         try:
             outcome[0] = function()
-        except UserError as error:
-            outcome[1] = str(error)
+        except Exception as raised:
+            error = raised
+            outcome[1:] = [str(raised), isinstance(raised, UserError)]
     dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
+    if error is not None:
+        raise error
+    _, message, is_user_error = outcome
+    if message is not None:
+        raise UserError(message) if is_user_error else MainRankError(f"rank 0 failed: {message}")
     return outcome[0]

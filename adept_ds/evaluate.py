@@ -118,7 +118,7 @@ def score_file(
     if split is None:
         problems = read_problems(problems_path, problem_format)
     elif problem_format in PROBLEM_FORMATS:
-        problems = load_problems(DataConfig(format=problem_format, path=problems_path), split)
+        problems = load_problems(DataConfig.model_validate({"format": problem_format, "path": problems_path}), split)
     else:
         raise UserError(f"--split {split} needs --problem_format, one of {', '.join(PROBLEM_FORMATS)}")
     facts = {

@@ -24,6 +24,7 @@ from transformers import (
 from adept_ds import config as settings
 from adept_ds.data import Encoded, Problem, Sample, collate, encode_prompt, stop_at
 from adept_ds.distributed import World, gather_objects
+from adept_ds.methods.base import attribute_set
 from adept_ds.model import AdaptedModel
 
 
@@ -125,20 +126,23 @@ def _complete(
     rows = [Encoded(ids, [], False, False, model.is_encoder_decoder) for ids in prompts]
     batch = collate(rows, tokenizer.pad_token_id, padding_side="left")
     read = 1 if model.is_encoder_decoder else batch["input_ids"].shape[1]
-    defaults = model.backbone.generation_config
-    sequences = model.generate(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        generation_config=GenerationConfig(
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            eos_token_id=defaults.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            decoder_start_token_id=defaults.decoder_start_token_id,
-        ),
-        logits_processor=_sampling(config, jobs),
-        stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop, read)] if stop else []),
+    theirs = model.backbone.generation_config
+    greedy = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=theirs.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=theirs.decoder_start_token_id,
     )
+    # In the place of the backbone's own, from which `generate` would fill in whatever is not given (a repetition
+    # penalty, say): a score follows from the settings alone.
+    with attribute_set(model.backbone, "generation_config", greedy):
+        sequences = model.generate(
+            input_ids=batch["input_ids"].to(device),
+            attention_mask=batch["attention_mask"].to(device),
+            logits_processor=_sampling(config, jobs),
+            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop, read)] if stop else []),
+        )
     texts = tokenizer.batch_decode(sequences[:, read:], skip_special_tokens=True)
     return [stop_at(text, stop) for text in texts]
 

@@ -17,7 +17,10 @@ STATUS_NAME = "status.json"
 MAY_CHANGE = (
     "_about",
     "deepspeed",
-    "eval",
+    "eval.batch_size",
+    "eval.every_steps",
+    "eval.generation.batch_size",
+    "eval.sandbox",
     "logging",
     "model.attn_implementation",
     "model.name_or_path",

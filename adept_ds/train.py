@@ -294,9 +294,14 @@ class Trainer:
             self._say(f"{figures}{' (best)' if is_best else ''}")
         if is_best:
             self.state = replace(self.state, best_step=self.state.step, best_value=value)
-            save = self._adapter_writer()
-            if self.folder:
-                publish_adapter(self.folder.path / "best", f"best-step-{self.state.step:08d}", save)
+            save_adapter, folder = self._adapter_writer(), self.folder
+            name = f"best-step-{self.state.step:08d}"
+
+            def publish() -> None:
+                if folder:
+                    publish_adapter(folder.path / "best", name, save_adapter)
+
+            on_main_rank(publish, self.world)
 
     def _validation_loss(self, examples: EncodedDataset) -> float:
         """Loss per label token."""
@@ -335,11 +340,11 @@ class Trainer:
 
     def _save(self) -> None:
         save_adapter, states, rng = self._adapter_writer(), self.engine.optimizer_states(), collect_rng(self.world)
-        if self.folder:
-            save_checkpoint(
-                self.folder.checkpoints, self.state, save_adapter, states, rng, self.run.train.keep_checkpoints
-            )
-        torch.distributed.barrier()
+        folder, keep = self.folder, self.run.train.keep_checkpoints
+        on_main_rank(
+            lambda: folder and save_checkpoint(folder.checkpoints, self.state, save_adapter, states, rng, keep),
+            self.world,
+        )
 
     def _finish(self, status: str) -> None:
         if self.folder and self.metrics:

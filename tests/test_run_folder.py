@@ -130,6 +130,12 @@ def test_settings_that_do_not_change_the_training_may_change(tmp_path, changes):
     assert json.loads((tmp_path / "config.json").read_text()) == resolved(**changes)
 
 
+def test_the_metric_that_the_best_is_chosen_by_may_not_change(tmp_path):
+    start(tmp_path, resolved())
+    with pytest.raises(UserError, match=r"eval\.metric was 'loss' and is now 'pass@1'"):
+        start(tmp_path, resolved(eval={"metric": "pass@1"}), "auto")
+
+
 def test_status_is_that_of_the_last_try(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.status() == {}
