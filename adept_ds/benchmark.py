@@ -210,7 +210,7 @@ def step_breakdown(contender: Contender, device: torch.device) -> dict[str, floa
         for batch in contender.batches:
             contender.step(batch)
     events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
-    groups = _groups(events)
+    groups = event_groups(events)
     total = dict.fromkeys(GROUPS, 0.0)
     for event, group in zip(events, groups, strict=True):
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
@@ -245,7 +245,7 @@ def _named_ranges(backbone: PreTrainedModel) -> Iterator[None]:
             handle.remove()
 
 
-def _groups(events: Sequence[FunctionEvent]) -> list[str]:
+def event_groups(events: Sequence[FunctionEvent]) -> list[str]:
     """Return the group of each event: that of the range or operator around it, in the backward pass that of the
     forward operator that its node belongs to."""
     # A node has the number of the operator that made it. An operator that made none shows the number of the next node,
@@ -256,7 +256,7 @@ def _groups(events: Sequence[FunctionEvent]) -> list[str]:
         lineage = list(_with_ancestors(events[i]))
         node = next((event for event in lineage if event.name.startswith(BACKWARD)), None)
         if node is None:
-            groups[i] = next(filter(None, map(_group_by_name, lineage)), OTHER)
+            groups[i] = _forward_group([event.name for event in lineage])
             maker_of[events[i].sequence_nr] = groups[i]
         elif node.sequence_nr >= 0:
             groups[i] = maker_of[node.sequence_nr]
@@ -269,14 +269,16 @@ def _with_ancestors(event: FunctionEvent | None) -> Iterator[FunctionEvent]:
         event = event.cpu_parent
 
 
-def _group_by_name(event: FunctionEvent) -> str | None:
-    if event.name in GROUPS:
-        return event.name
-    if event.name in ATTENTION_OPERATORS:
+def _forward_group(lineage: Sequence[str]) -> str:
+    """Group of an operator outside the backward pass; `lineage` is its name and those of all around it."""
+    named = next((name for name in lineage if name in GROUPS), None)
+    if named is not None:
+        return named
+    if ATTENTION_OPERATORS.intersection(lineage):
         return ATTENTION
-    if event.name.startswith("Optimizer."):
+    if any(name.startswith("Optimizer.") for name in lineage):
         return OPTIMIZER
-    return ELEMENTWISE if event.name == BACKBONE else None
+    return ELEMENTWISE if BACKBONE in lineage else OTHER
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

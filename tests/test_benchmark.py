@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adept_ds.benchmark import (
+    ATTENTION,
+    BACKBONE,
     GROUPS,
+    LINEAR,
     OTHER,
     OURS,
     PEFT_DYNAMIC,
@@ -21,12 +27,14 @@ from adept_ds.benchmark import (
     benchmark,
     build_contenders,
     choose_batches,
+    event_groups,
     measure,
     shuffle_examples,
     text_report,
 )
 from adept_ds.config import RunConfig
 from adept_ds.errors import UserError
+from adept_ds.frozen_linear import FrozenLinear
 from evals.throughput import main
 
 CPU = torch.device("cpu")
@@ -117,6 +125,23 @@ def test_every_part_of_a_step_has_its_share(run: RunConfig):
     assert list(seconds) == list(GROUPS)
     assert all(own > 0 for own in seconds.values())
     assert seconds[OTHER] < 0.5 * sum(seconds.values())
+
+
+def test_operators_belong_to_the_part_that_they_are_in_forward_and_backward():
+    linear, x = FrozenLinear(nn.Linear(8, 8)).requires_grad_(False), torch.randn(1, 2, 5, 8, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with record_function(BACKBONE):
+            with record_function(LINEAR):
+                y = linear(x)
+            z = F.scaled_dot_product_attention(y, y, y, is_causal=True)
+        z.sum().backward()
+    events = list(profiler.events())
+    of_operator: dict[str, list[str]] = {}
+    for event, group in zip(events, event_groups(events), strict=True):
+        of_operator.setdefault(event.name, []).append(group)
+    assert of_operator["aten::mm"] == [LINEAR, LINEAR]
+    assert of_operator["aten::_scaled_dot_product_flash_attention_for_cpu"] == [ATTENTION]
+    assert of_operator["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] == [ATTENTION]
 
 
 def test_report_and_file_have_the_same_figures(
