@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from adept_ds.config import ModelConfig
 from adept_ds.errors import UserError, did_you_mean
@@ -51,17 +52,22 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
     return _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
 
 
-def load_backbone(config: ModelConfig, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
+def load_backbone(
+    config: ModelConfig, deepspeed_config: dict[str, Any] | None = None, show_progress: bool = True
+) -> PreTrainedModel:
     """Load the backbone in `config.dtype`, frozen; sharded parameter by parameter if DeepSpeed is at ZeRO stage 3.
 
     Args:
         config: What to load.
         deepspeed_config: The completed `deepspeed` section; None loads the whole model into this process.
+        show_progress: Whether this rank shows the progress of loading.
 
     Raises:
         UserError: There is no such checkpoint, or it cannot be reached.
     """
     global _zero_init
+    if not show_progress:
+        disable_progress_bar()
     architecture = load_architecture(config)
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     backbone = _from_source(

@@ -211,7 +211,7 @@ class EvalConfig(Section):
     """Evaluation during training, and the choice of the best checkpoint."""
 
     every_steps: Count | None = None
-    """Steps between evaluations; once an epoch (or at the end, with `max_steps`) if not given."""
+    """Steps between evaluations; once an epoch if not given. The last step is evaluated always."""
     metric: Literal["loss", "pass@1"] = "loss"
     """What the best checkpoint is chosen by."""
     max_examples: Count | None = None

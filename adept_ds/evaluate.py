@@ -60,7 +60,7 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
         load_adapter(adapter)  # A damaged adapter is told before the weights are loaded.
     tokenizer = load_tokenizer(run.model)
     world = init_world()
-    backbone = load_backbone(run.model)
+    backbone = load_backbone(run.model, show_progress=world.is_main)
     cast(nn.Module, backbone).to(world.device)
     model = AdaptedModel.from_pretrained(backbone, adapter) if adapter else AdaptedModel(backbone, Untuned())
     samples = generate_samples(model, tokenizer, problems, run.eval.generation, run.data, world)

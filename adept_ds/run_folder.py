@@ -97,5 +97,5 @@ class RunFolder:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def set_status(self, state: str, step: int, total_steps: int, **facts: Any) -> None:
-        """Write `status.json`; `state` is running, interrupted, or finished."""
+        """Write `status.json`; `state` is running, interrupted, finished, or failed."""
         write_json(self.path / STATUS_NAME, {"state": state, "step": step, "total_steps": total_steps, **facts})

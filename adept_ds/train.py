@@ -49,6 +49,7 @@ from adept_ds.data import (
 from adept_ds.deepspeed_config import BatchArithmetic, complete
 from adept_ds.distributed import init_world, on_main_rank, sum_over_ranks
 from adept_ds.engine import Engine, prepare_deepspeed
+from adept_ds.entry_point import is_main_rank
 from adept_ds.errors import UserError
 from adept_ds.generate import generate_samples
 from adept_ds.loss import IGNORE_INDEX
@@ -102,6 +103,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
         cfg=run.data,
         num_virtual_tokens=run.method.num_virtual_tokens,
         encoder_decoder=architecture.is_encoder_decoder,
+        show_progress=is_main_rank(),
     )
     train_set = encode(load_examples(run.data, "train"))
     validation_examples = load_examples(run.data, "validation")[: run.eval.max_examples]
@@ -134,7 +136,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
     # Model, optimizer, engine.
     prepare_deepspeed(world)
     is_sharded = plan.config["zero_optimization"]["stage"] == 3
-    backbone = load_backbone(run.model, plan.config if is_sharded else None)
+    backbone = load_backbone(run.model, plan.config if is_sharded else None, show_progress=world.is_main)
     if run.train.activation_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
@@ -144,9 +146,15 @@ def train(run: RunConfig, resume: str = "never") -> None:
         model.print_trainable_parameters()
     engine = Engine(model, build_optimizer(model, run.train), plan.config, world)
 
-    Trainer(
+    trainer = Trainer(
         run, engine, tokenizer, train_set, validation_set, batches, epoch_steps, total_steps, folder, stop
-    ).run_from(checkpoint)
+    )
+    try:
+        trainer.run_from(checkpoint)
+    except BaseException as error:
+        if folder:
+            folder.set_status("failed", trainer.state.step, total_steps, error=f"{type(error).__name__}: {error}")
+        raise
 
 
 class Trainer:
