@@ -78,9 +78,10 @@ class DataConfig(Section):
     prompt with its usual split, the same through the tokenizer's chat template, HumanEval (evaluation only), or the
     user's own JSON lines."""
     path: str | None = None
-    """JSON lines file with the problems; the bundled problems if not given. For `jsonl`: the training file."""
+    """JSON lines file (.gz too) with the problems, or a hub id or folder laid out as google-research-datasets/mbpp; the
+    bundled problems if not given. For `jsonl`: the training file."""
     validation_path: str | None = None
-    """For `jsonl`: the validation file. The other formats have a split of their own."""
+    """For `jsonl`: the validation file."""
     validation_fraction: Fraction = 0.0
     """Where the format has no validation split (the paper's has none): the last part of the training examples to hold
     out for evaluation during training."""
@@ -199,10 +200,10 @@ class SandboxConfig(Section):
     """Isolation tier; `auto` takes the strongest that works here. `none` must be asked for and marks the results."""
     workers: Count | None = None
     """Programs run at a time; the cores of the affinity mask if not given."""
-    wall_seconds: PositiveFloat = 10.0
-    """Wall-clock limit of one program."""
+    wall_seconds: PositiveFloat = 20.0
+    """Wall-clock limit of one program; generous, since it depends on what else the machine does."""
     cpu_seconds: PositiveFloat = 10.0
-    """CPU-time limit of one program."""
+    """CPU-time limit of one program with all its processes."""
     memory_mb: Count = 1024
     """Memory limit of one program with all its processes, in MiB."""
 

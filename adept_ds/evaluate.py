@@ -82,6 +82,7 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
             "backbone": model.backbone_facts,
             "config_sha256": config_hash(run),
             "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
+            "problems_sha256": _digest(problems),
             "protocol": protocol,
         }
         score_to_folder(problems, samples, run.eval.sandbox, out, ks, paper, facts)
@@ -126,6 +127,7 @@ def score_file(
         "adapter": None,
         "samples": str(samples_path),
         "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
+        "problems_sha256": _digest(problems),
         "protocol": {"path": problems_path or "bundled", "format": problem_format, "split": split},
     }
     score_to_folder(problems, samples, sandbox, out, ks, paper, facts)
@@ -153,6 +155,12 @@ def score_to_folder(
     print(f"{out.name}: {', '.join(f'{label} {count}' for label, count in score.verdicts.items())}")
     if score.missing:
         print(f"{out.name}: {len(score.missing)} problems have no sample and count as failed: {score.missing[:5]} ...")
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    """sha256 of the problems with their prompts and tests, by which two scores can be seen to be of the same ones."""
+    text = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _repaired(problem: Problem, completion: str) -> str:

@@ -24,6 +24,10 @@ TIERS = ("namespaces", "bubblewrap", "seccomp")
 """From the strongest to the weakest that is taken without being asked for; "none" is the fourth."""
 
 
+# Where bubblewrap shows the server's code: a place of its own, since the project may lie below a folder that is hidden.
+_CODE_INSIDE = "/sandbox"
+
+
 def interpreter() -> str:
     """Return the real path of the interpreter behind a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
@@ -67,7 +71,7 @@ def worker_config(tier: str, network_namespace: bool = True) -> tuple[list[str],
     if tier == "namespaces":
         return [interpreter()], config | visible_paths() | {"seccomp": "files"}
     if tier == "bubblewrap":
-        return [*_bubblewrap(network_namespace), interpreter()], config | {"seccomp": "files"}
+        return [*_bubblewrap(network_namespace), interpreter()], config | {"seccomp": "files", "code": _CODE_INSIDE}
     if tier == "seccomp":
         return [interpreter()], config | {"seccomp": "compute", "warm_everything": True}
     return [interpreter()], config
@@ -92,8 +96,17 @@ def _bubblewrap(network_namespace: bool) -> list[str]:
             command += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
     for path, target in paths["links"].items():
         command += ["--symlink", target, path]
-    inside = os.path.join(CODE, "inside")
-    command += ["--ro-bind", inside, inside, "--proc", "/proc", "--dir", "/dev", "--dir", "/var"]
+    command += [
+        "--ro-bind",
+        os.path.join(CODE, "inside"),
+        f"{_CODE_INSIDE}/inside",
+        "--proc",
+        "/proc",
+        "--dir",
+        "/dev",
+        "--dir",
+        "/var",
+    ]
     for name in ("null", "zero", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += [

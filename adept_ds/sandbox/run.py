@@ -190,7 +190,7 @@ class Run:
         """Return the verdict, given how the program's processes ended."""
         if "failure" in report:
             outcome = _Outcome("sandbox_error", None, shorten(str(report["failure"])))
-        elif self.outcome is not None:
+        elif self.outcome is not None and report["reason"] != "violation":
             outcome = self.outcome
         else:
             outcome = self.ended(report["reason"], report["status"])

@@ -240,12 +240,14 @@ class Supervisor:
                         poll.unregister(output)
                 elif descriptor == self.control:
                     os.read(self.control, 4096)  # "stop", or nothing at the grader's end
+                    self.last_look(watch)
                     raise Stopped("stopped")
                 else:
                     os.read(self.wake, 4096)
                     status, usage = _reap(child)
                     if status is not None:
                         _drain(output, left)
+                        self.last_look(watch)
                         return status, usage
             now = time.monotonic()
             if now >= deadline:
@@ -255,6 +257,11 @@ class Supervisor:
                     raise Stopped("stopped")
                 watch.look()
                 next_look = time.monotonic() + _WATCH_SECONDS
+
+    def last_look(self, watch: _Watch) -> None:
+        """Look at what the program leaves behind, where the kernel may not have held the limits; raises `Stopped`."""
+        if self.scratch is not None:
+            watch.look()
 
 
 def _nothing(*_: Any) -> None:
