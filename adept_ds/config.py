@@ -94,8 +94,9 @@ class DataConfig(Section):
     max_length: Count = 581
     """Longest input and target together in tokens, soft prompt included; for encoder-decoder models the target alone
     may have max_length - max_prompt_length tokens. A longer target is cut from the right."""
-    few_shot: CountOrZero = 3
-    """For `mbpp`: worked examples (from task ids 1 to 10) in front of the prompt at evaluation and in training."""
+    few_shot: CountOrZero = 0
+    """For `mbpp`: worked examples (from task ids 1 to 10) in front of each prompt. The usual 3 make prompts of some 800
+    tokens, for which `max_prompt_length` and `max_length` must leave room."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -68,6 +68,18 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([any(stop in tail for stop in self._stop) for tail in tails], device=input_ids.device)
 
 
+class StepProgress(StoppingCriteria):
+    """Ends nothing; moves a progress bar on by one for each token that a batch is decoded by."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Return that no row is done [B]."""
+        self._bar.update()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 def sample_seed(seed: int, task_id: str, index: int) -> int:
     """Seed of one sample's random stream."""
     digest = hashlib.sha256(f"{seed}/{task_id}/{index}".encode()).digest()
@@ -99,14 +111,17 @@ def generate_samples(
     completions: dict[tuple[str, int], str] = {}
     was_training = model.training
     model.eval()
-    for turn in tqdm(range(rounds), desc="generate", unit="batch", disable=not world.is_main):
+    steps = rounds * config.max_new_tokens
+    bar = tqdm(total=steps, desc=f"generate ({len(jobs)} samples)", unit="step", disable=not world.is_main)
+    for turn in range(rounds):
         number = turn * world.world_size + world.rank
         batch = batches[number] if number < len(batches) else batches[0][:1]
-        texts = _complete(
-            model, tokenizer, [prompts[task_id] for task_id, _ in batch], batch, config, stop, world.device
-        )
+        ids = [prompts[task_id] for task_id, _ in batch]
+        texts = _complete(model, tokenizer, ids, batch, config, stop, world.device, bar)
+        bar.update((turn + 1) * config.max_new_tokens - bar.n)  # Most batches end before the longest allowed.
         if number < len(batches):
             completions.update(zip(batch, texts, strict=True))
+    bar.close()
     model.train(was_training)
     for of_rank in gather_objects(completions, world):
         completions.update(of_rank)
@@ -121,6 +136,7 @@ def _complete(
     config: settings.GenerationConfig,
     stop: Sequence[str],
     device: torch.device,
+    bar: tqdm,
 ) -> list[str]:
     """Decode one batch."""
     rows = [Encoded(ids, [], False, False, model.is_encoder_decoder) for ids in prompts]
@@ -141,7 +157,9 @@ def _complete(
             input_ids=batch["input_ids"].to(device),
             attention_mask=batch["attention_mask"].to(device),
             logits_processor=_sampling(config, jobs),
-            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop, read)] if stop else []),
+            stopping_criteria=StoppingCriteriaList(
+                [StepProgress(bar), *([StopStrings(tokenizer, stop, read)] if stop else [])]
+            ),
         )
     texts = tokenizer.batch_decode(sequences[:, read:], skip_special_tokens=True)
     return [stop_at(text, stop) for text in texts]

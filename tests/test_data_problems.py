@@ -150,7 +150,7 @@ def test_few_shot_prompt_takes_tasks_2_3_4_and_ends_ready_for_code(shared_dir):
 def test_few_shot_needs_examples(tmp_path):
     path = write_rows(tmp_path / "p.jsonl", MBPP_ROW)
     with pytest.raises(UserError, match=r"data\.few_shot is 3, but .*p\.jsonl has 0 examples"):
-        load_problems(DataConfig(format="mbpp", path=path), "train")
+        load_problems(DataConfig(format="mbpp", path=path, few_shot=3), "train")
 
 
 def test_targets_hold_the_program_in_each_form(tmp_path):
