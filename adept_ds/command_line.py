@@ -145,7 +145,7 @@ def settings_help() -> str:
             lines += ["", f"{section}: {section_docs()[section]}" if section else "top level"]
         default = "required" if setting.required else f"default {json.dumps(setting.default)}"
         lines.append(f"  --{setting.key}  {setting.type}, {default}")
-        lines.append(fill(setting.doc, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+        lines.append(fill(setting.doc, 110, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False))
     return "\n".join(lines) + "\n"
 
 

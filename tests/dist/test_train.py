@@ -231,6 +231,22 @@ def test_accumulation_and_checkpointing_change_nothing(
     assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_zero_stage_trains_and_resumes_alike(
+    stage: int, tiny_llama: Path, whole_run: Path, launch: Launch, tmp_path: Path
+) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "whole")
+    settings["deepspeed"] = {"zero_optimization": {"stage": stage}}
+    result = launch(0, TRAIN, settings)
+    assert result.returncode == 0, result.stdout
+    assert losses(tmp_path / "whole") == pytest.approx(losses(whole_run), rel=1e-5)
+
+    copy = resumed_copy(tmp_path / "whole", tmp_path / "copy", last_step=5)
+    result = launch(0, TRAIN, settings_of(tmp_path / "whole", copy), "--resume", "auto")
+    assert result.returncode == 0, result.stdout
+    assert losses(copy) == losses(tmp_path / "whole")
+
+
 def test_t5_trains_on_two_ranks_as_on_one(tiny_t5: Path, launch: Launch, tmp_path: Path) -> None:
     rows = [{"prompt": f"sum of {a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
     data = tmp_path / "train.jsonl"
