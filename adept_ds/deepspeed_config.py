@@ -121,6 +121,10 @@ class DeepSpeedPlan:
     """Dotted key in `config` to the setting or rule that it follows from."""
 
 
+DEFAULT_STAGE = 1
+"""ZeRO stage where the section names none: whole weights on every rank, as at 0, and fp32 masters for bf16 too."""
+
+
 def batch_arithmetic(train: TrainConfig, world_size: int) -> BatchArithmetic:
     """Split the global batch over ranks, forward passes and examples.
 
@@ -181,7 +185,8 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
         _put(config, key, value)
         derived[key] = OWNERS[key]
 
-    zero = config.setdefault("zero_optimization", {"stage": 0})
+    zero = config.setdefault("zero_optimization", {"stage": DEFAULT_STAGE})
+    zero.setdefault("stage", DEFAULT_STAGE)
     for key in HIDDEN_SIZE_KEYS:
         if zero.get(key) == AUTO:
             if hidden_size is None:
@@ -249,6 +254,15 @@ def _owned_values(run: RunConfig, batch: BatchArithmetic | None) -> dict[str, An
 
 
 def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[tuple[str, str]]:
+    zero = run.deepspeed.get("zero_optimization", {})
+    if run.model.dtype == "bf16" and isinstance(zero, dict) and zero.get("stage") == 0:
+        yield (
+            "zero_optimization.stage",
+            (
+                "stage 0 with model.dtype bf16 accumulates gradients in bf16 and keeps no fp32 states that could be "
+                "saved; expected 1 (the same traffic, whole weights on every rank), 2 or 3, or model.dtype fp32"
+            ),
+        )
     for key, expected in _owned_values(run, batch).items():
         value: Any = run.deepspeed
         for name in key.split("."):

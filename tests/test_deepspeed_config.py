@@ -242,12 +242,24 @@ def test_section_keys_are_those_that_the_installed_deepspeed_reads(deepspeed_con
     assert SECTION_KEYS["data_types"] == {getattr(constants, name) for name in names}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_reads_the_completed_section_as_meant(deepspeed_config_module, stage):
+def test_stage_0_in_bf16_is_refused_for_it_keeps_nothing_to_save():
+    section = {"zero_optimization": {"stage": 0}}
+    with pytest.raises(UserError, match=r"zero_optimization\.stage: stage 0 with model\.dtype bf16"):
+        complete(make_run(section), 1)
+    assert complete(make_run(section, dtype="fp32"), 1).config["zero_optimization"]["stage"] == 0
+
+
+@pytest.mark.parametrize("section", [{"steps_per_print": 7}, {"zero_optimization": {"overlap_comm": True}}])
+def test_without_a_stage_it_is_1(section):
+    assert complete(make_run(section), 1).config["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_deepspeed_reads_the_completed_section_as_meant(deepspeed_config_module, stage, dtype):
     section = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-    config = deepspeed_config_module.DeepSpeedConfig(complete(make_run(section), 1).config)
+    config = deepspeed_config_module.DeepSpeedConfig(complete(make_run(section, dtype=dtype), 1).config)
     assert config.zero_optimization_stage == stage
     assert config.zero_config.param_persistence_threshold == 0
     assert config.gradient_clipping == 0.0
-    assert config.bfloat16_config.enabled
+    assert config.bfloat16_config.enabled == (dtype == "bf16")
     assert (config.train_batch_size, config.train_micro_batch_size_per_gpu) == (32, 32)
