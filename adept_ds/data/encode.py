@@ -16,11 +16,10 @@ from tqdm import tqdm
 from adept_ds.config import DataConfig
 from adept_ds.data.records import Example
 from adept_ds.errors import UserError
+from adept_ds.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def encode(
     target, target_truncated = target[:limit], len(target) > limit
     if encoder_decoder:
         return Encoded(prompt, target, prompt_truncated, target_truncated, True)
-    return Encoded(prompt + target, [IGNORED] * len(prompt) + target, prompt_truncated, target_truncated, False)
+    return Encoded(prompt + target, [IGNORE_INDEX] * len(prompt) + target, prompt_truncated, target_truncated, False)
 
 
 def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -168,7 +167,7 @@ def collate(
     return {
         "input_ids": _pad(inputs, pad_token_id, padding_side, pad_to_multiple_of),
         "attention_mask": _pad([[1] * len(ids) for ids in inputs], 0, padding_side, pad_to_multiple_of),
-        "labels": _pad([row.labels for row in batch], IGNORED, labels_side, pad_to_multiple_of),
+        "labels": _pad([row.labels for row in batch], IGNORE_INDEX, labels_side, pad_to_multiple_of),
     }
 
 
