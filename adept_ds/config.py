@@ -35,10 +35,26 @@ class ModelConfig(Section):
     """Branch, tag or commit of the hub repository; the default branch if not given."""
     tokenizer: str | None = None
     """Hub id or local folder of the tokenizer; that of the backbone if not given."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the backbone and of the forward pass. Optimizer states and master weights are fp32 always."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of the backbone and of the forward pass. Optimizer states and master weights are fp32 always. fp16 is
+    for cards without bf16: the loss is scaled dynamically; encoder-decoder models overflow in it and are refused."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep the weights of the backbone's linear layers (all but the LM head) in 4 bits (NF4, blocks of 64) or 8 bits
+    (blocks of 256). They are sharded at ZeRO stage 3 like any other weight."""
+    double_quantization: StrictBool = False
+    """For `nf4`: keep the blocks' scales in 8 bits too, 4.13 bits a weight instead of 4.5."""
+    quantized_cache: str | None = None
+    """Folder in which quantised weights are kept, so that later runs read them instead of converting anew."""
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention kernel; the choice of `transformers` for the architecture if not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.double_quantization and self.quantization != "nf4":
+            raise ValueError("double_quantization goes with quantization: nf4")
+        if self.quantized_cache is not None and self.quantization is None:
+            raise ValueError("quantized_cache goes with quantization")
+        return self
 
 
 class AdeptConfig(Section):
@@ -145,6 +161,10 @@ class TrainConfig(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Global gradient-norm clipping; 0 leaves gradients as they are (the paper's choice)."""
+    sharding: Literal["auto", "replicate", "node", "global"] | None = None
+    """Where the frozen weights live: whole on every rank (`replicate`), split over the ranks of each node (`node`) or
+    over all ranks (`global`); `auto` takes the first of these that fits into the memory. It sets
+    `deepspeed.zero_optimization.stage`; if not given, that stage decides (3 is `global`, less is `replicate`)."""
     activation_checkpointing: StrictBool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
     group_by_length: StrictBool = True
