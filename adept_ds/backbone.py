@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
 from adept_ds.config import ModelConfig
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.sharding import Partitioner
+from adept_ds.streaming import fill_backbone
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` to the torch dtype."""
 
 _zero_init: HfDeepSpeedConfig | None = None
-"""transformers shards weights while it loads them for as long as this object lives (it keeps a weak reference)."""
+"""`transformers` knows of ZeRO-3, and keeps ranks in step when it generates, while this lives (it has a weak
+reference)."""
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -53,33 +63,59 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
 
 
 def load_backbone(
-    config: ModelConfig, deepspeed_config: dict[str, Any] | None = None, show_progress: bool = True
+    config: ModelConfig,
+    device: torch.device | None = None,
+    deepspeed_config: dict[str, Any] | None = None,
+    shard_group: dist.ProcessGroup | None = None,
+    show_progress: bool = True,
 ) -> PreTrainedModel:
-    """Load the backbone in `config.dtype`, frozen; sharded parameter by parameter if DeepSpeed is at ZeRO stage 3.
+    """Load the backbone in `config.dtype`, frozen. Collective where there is a process group.
 
     Args:
         config: What to load.
-        deepspeed_config: The completed `deepspeed` section; None loads the whole model into this process.
+        device: Where to; the CPU if None.
+        deepspeed_config: The completed `deepspeed` section at stage 3, by which every parameter is split over the ranks
+            as it is read; None loads the whole model into this process.
+        shard_group: The ranks that the parameters are split over; all if None.
         show_progress: Whether this rank shows the progress of loading.
 
     Raises:
-        UserError: There is no such checkpoint, or it cannot be reached.
+        UserError: There is no such checkpoint, it cannot be reached, or it is not one of this architecture.
     """
     global _zero_init
     if not show_progress:
         disable_progress_bar()
+    device = device or torch.device("cpu")
     architecture = load_architecture(config)
+    auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+    options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
+    if deepspeed_config is None and config.quantization is None:
+        backbone = _from_source(
+            auto, "model.name_or_path", config.name_or_path, revision=config.revision, use_safetensors=True, **options
+        )
+        return backbone.requires_grad_(False).to(device)
+    weights = _weight_files(config)
+    with init_empty_weights(include_buffers=False):
+        backbone = auto.from_config(architecture, **options)
+    backbone.tie_weights()
+    partitioner = Partitioner(deepspeed_config, device, shard_group) if deepspeed_config else None
+    fill_backbone(backbone, config, weights, device, partitioner, show_progress)
+    with suppress(OSError):  # not every checkpoint has one
+        backbone.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
-    backbone = _from_source(
-        AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM,
-        "model.name_or_path",
-        config.name_or_path,
-        revision=config.revision,
-        dtype=DTYPES[config.dtype],
-        attn_implementation=config.attn_implementation,
-        use_safetensors=True,
-    )
-    return backbone.requires_grad_(False)
+    return backbone.requires_grad_(False).eval()
+
+
+def _weight_files(config: ModelConfig) -> list[Path]:
+    """The safetensors files of the checkpoint, fetched from the hub if need be."""
+    source = config.name_or_path
+    with _told_as_user_error("model.name_or_path", source):
+        options: dict[str, Any] = {"revision": config.revision}
+        single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **options)
+        if single:
+            return [Path(single)]
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
+        return [Path(path) for path in get_checkpoint_shard_files(source, index, **options)[0]]
 
 
 def _from_source(auto: Any, key: str, source: str, **options: Any) -> Any:
@@ -89,8 +125,15 @@ def _from_source(auto: Any, key: str, source: str, **options: Any) -> Any:
     if is_local and not path.is_dir():
         siblings = [str(folder) for folder in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{key} is {source!r}: no such folder{did_you_mean(source, siblings)}")
-    try:
+    with _told_as_user_error(key, source):
         return auto.from_pretrained(source, **options)
+
+
+@contextmanager
+def _told_as_user_error(key: str, source: str) -> Iterator[None]:
+    """Tell what `transformers` raises about a checkpoint as the mistake that it nearly always is."""
+    try:
+        yield
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

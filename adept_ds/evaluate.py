@@ -12,9 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
-
-from torch import nn
+from typing import Any
 
 from adept_ds.adapter_io import load_adapter
 from adept_ds.backbone import load_backbone, load_tokenizer
@@ -60,8 +58,7 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
         load_adapter(adapter)  # A damaged adapter is told before the weights are loaded.
     tokenizer = load_tokenizer(run.model)
     world = init_world()
-    backbone = load_backbone(run.model, show_progress=world.is_main)
-    cast(nn.Module, backbone).to(world.device)
+    backbone = load_backbone(run.model, world.device, show_progress=world.is_main)
     model = AdaptedModel.from_pretrained(backbone, adapter) if adapter else AdaptedModel(backbone, Untuned())
     samples = generate_samples(model, tokenizer, problems, run.eval.generation, run.data, world)
 

@@ -35,15 +35,15 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
 
 class _FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, bias: Tensor | None) -> Tensor:
-        # An attribute and not a saved tensor: it must be the parameter object, whose data ZeRO-3 exchanges.
-        ctx.weight = weight
-        y = matmul(x, weight.t())
-        return y if bias is None else y + bias
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+        # The layer and not a saved tensor: ZeRO-3 exchanges the data of its parameters between the two passes.
+        ctx.layer = layer
+        y = matmul(x, layer.dense_weight().t())
+        return y if layer.bias is None else y + layer.bias
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return matmul(grads[0], ctx.weight), None, None
+        return matmul(grads[0], ctx.layer.dense_weight()), None
 
 
 class FrozenLinear(nn.Linear):
@@ -54,9 +54,13 @@ class FrozenLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
+    def dense_weight(self) -> Tensor:
+        """The weight [out_features, in_features] as it enters the product."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return _FrozenLinearFunction.apply(input, self.weight, self.bias)
+        return _FrozenLinearFunction.apply(input, self)
 
 
 def replace_frozen_linears(model: nn.Module) -> int:

@@ -1,11 +1,14 @@
-"""Full values of parameters that ZeRO-3 may have split over the ranks."""
+"""Parameters that ZeRO-3 splits over ranks: splitting them as they are loaded, and their full values and sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -19,8 +22,8 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def full_numel(parameter: Tensor) -> int:
-    """The parameter's number of elements as the model declared it, sharded or not."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Number of elements as the model declared it, sharded or quantised or not."""
+    return int(getattr(parameter, "dense_numel", getattr(parameter, "ds_numel", parameter.numel())))
 
 
 @contextmanager
@@ -34,3 +37,53 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(sharded):
         yield
+
+
+def node_group(ranks_by_node: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Return the process group of this rank's node, None if there is only one node. Collective.
+
+    Args:
+        ranks_by_node: The ranks of each node; all nodes have as many.
+    """
+    if len(ranks_by_node) == 1:
+        return None
+    groups = [dist.new_group(list(ranks)) for ranks in ranks_by_node]
+    return next(group for group, ranks in zip(groups, ranks_by_node, strict=True) if dist.get_rank() in ranks)
+
+
+class Partitioner:
+    """Splits parameters over ranks by ZeRO-3, one by one, before there is an engine.
+
+    DeepSpeed's own way in (`zero.Init`) wants every parameter whole on every rank first, and sends it there. Here a
+    rank hands in a tensor of which only its own part (`own_part`) has to hold values.
+
+    Args:
+        config: The completed `deepspeed` section, at stage 3.
+        device: This rank's device.
+        group: The ranks among which frozen parameters are split; all if None. What is not split here is split over all
+            ranks by the engine.
+    """
+
+    def __init__(self, config: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+        import deepspeed
+
+        # An empty module: sets up what DeepSpeed needs and splits nothing yet.
+        self._zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
+        self.device = device
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def own_part(self, numel: int) -> slice:
+        """The part of a flattened parameter of `numel` elements that this rank will keep."""
+        part = -(-numel // self.size)
+        return slice(min(self.rank * part, numel), min((self.rank + 1) * part, numel))
+
+    def split(self, parameter: nn.Parameter) -> None:
+        """Keep this rank's part and release the rest. Every rank calls this for the same parameters in one order."""
+        if self.group is not None:
+            # DeepSpeed splits a parameter over all ranks unless it names a group (there: those that hold an expert).
+            parameter.ds_zero_partition_process_group = self.group  # type: ignore[attr-defined]
+        self._zero._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+        # Where it will be gathered; code outside asks an empty parameter for its device too.
+        parameter.data = parameter.data.to(self.device)

@@ -136,7 +136,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
     # Model, optimizer, engine.
     prepare_deepspeed(world)
     is_sharded = plan.config["zero_optimization"]["stage"] == 3
-    backbone = load_backbone(run.model, plan.config if is_sharded else None, show_progress=world.is_main)
+    backbone = load_backbone(run.model, world.device, plan.config if is_sharded else None, show_progress=world.is_main)
     if run.train.activation_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)

@@ -1,0 +1,281 @@
+"""Filling a backbone weight by weight from safetensors: read a slice, quantise, split, drop, go on.
+
+No rank ever holds more than its final part of the model and one linear layer beside it. Plain weights are read from the
+mapped file by each rank for its own part only. Quantised ones are converted in turns, each by one rank, and sent to the
+others; or read back from a cache of earlier conversions, again by each rank for its own part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from adept_ds.config import ModelConfig
+from adept_ds.errors import UserError
+from adept_ds.quantization import QuantizedLinear, Scheme, quantize_linears
+from adept_ds.sharding import Partitioner
+
+CACHE_FORMAT = 1
+"""Raised whenever the layout of quantised weights changes."""
+_CACHE_FILE_BYTES = 64 << 20
+
+
+class WeightFiles(ExitStack):
+    """Safetensors files as one mapping of names to tensors, mapped into memory and read where they are touched."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        super().__init__()
+        self._file_of: dict[str, Any] = {}
+        for path in paths:
+            file = self.enter_context(safe_open(path, framework="pt"))
+            self._file_of |= dict.fromkeys(file.keys(), file)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor as it is in the file; nothing is read yet."""
+        return self._file_of[name].get_tensor(name)
+
+
+class QuantizedCache:
+    """A folder with the quantised weights of one checkpoint in one scheme and dtype.
+
+    It is filled under a temporary name, so a folder that is there is whole; of two jobs that fill it the first wins.
+    The checkpoint is recognised by its files' places, sizes and times. Ranks read it if all of them see it.
+    """
+
+    def __init__(self, root: Path, config: ModelConfig, weights: Iterable[Path]) -> None:
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path.resolve, weights)]
+        scheme = Scheme.of(config)
+        key = json.dumps([CACHE_FORMAT, asdict(scheme) if scheme else None, config.dtype, sorted(files)])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.folder = root / f"{Path(config.name_or_path).name}-{config.quantization}-{digest}"
+        self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        self._pending: dict[str, Tensor] = {}
+        self._written = 0
+
+    def paths(self) -> list[Path]:
+        """The files of a whole cache; none if there is no such cache yet."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def add(self, name: str, storage: Tensor) -> None:
+        """Take one weight's storage; it is written once enough have come for a file."""
+        self._pending[name] = storage.cpu()
+        if sum(tensor.nbytes for tensor in self._pending.values()) >= _CACHE_FILE_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write the rest and put the folder in its place."""
+        self._flush()
+        try:
+            self._temporary.rename(self.folder)
+        except OSError:  # another job has put its own there, which is the same
+            shutil.rmtree(self._temporary)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._temporary.mkdir(parents=True, exist_ok=True)
+            save_file(self._pending, self._temporary / f"{self._written:05d}.safetensors")
+            self._written += 1
+            self._pending = {}
+
+
+def fill_backbone(
+    backbone: PreTrainedModel,
+    config: ModelConfig,
+    weights: list[Path],
+    device: torch.device,
+    partitioner: Partitioner | None,
+    show_progress: bool,
+) -> None:
+    """Put a checkpoint's weights into a backbone whose parameters are on the meta device. Collective.
+
+    Args:
+        backbone: In its final dtype; its linear layers are quantised here if the config says so.
+        config: What is loaded.
+        weights: The checkpoint's safetensors files.
+        device: Where the weights go.
+        partitioner: Splits every parameter; None keeps all of them whole on each rank.
+        show_progress: Whether this rank shows the progress.
+
+    Raises:
+        UserError: The checkpoint lacks a weight, has one of another shape, or holds two for a pair that the backbone's
+            config ties.
+    """
+    scheme = Scheme.of(config)
+    layers = quantize_linears(backbone, scheme) if scheme else {}
+    slots = _slots(backbone)
+    progress = tqdm(total=len(slots), desc="load", unit="weight", disable=not show_progress)
+    with WeightFiles(weights) as files:
+        names = _names_in_files(backbone, slots, files)
+        for slot in slots:
+            if slot.name not in layers:
+                slot.place(_own_values(slot, names[slot.name], files, device, partitioner), partitioner)
+                progress.update()
+        by_name = {slot.name: slot for slot in slots}
+        if scheme:
+            sources = {name: names[name] for name in layers}
+            for name, storage in _storages(layers, sources, files, config, weights, device, partitioner):
+                by_name[name].place(storage, partitioner)
+                progress.update()
+    for module in backbone.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    progress.close()
+
+
+class _Slot:
+    """One parameter with all the places that it has in the model; several if it is tied."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.places: list[tuple[nn.Module, str]] = []
+        self.names: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def place(self, full: Tensor, partitioner: Partitioner | None) -> None:
+        """Make `full`, which has values in this rank's part at least, the parameter in all its places."""
+        parameter = nn.Parameter(full, requires_grad=False)
+        parameter.__dict__.update(self.parameter.__dict__)
+        if partitioner:
+            partitioner.split(parameter)
+        for module, attribute in self.places:
+            module._parameters[attribute] = parameter
+
+
+def _slots(backbone: nn.Module) -> list[_Slot]:
+    found: dict[int, _Slot] = {}
+    for prefix, module in backbone.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                slot = found.setdefault(id(parameter), _Slot(parameter))
+                slot.places.append((module, attribute))
+                slot.names.append(f"{prefix}.{attribute}".lstrip("."))
+    return list(found.values())
+
+
+def _names_in_files(backbone: PreTrainedModel, slots: list[_Slot], files: WeightFiles) -> dict[str, list[str]]:
+    """Name of each parameter to those that the files have it under: its own and its ties', without or with the prefix
+    that a checkpoint of the model below the LM head lacks."""
+    prefix = f"{backbone.base_model_prefix}."
+    names = {}
+    for slot in slots:
+        forms = [form for name in slot.names for form in (name, name.removeprefix(prefix), prefix + name)]
+        names[slot.name] = [form for form in dict.fromkeys(forms) if form in files]
+    missing = [name for name, found in names.items() if not found]
+    if missing:
+        raise UserError(
+            f"model.name_or_path is {backbone.config.name_or_path!r}, whose safetensors files lack {len(missing)} of "
+            f"the {len(names)} weights of {type(backbone).__name__}, the first is {missing[0]}"
+        )
+    return names
+
+
+def _own_values(
+    slot: _Slot, names: list[str], files: WeightFiles, device: torch.device, partitioner: Partitioner | None
+) -> Tensor:
+    """The parameter's tensor with this rank's part read from the files; the rest of it is never touched."""
+    shape, dtype = slot.parameter.shape, slot.parameter.dtype
+    for name in names:
+        if files[name].shape != shape:
+            raise UserError(f"the checkpoint's {name} has shape {list(files[name].shape)}, expected {list(shape)}")
+    part = partitioner.own_part(shape.numel()) if partitioner else slice(None)
+    first, *others = (files[name].reshape(-1)[part] for name in names)
+    if any(not torch.equal(first, other) for other in others):
+        raise UserError(
+            f"config.json ties {' and '.join(names)}, but the checkpoint holds different values for them; set "
+            "tie_word_embeddings to false there"
+        )
+    if not partitioner:
+        return first.view(shape).to(device, dtype, copy=True)
+    # Host memory becomes real where it is written to.
+    full = torch.empty(shape, dtype=dtype)
+    full.view(-1)[part] = first
+    return full
+
+
+def _storages(
+    layers: dict[str, QuantizedLinear],
+    sources: dict[str, list[str]],
+    files: WeightFiles,
+    config: ModelConfig,
+    weights: list[Path],
+    device: torch.device,
+    partitioner: Partitioner | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the storage of each quantised weight, from the cache or converted and put there."""
+    cache = QuantizedCache(Path(config.quantized_cache), config, weights) if config.quantized_cache else None
+    if cache and _on_all_ranks(bool(cache.paths())):
+        with WeightFiles(cache.paths()) as stored:
+            for name, layer in layers.items():
+                part = partitioner.own_part(layer.weight.numel()) if partitioner else slice(None)
+                storage = torch.empty(
+                    layer.weight.shape, dtype=layer.weight.dtype, device="cpu" if partitioner else device
+                )
+                storage[part] = stored[name][part]
+                yield name, storage
+        return
+    is_writer = cache is not None and _rank() == 0
+    for name, storage in _converted(layers, sources, files, device):
+        if cache and is_writer:
+            cache.add(name, storage)
+        yield name, storage
+    if cache and is_writer:
+        cache.finish()
+
+
+def _converted(
+    layers: dict[str, QuantizedLinear], sources: dict[str, list[str]], files: WeightFiles, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Quantise as many weights at a time as there are ranks, each by one of them, which sends it to the others."""
+    rank, ranks, names = _rank(), _ranks(), list(layers)
+    for start in range(0, len(names), ranks):
+        turn = names[start : start + ranks]
+        own = None
+        if rank < len(turn):
+            layer = layers[turn[rank]]
+            weight = files[sources[turn[rank]][0]]
+            expected = [layer.out_features, layer.in_features]
+            if list(weight.shape) != expected:
+                raise UserError(f"the checkpoint's {turn[rank]} has shape {list(weight.shape)}, expected {expected}")
+            own = layer.scheme.quantize(weight.to(device, layer.weight.dtype))
+        for owner, name in enumerate(turn):
+            storage = own if own is not None and owner == rank else torch.empty_like(layers[name].weight, device=device)
+            if ranks > 1:
+                dist.broadcast(storage.view(torch.uint8), owner)
+            yield name, storage
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _on_all_ranks(condition: bool) -> bool:
+    if _ranks() == 1:
+        return condition
+    answers: list[bool] = [False] * _ranks()
+    dist.all_gather_object(answers, condition)
+    return all(answers)
