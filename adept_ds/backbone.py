@@ -57,9 +57,24 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
     """Return the backbone's `transformers` config: its shape, no weights.
 
     Raises:
-        UserError: There is none at that place, or it cannot be reached.
+        UserError: There is none at that place, it cannot be reached, or it does not work in `config.dtype`.
     """
-    return _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
+    architecture = _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
+    check_precision(config, architecture)
+    return architecture
+
+
+def check_precision(config: ModelConfig, architecture: PreTrainedConfig) -> None:
+    """Refuse a precision that the architecture does not work in.
+
+    Raises:
+        UserError: An encoder-decoder model in fp16.
+    """
+    if config.dtype == "fp16" and architecture.is_encoder_decoder:
+        raise UserError(
+            f"model.dtype is 'fp16', in which the feed-forward layers of encoder-decoder models such as "
+            f"{config.name_or_path!r} exceed the largest number (65,504) and give infinities; expected 'bf16' or 'fp32'"
+        )
 
 
 def load_backbone(
@@ -83,6 +98,7 @@ def load_backbone(
         UserError: There is no such checkpoint, it cannot be reached, or it is not one of this architecture.
     """
     global _zero_init
+    _zero_init = None  # or the skeleton below would be sharded, which is for an earlier backbone of this process
     if not show_progress:
         disable_progress_bar()
     device = device or torch.device("cpu")
@@ -101,7 +117,9 @@ def load_backbone(
     partitioner = Partitioner(deepspeed_config, device, shard_group) if deepspeed_config else None
     fill_backbone(backbone, config, weights, device, partitioner, show_progress)
     with suppress(OSError):  # not every checkpoint has one
-        backbone.generation_config = GenerationConfig.from_pretrained(config.name_or_path, revision=config.revision)
+        backbone.generation_config = GenerationConfig.from_pretrained(
+            config.name_or_path, revision=config.revision or "main"
+        )
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     return backbone.requires_grad_(False).eval()
 

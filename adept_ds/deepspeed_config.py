@@ -87,6 +87,7 @@ OWNERS = {
     "gradient_clipping": "train.max_grad_norm",
     "bf16.enabled": "model.dtype",
     "fp16.enabled": "model.dtype",
+    "zero_optimization.stage": "train.sharding",
     "torch_autocast.enabled": "model.dtype",
     "bf16.bf16_master_weights_and_grads": "model.dtype",
     "bf16.bf16_optimizer_states": "model.dtype",
@@ -121,6 +122,8 @@ class DeepSpeedPlan:
     """Dotted key in `config` to the setting or rule that it follows from."""
 
 
+SHARDED_STAGE = 3
+"""ZeRO stage that splits the weights."""
 DEFAULT_STAGE = 1
 """ZeRO stage where the section names none: whole weights on every rank, as at 0, and fp32 masters for bf16 too."""
 
@@ -179,6 +182,8 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
     problems = [f"deepspeed.{key}: {message}" for key, message in _contradictions(run, batch)]
     if problems:
         raise UserError("\n".join(problems))
+    if run.train.sharding == "auto":
+        raise ValueError("train.sharding: auto has to be decided first, see adept_ds.sharding_choice")
     config = copy.deepcopy(run.deepspeed)
     derived: dict[str, str] = {}
     for key, value in _owned_values(run, batch).items():
@@ -242,11 +247,13 @@ def _owned_values(run: RunConfig, batch: BatchArithmetic | None) -> dict[str, An
         "train_batch_size": run.train.global_batch_size,
         "gradient_clipping": run.train.max_grad_norm,
         "bf16.enabled": run.model.dtype == "bf16",
-        "fp16.enabled": False,
+        "fp16.enabled": run.model.dtype == "fp16",
         "torch_autocast.enabled": False,
         "bf16.bf16_master_weights_and_grads": False,
         "bf16.bf16_optimizer_states": False,
     }
+    if run.train.sharding in ("node", "global"):
+        values["zero_optimization.stage"] = SHARDED_STAGE
     if batch is not None:
         values["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
         values["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
@@ -255,14 +262,23 @@ def _owned_values(run: RunConfig, batch: BatchArithmetic | None) -> dict[str, An
 
 def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[tuple[str, str]]:
     zero = run.deepspeed.get("zero_optimization", {})
-    if run.model.dtype == "bf16" and isinstance(zero, dict) and zero.get("stage") == 0:
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if run.model.dtype != "fp32" and stage == 0:
         yield (
             "zero_optimization.stage",
             (
-                "stage 0 with model.dtype bf16 accumulates gradients in bf16 and keeps no fp32 states that could be "
-                "saved; expected 1 (the same traffic, whole weights on every rank), 2 or 3, or model.dtype fp32"
+                f"stage 0 with model.dtype {run.model.dtype} accumulates gradients in it and keeps no fp32 states "
+                "that could be saved; expected 1 (the same traffic, whole weights on every rank), 2 or 3, or "
+                "model.dtype fp32"
             ),
         )
+    if run.train.sharding == "replicate" and stage == 3:
+        yield (
+            "zero_optimization.stage",
+            "3 splits the weights, which contradicts train.sharding = 'replicate'; expected 1, 2 or no value here",
+        )
+    if run.train.sharding == "auto" and stage is not None:
+        yield "zero_optimization.stage", f"{stage} contradicts train.sharding = 'auto', which chooses it; leave one out"
     for key, expected in _owned_values(run, batch).items():
         value: Any = run.deepspeed
         for name in key.split("."):

@@ -58,6 +58,8 @@ def init_world() -> World:
         # The ranks of this node share its cores; left alone, each would start a thread for every core.
         cores, ranks_here = len(os.sched_getaffinity(0)), int(environment.get("LOCAL_WORLD_SIZE", world_size))
         torch.set_num_threads(max(1, cores // ranks_here))
+    if dist.is_initialized():  # by an earlier run of this process
+        return World(rank, world_size, local_rank, device)
     if world_size == 1 and "MASTER_ADDR" not in environment:
         # A single process needs no port, so none can clash.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
@@ -78,6 +80,24 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     values: list[Any] = [None] * world.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def ranks_by_node(world: World) -> list[list[int]]:
+    """Return the ranks of each node. Collective. Launchers number the ranks of one node one after the other.
+
+    Raises:
+        UserError: The nodes have different numbers of ranks.
+    """
+    nodes: list[list[int]] = []
+    for rank, local_rank in enumerate(gather_objects(world.local_rank, world)):
+        if local_rank == 0:
+            nodes.append([])
+        nodes[-1].append(rank)
+    if len({len(ranks) for ranks in nodes}) > 1:
+        raise UserError(
+            f"the nodes have {', '.join(str(len(ranks)) for ranks in nodes)} ranks; expected as many on every node"
+        )
+    return nodes
 
 
 def on_main_rank(function: Callable[[], Result], world: World) -> Result:

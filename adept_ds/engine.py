@@ -27,6 +27,9 @@ from adept_ds.sharding import full_shape
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter, beside its step count."""
+LOSS_SCALER = "loss_scaler"
+"""Name among the optimizer's states under which fp16 keeps AdamW's own count of steps and the fields below."""
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def prepare_deepspeed(world: World) -> None:
@@ -106,13 +109,21 @@ class Engine:
         }
 
     def optimizer_states(self) -> dict[str, Tensor]:
-        """AdamW's moments of each trained parameter, whole, as `{name}.{moment}` on the CPU."""
+        """AdamW's moments of each trained parameter, whole, as `{name}.{moment}` on the CPU.
+
+        In fp16 also the state of the loss scaling, which skips the steps whose gradients overflow.
+        """
         self._link_moments()
-        return {
+        states = {
             f"{name}.{moment}": self._moment(parameter, moment).to("cpu", copy=True)
             for name, parameter in self.model.trainable_parameters().items()
             for moment in MOMENTS
         }
+        if self._scaler is not None:
+            steps = [float(state["step"]) for state in self.optimizer.state.values()]
+            fields = [float(getattr(self._scaler, field)) for field in _SCALER_FIELDS]
+            states[LOSS_SCALER] = torch.tensor([max(steps, default=0.0), *fields], dtype=torch.float64)
+        return states
 
     def restore(
         self, values: Mapping[str, Tensor], states: Mapping[str, Tensor], steps: int, dummy: dict[str, Tensor]
@@ -127,6 +138,11 @@ class Engine:
         self.forward_backward([dummy] * self.deepspeed.gradient_accumulation_steps(), label_tokens=1)
         self.step()
         self._link_moments()
+        if self._scaler is not None:
+            adam_steps, *fields = states[LOSS_SCALER].tolist()
+            steps = int(adam_steps)
+            for field, value in zip(_SCALER_FIELDS, fields, strict=True):
+                setattr(self._scaler, field, value if field == "cur_scale" else int(value))
         for name, parameter in self.model.trainable_parameters().items():
             safe_set_full_fp32_param(parameter, values[name].to(self.world.device))
             for moment in MOMENTS:
@@ -137,6 +153,12 @@ class Engine:
                     safe_set_full_optimizer_state(parameter, state, moment)
         for state in self.optimizer.state.values():
             state["step"].fill_(steps)
+
+    @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None where the loss is not scaled."""
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
 
     def _link_moments(self) -> None:
         """Make the moments of all groups reachable from their parameters.
@@ -157,4 +179,7 @@ class Engine:
     def _moment(self, parameter: torch.nn.Parameter, moment: str) -> Tensor:
         if parameter in self.optimizer.state:
             return self.optimizer.state[parameter][moment]
-        return safe_get_full_optimizer_state(parameter, moment).float().view(full_shape(parameter))
+        state = safe_get_full_optimizer_state(parameter, moment)
+        if state is None:  # every step so far overflowed and was skipped
+            return torch.zeros(full_shape(parameter))
+        return state.float().view(full_shape(parameter))

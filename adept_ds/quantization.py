@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -29,6 +28,8 @@ from adept_ds.frozen_linear import FrozenLinear
 _ALIGNMENT = 16
 _SCALES_PER_NESTED_BLOCK = 256
 _BLOCK_SIZE = {"nf4": 64, "int8": 256}
+_PART_ELEMENTS = 2**22
+"""A multiple of all block sizes."""
 
 
 @cache
@@ -72,21 +73,32 @@ class Scheme:
         return sum(dtype.itemsize * length for dtype, length in self._sections(numel))
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor) -> Tensor:
-        """Return the storage of `weight` [...]: 1-D, in its dtype and on its device."""
+    def quantize(self, weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the storage of `weight` [...], rounded to `dtype` first: 1-D, in `dtype`, on `device`.
+
+        A few million elements at a time: `weight` may be a mapped file, of which no more than that is in memory then.
+        """
+        parts = [self._quantize_part(part.to(device, dtype)) for part in weight.reshape(-1).split(_PART_ELEMENTS)]
+        absmax, codes = (torch.cat(column) for column in zip(*parts, strict=True))
+        scales = [absmax]
+        if self.double:
+            mean = absmax.mean()
+            codes_of_scales, nested = bnb.quantize_blockwise(
+                absmax - mean, code=_dynamic_map(device), blocksize=_SCALES_PER_NESTED_BLOCK
+            )
+            scales = [torch.cat([mean.view(1), nested.absmax]), codes_of_scales]
+        pieces = [piece.view(torch.uint8) for piece in [*scales, codes]]
+        _, padding = self._sections(weight.numel())[-1]
+        return torch.cat([*pieces, codes.new_zeros(padding)]).view(dtype)
+
+    def _quantize_part(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Return absmax and codes of whole blocks [n]."""
         size = _BLOCK_SIZE[self.name]
         if self.name == "nf4":
-            codes, state = bnb.quantize_4bit(
-                weight, blocksize=size, compress_statistics=self.double, quant_type=self.name
-            )
+            codes, state = bnb.quantize_4bit(part, blocksize=size, quant_type=self.name)
         else:
-            codes, state = bnb.quantize_blockwise(weight, code=_dynamic_map(weight.device), blocksize=size)
-        scales = [state.absmax]
-        if self.double:
-            scales = [torch.cat([state.offset.view(1), state.state2.absmax]), state.absmax]
-        parts = [part.contiguous().view(torch.uint8).view(-1) for part in [*scales, codes]]
-        _, padding = self._sections(weight.numel())[-1]
-        return torch.cat([*parts, parts[0].new_zeros(padding)]).view(weight.dtype)
+            codes, state = bnb.quantize_blockwise(part, code=_dynamic_map(part.device), blocksize=size)
+        return state.absmax, codes.view(-1)
 
     @torch.no_grad()
     def dequantize(self, storage: Tensor, shape: torch.Size) -> Tensor:
@@ -127,7 +139,8 @@ class QuantizedLinear(FrozenLinear):
         numel, dtype = linear.weight.numel(), linear.weight.dtype
         storage = torch.empty(scheme.storage_bytes(numel) // dtype.itemsize, dtype=dtype, device=linear.weight.device)
         self.weight = nn.Parameter(storage, requires_grad=False)
-        mark_quantized(self.weight, numel)
+        # For counts of parameters; DeepSpeed knows the storage's own length only.
+        self.weight.dense_numel = numel  # type: ignore[attr-defined]
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features], expanded anew."""
@@ -136,11 +149,6 @@ class QuantizedLinear(FrozenLinear):
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the scheme."""
         return f"{super().extra_repr()}, {self.scheme}"
-
-
-def mark_quantized(storage: Any, numel: int) -> None:
-    """Note on a storage parameter how many elements the weight in it has, for counts of parameters."""
-    storage.dense_numel = numel
 
 
 def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, QuantizedLinear]:

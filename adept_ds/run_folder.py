@@ -24,11 +24,13 @@ MAY_CHANGE = (
     "logging",
     "model.attn_implementation",
     "model.name_or_path",
+    "model.quantized_cache",
     "train.activation_checkpointing",
     "train.gradient_accumulation_steps",
     "train.keep_checkpoints",
     "train.micro_batch_size",
     "train.save_every",
+    "train.sharding",
 )
 """Settings that a resumed run may have other values of: none of them changes what is trained on which examples."""
 

@@ -46,8 +46,8 @@ from adept_ds.data import (
     load_problems,
     rank_micro_batches,
 )
-from adept_ds.deepspeed_config import BatchArithmetic, complete
-from adept_ds.distributed import init_world, on_main_rank, sum_over_ranks
+from adept_ds.deepspeed_config import SHARDED_STAGE, BatchArithmetic, complete
+from adept_ds.distributed import init_world, on_main_rank, ranks_by_node, sum_over_ranks
 from adept_ds.engine import Engine, prepare_deepspeed
 from adept_ds.entry_point import is_main_rank
 from adept_ds.errors import UserError
@@ -57,6 +57,7 @@ from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, count_steps, learning_rate_factor, set_learning_rates
 from adept_ds.run_folder import RunFolder
 from adept_ds.scoring import score_samples
+from adept_ds.sharding import node_group
 from adept_ds.tracking import MetricsLog, check_trackers
 
 
@@ -135,8 +136,14 @@ def train(run: RunConfig, resume: str = "never") -> None:
 
     # Model, optimizer, engine.
     prepare_deepspeed(world)
-    is_sharded = plan.config["zero_optimization"]["stage"] == 3
-    backbone = load_backbone(run.model, world.device, plan.config if is_sharded else None, show_progress=world.is_main)
+    is_sharded = plan.config["zero_optimization"]["stage"] == SHARDED_STAGE
+    backbone = load_backbone(
+        run.model,
+        world.device,
+        deepspeed_config=plan.config if is_sharded else None,
+        shard_group=node_group(ranks_by_node(world)) if run.train.sharding == "node" else None,
+        show_progress=world.is_main,
+    )
     if run.train.activation_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)

@@ -1,0 +1,264 @@
+"""The same mathematics however the model is held and the batch is split: every run against plain PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    get_linear_schedule_with_warmup,
+)
+
+from adept_ds.config import AdeptConfig, DataConfig
+from adept_ds.data import EncodedDataset, global_batches, load_examples
+from adept_ds.model import get_adept_model
+
+from .conftest import REPOSITORY, free_port, losses, run_settings
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+
+RUNS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "llama-stage0": {"stage": 0},
+        "llama-stage2-accumulated": {"stage": 2, "train": {"micro_batch_size": 2}},
+        "llama-stage3-accumulated-checkpointed": {
+            "stage": 3,
+            "train": {"micro_batch_size": 1, "activation_checkpointing": True},
+        },
+        "llama-nf4-stage1": {"stage": 1, "model": {"quantization": "nf4"}},
+        "t5-stage0": {"stage": 0},
+        "t5-stage3": {"stage": 3},
+        "t5-nf4-stage1": {"stage": 1, "model": {"quantization": "nf4", "double_quantization": True}},
+    },
+    2: {
+        "llama-stage0": {"stage": 0},
+        "llama-stage2": {"stage": 2},
+        "llama-stage3-checkpointed": {"stage": 3, "train": {"activation_checkpointing": True}},
+        "llama-stage3-offloaded": {"stage": 3, "zero": {"offload_param": {"device": "cpu"}}},
+        "llama-bf16-stage1": {"stage": 1, "model": {"dtype": "bf16"}},
+        "llama-bf16-stage3": {"stage": 3, "model": {"dtype": "bf16"}},
+        "llama-nf4-stage3": {"stage": 3, "model": {"quantization": "nf4"}},
+        "llama-nf4-stage3-accumulated-checkpointed": {
+            "stage": 3,
+            "model": {"quantization": "nf4"},
+            "train": {"micro_batch_size": 1, "activation_checkpointing": True},
+        },
+        "llama-int8-stage3": {"stage": 3, "model": {"quantization": "int8"}},
+        "llama-fp16-stage2": {"stage": 2, "model": {"dtype": "fp16"}},
+        "llama-fp16-stage3": {"stage": 3, "model": {"dtype": "fp16"}},
+        "t5-stage2": {"stage": 2},
+        "t5-stage3": {"stage": 3},
+        "t5-bf16-stage3": {"stage": 3, "model": {"dtype": "bf16"}},
+        "t5-nf4-stage3": {"stage": 3, "model": {"quantization": "nf4", "double_quantization": True}},
+    },
+    4: {
+        "llama-global": {"train": {"sharding": "global"}},
+        "llama-node": {"train": {"sharding": "node"}},
+        "llama-replicate": {"train": {"sharding": "replicate"}},
+        "llama-nf4-node": {"train": {"sharding": "node"}, "model": {"quantization": "nf4"}},
+        "t5-node": {"train": {"sharding": "node", "activation_checkpointing": True}},
+    },
+}
+"""Ranks to runs, each what it has other than fp32, the whole share of a rank in one forward pass, and no sharding."""
+
+
+@pytest.fixture(scope="module")
+def t5_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"prompt": f"sum of {a} and {b}", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dirs(
+    tiny_llama: Path,
+    tiny_t5: Path,
+    t5_data: Path,
+    environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int], Path]:
+    """Take all runs of a number of ranks, once; four ranks stand for two nodes."""
+    root = tmp_path_factory.mktemp("exactness")
+    done: set[int] = set()
+
+    def settings(ranks: int, name: str, wanted: dict[str, Any]) -> dict[str, Any]:
+        model, data = (
+            (tiny_t5, {"format": "jsonl", "path": str(t5_data)}) if name.startswith("t5") else (tiny_llama, {})
+        )
+        train = {"max_steps": STEPS, "save_every": STEPS, "keep_checkpoints": 1, **wanted.get("train", {})}
+        made = run_settings(model, root / f"{ranks}-{name}", **train)
+        made["data"] = data
+        made["model"] |= wanted.get("model", {})
+        made["deepspeed"]["zero_optimization"] |= wanted.get("zero", {})
+        made["deepspeed"]["zero_optimization"].pop("stage")
+        if "stage" in wanted:
+            made["deepspeed"]["zero_optimization"]["stage"] = wanted["stage"]
+        return made
+
+    def run(ranks: int) -> Path:
+        if ranks not in done:
+            file = root / f"{ranks}.json"
+            file.write_text(json.dumps([settings(ranks, name, wanted) for name, wanted in RUNS[ranks].items()]))
+            start_ranks(ranks, file, environment | {"ADEPT_DS_TEST_FP16": "1"})
+            done.add(ranks)
+        return root
+
+    return run
+
+
+def start_ranks(ranks: int, runs: Path, environment: dict[str, str]) -> None:
+    """As a batch system starts tasks; of four ranks each pair is a node."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "tests/distributed/run_all.py", str(runs)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-6000:]
+
+
+class Plain:
+    """The runs written out with torch and transformers alone; start values and order of examples are the project's."""
+
+    def __init__(self, model: Path, tokenizer: PreTrainedTokenizerFast, data: DataConfig, **load: Any) -> None:
+        self.is_t5 = "t5" in model.name
+        auto = AutoModelForSeq2SeqLM if self.is_t5 else AutoModelForCausalLM
+        start = get_adept_model(auto.from_pretrained(model), AdeptConfig(num_virtual_tokens=5, bottleneck=2), seed=42)
+        self.values = {
+            name: value.detach().clone().requires_grad_() for name, value in start.trainable_parameters().items()
+        }
+        self.backbone = auto.from_pretrained(model, **load).requires_grad_(False)
+        dataset = EncodedDataset(load_examples(data, "train"), tokenizer, data, 5, self.is_t5)
+        batches = global_batches(dataset.lengths, 4, 42, 0, True)[:STEPS]
+        prompt, *network = self.values.values()
+        optimizer = torch.optim.AdamW(
+            [{"params": [prompt], "lr": 0.03}, {"params": network, "lr": 0.01}],
+            betas=(0.9, 0.98),
+            eps=1e-6,
+            weight_decay=0.01,
+        )
+        schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
+        self.losses = []
+        for batch in batches:
+            sums = [self.loss(dataset[index]) for index in batch]
+            labels = sum(count for _, count in sums)
+            total = torch.stack([loss for loss, _ in sums]).sum() / labels
+            total.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            self.losses.append(float(total.detach()))
+
+    def loss(self, example: Any) -> tuple[Tensor, int]:
+        prompt, w_down, b1, w_up, b2 = self.values.values()
+        embeddings = self.backbone.get_input_embeddings()(torch.tensor(example.input_ids))
+        inputs = torch.cat([prompt, embeddings + F.relu(embeddings @ w_down + b1) @ w_up + b2])[None]
+        targets = torch.tensor(example.labels)
+        if self.is_t5:
+            decoder = self.backbone.prepare_decoder_input_ids_from_labels(labels=targets[None])
+            logits = self.backbone(inputs_embeds=inputs, decoder_input_ids=decoder).logits[0]
+        else:
+            logits, targets = self.backbone(inputs_embeds=inputs).logits[0, 5:-1], targets[1:]
+        return F.cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_llama: Path, tiny_t5: Path, t5_data: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> dict[str, Plain]:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return {
+        "llama": Plain(tiny_llama, tiny_tokenizer, DataConfig()),
+        "llama-nf4": Plain(tiny_llama, tiny_tokenizer, DataConfig(), quantization_config=nf4),
+        "t5": Plain(tiny_t5, tiny_tokenizer, DataConfig(format="jsonl", path=str(t5_data))),
+    }
+
+
+def runs(*, having: str = "", lacking: tuple[str, ...] = ()) -> list[tuple[int, str]]:
+    pairs = itertools.chain.from_iterable([(ranks, name) for name in names] for ranks, names in RUNS.items())
+    return [(ranks, name) for ranks, name in pairs if having in name and not any(word in name for word in lacking)]
+
+
+def parameters(run_dir: Path) -> dict[str, Tensor]:
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    return load_file(checkpoint / "adapter_model.safetensors")
+
+
+def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of any element, relative to the largest of its tensor."""
+    return max(float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("ranks", "name"), runs(lacking=("nf4", "int8", "bf16", "fp16")))
+def test_fp32_is_plain_pytorch(ranks: int, name: str, run_dirs: Callable[[int], Path], plain: dict[str, Plain]) -> None:
+    expected = plain[name.partition("-")[0]]
+    assert expected.losses[-1] < expected.losses[0]
+    run_dir = run_dirs(ranks) / f"{ranks}-{name}"
+    assert losses(run_dir) == pytest.approx(expected.losses, rel=1e-5)
+    values = {key: value.detach() for key, value in expected.values.items()}
+    assert largest_difference(parameters(run_dir), values) < 1e-3
+
+
+@pytest.mark.parametrize(("ranks", "name"), runs(having="llama-nf4"))
+def test_nf4_is_an_unsharded_bitsandbytes_model(
+    ranks: int, name: str, run_dirs: Callable[[int], Path], plain: dict[str, Plain]
+) -> None:
+    assert losses(run_dirs(ranks) / f"{ranks}-{name}") == pytest.approx(plain["llama-nf4"].losses, rel=1e-5)
+
+
+def test_nf4_of_t5_is_the_same_sharded_or_not(run_dirs: Callable[[int], Path]) -> None:
+    whole, sharded = losses(run_dirs(1) / "1-t5-nf4-stage1"), losses(run_dirs(2) / "2-t5-nf4-stage3")
+    assert sharded == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("llama-bf16-stage1", 3e-3),
+        ("llama-bf16-stage3", 3e-3),
+        ("t5-bf16-stage3", 1e-2),
+        ("llama-int8-stage3", 1e-3),
+    ],
+)
+def test_lower_precision_follows_fp32(
+    name: str, tolerance: float, run_dirs: Callable[[int], Path], plain: dict[str, Plain]
+) -> None:
+    expected = plain[name.partition("-")[0]].losses
+    assert losses(run_dirs(2) / f"2-{name}") == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama-fp16-stage2", "llama-fp16-stage3"])
+def test_fp16_scales_the_loss_and_trains(name: str, run_dirs: Callable[[int], Path], plain: dict[str, Plain]) -> None:
+    curve, expected = losses(run_dirs(2) / f"2-{name}"), plain["llama"].losses
+    assert curve == pytest.approx(expected, rel=1e-2)
+    (checkpoint,) = (run_dirs(2) / f"2-{name}" / "checkpoints").iterdir()
+    states = load_file(checkpoint / "optimizer.safetensors")
+    adam_steps, scale, seen, *_ = states["loss_scaler"].tolist()
+    assert (seen, scale > 1) == (STEPS, True)
+    assert STEPS - 3 <= adam_steps <= STEPS
