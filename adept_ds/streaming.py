@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,22 +134,20 @@ def fill_backbone(
         show_progress: Whether this rank shows the progress.
 
     Raises:
-        UserError: The checkpoint lacks a weight, has one of another shape, or holds two for a pair that the backbone's
-            config ties.
+        UserError: The checkpoint lacks a weight or has one of another shape.
     """
     scheme = Scheme.of(config)
     layers = quantize_linears(backbone, scheme) if scheme else {}
-    slots = _slots(backbone)
-    progress = tqdm(total=len(slots), desc="load", unit="weight", disable=not show_progress)
     with WeightFiles(weights) as files, _freed_memory_goes_back():
-        names = _names_in_files(backbone, slots, files)
+        slots = _slots(backbone, files)
+        progress = tqdm(total=len(slots), desc="load", unit="weight", disable=not show_progress)
         for slot in slots:
             if slot.name not in layers:
-                slot.place(_own_values(slot, names[slot.name], files, device, partitioner), partitioner)
+                slot.place(_own_values(slot, files[slot.source], device, partitioner), partitioner)
                 progress.update()
         by_name = {slot.name: slot for slot in slots}
         if scheme:
-            sources = {name: names[name] for name in layers}
+            sources = {name: by_name[name].source for name in layers}
             for name, storage in _storages(layers, sources, files, config, weights, device, partitioner):
                 by_name[name].place(storage, partitioner)
                 progress.update()
@@ -159,13 +157,15 @@ def fill_backbone(
     progress.close()
 
 
+@dataclass
 class _Slot:
     """One parameter with all the places that it has in the model; several if it is tied."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
-        self.places: list[tuple[nn.Module, str]] = []
-        self.names: list[str] = []
+    parameter: nn.Parameter
+    source: str
+    """Its name in the checkpoint."""
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -181,60 +181,71 @@ class _Slot:
             module._parameters[attribute] = parameter
 
 
-def _slots(backbone: nn.Module) -> list[_Slot]:
-    found: dict[int, _Slot] = {}
-    for prefix, module in backbone.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                slot = found.setdefault(id(parameter), _Slot(parameter))
-                slot.places.append((module, attribute))
-                slot.names.append(f"{prefix}.{attribute}".lstrip("."))
-    return list(found.values())
+def _slots(backbone: PreTrainedModel, files: WeightFiles) -> list[_Slot]:
+    """The backbone's parameters with what fills them.
 
-
-def _names_in_files(backbone: PreTrainedModel, slots: list[_Slot], files: WeightFiles) -> dict[str, list[str]]:
-    """Name of each parameter to those that the files have it under: its own and its ties', without or with the prefix
-    that a checkpoint of the model below the LM head lacks."""
+    The checkpoint decides what is tied: `transformers` ties the head of every T5 to its table, and unties it where the
+    files hold two values, as those of T5 v1.1 do.
+    """
     prefix = f"{backbone.base_model_prefix}."
-    names = {}
-    for slot in slots:
-        forms = [form for name in slot.names for form in (name, name.removeprefix(prefix), prefix + name)]
-        names[slot.name] = [form for form in dict.fromkeys(forms) if form in files]
-    missing = [name for name, found in names.items() if not found]
+    slots: dict[int, list[_Slot]] = {}
+    unfilled: list[tuple[int, str, nn.Module, str]] = []
+    for path, module in backbone.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{path}.{attribute}".lstrip(".")
+            # A checkpoint of the model below the LM head lacks the prefix.
+            forms = (name, name.removeprefix(prefix), prefix + name)
+            source = next((form for form in forms if form in files), None)
+            if source is None:
+                unfilled.append((id(parameter), name, module, attribute))
+                continue
+            alike = slots.setdefault(id(parameter), [])
+            slot = next((slot for slot in alike if torch.equal(files[slot.source], files[source])), None)
+            if slot is None:
+                slot = _Slot(parameter, source)
+                if alike:
+                    backbone.all_tied_weights_keys.pop(name, None)
+                alike.append(slot)
+            slot.names.append(name)
+            slot.places.append((module, attribute))
+    missing = []
+    for key, name, module, attribute in unfilled:
+        if key in slots:
+            slots[key][0].names.append(name)
+            slots[key][0].places.append((module, attribute))
+        else:
+            missing.append(name)
     if missing:
         raise UserError(
             f"model.name_or_path is {backbone.config.name_or_path!r}, whose safetensors files lack {len(missing)} of "
-            f"the {len(names)} weights of {type(backbone).__name__}, the first is {missing[0]}"
+            f"the weights of {type(backbone).__name__}, the first is {missing[0]}"
         )
-    return names
+    return [slot for alike in slots.values() for slot in alike]
 
 
-def _own_values(
-    slot: _Slot, names: list[str], files: WeightFiles, device: torch.device, partitioner: Partitioner | None
-) -> Tensor:
-    """The parameter's tensor with this rank's part read from the files; the rest of it is never touched."""
+def _own_values(slot: _Slot, values: Tensor, device: torch.device, partitioner: Partitioner | None) -> Tensor:
+    """The parameter's tensor with this rank's part of `values`; the rest of it is never touched."""
     shape, dtype = slot.parameter.shape, slot.parameter.dtype
-    for name in names:
-        if files[name].shape != shape:
-            raise UserError(f"the checkpoint's {name} has shape {list(files[name].shape)}, expected {list(shape)}")
-    part = partitioner.own_part(shape.numel()) if partitioner else slice(None)
-    first, *others = (files[name].reshape(-1)[part] for name in names)
-    if any(not torch.equal(first, other) for other in others):
-        raise UserError(
-            f"config.json ties {' and '.join(names)}, but the checkpoint holds different values for them; set "
-            "tie_word_embeddings to false there"
-        )
+    _check_shape(slot.source, values, shape)
     if not partitioner:
-        return first.view(shape).to(device, dtype, copy=True)
+        return values.to(device, dtype, copy=True)
+    part = partitioner.own_part(shape.numel())
     # Host memory becomes real where it is written to.
     full = torch.empty(shape, dtype=dtype)
-    full.view(-1)[part] = first
+    full.view(-1)[part] = values.reshape(-1)[part]
     return full
+
+
+def _check_shape(name: str, values: Tensor, shape: torch.Size) -> None:
+    if values.shape != shape:
+        raise UserError(f"the checkpoint's {name} has shape {list(values.shape)}, expected {list(shape)}")
 
 
 def _storages(
     layers: dict[str, QuantizedLinear],
-    sources: dict[str, list[str]],
+    sources: dict[str, str],
     files: WeightFiles,
     config: ModelConfig,
     weights: list[Path],
@@ -263,7 +274,7 @@ def _storages(
 
 
 def _converted(
-    layers: dict[str, QuantizedLinear], sources: dict[str, list[str]], files: WeightFiles, device: torch.device
+    layers: dict[str, QuantizedLinear], sources: dict[str, str], files: WeightFiles, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Quantise as many weights at a time as there are ranks, each by one of them, which sends it to the others."""
     rank, ranks, names = _rank(), _ranks(), list(layers)
@@ -272,10 +283,8 @@ def _converted(
         own = None
         if rank < len(turn):
             layer = layers[turn[rank]]
-            weight = files[sources[turn[rank]][0]]
-            expected = [layer.out_features, layer.in_features]
-            if list(weight.shape) != expected:
-                raise UserError(f"the checkpoint's {turn[rank]} has shape {list(weight.shape)}, expected {expected}")
+            weight = files[sources[turn[rank]]]
+            _check_shape(sources[turn[rank]], weight, torch.Size((layer.out_features, layer.in_features)))
             own = layer.scheme.quantize(weight, device, layer.weight.dtype)
         for owner, name in enumerate(turn):
             storage = own if own is not None and owner == rank else torch.empty_like(layers[name].weight, device=device)

@@ -1,0 +1,80 @@
+"""Quantised layers against bitsandbytes' own and against the bounds of their formats."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+from torch import nn
+
+from adept_ds.quantization import QuantizedLinear, Scheme, quantize_linears
+
+CPU = torch.device("cpu")
+SCHEMES = [Scheme("nf4"), Scheme("nf4", double=True), Scheme("int8")]
+
+
+def layers(scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int] = (96, 130)) -> tuple[nn.Linear, QuantizedLinear]:
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], dtype=dtype).requires_grad_(False)
+    quantized = QuantizedLinear(linear, scheme)
+    quantized.weight.copy_(scheme.quantize(linear.weight, CPU, dtype))
+    return linear, quantized
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("double", [False, True])
+# The second is larger than what is quantised at a time, and no multiple of it.
+@pytest.mark.parametrize("shape", [(96, 130), (2100, 2048)], ids=str)
+def test_nf4_is_that_of_bitsandbytes_to_the_bit(double: bool, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    linear, quantized = layers(Scheme("nf4", double), dtype, shape)
+    theirs = bnb.nn.Params4bit(linear.weight.data, False, compress_statistics=double, quant_type="nf4").to("cpu")
+    expected = bnb_functional.dequantize_4bit(theirs.data, theirs.quant_state)
+    assert torch.equal(quantized.dense_weight(), expected)
+    assert quantized.dense_weight().dtype == dtype
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_values_are_off_by_no_more_than_the_format_allows(scheme: Scheme) -> None:
+    linear, quantized = layers(scheme, torch.float32)
+    # Half the largest gap between neighbouring codes, times the largest absolute value of a block.
+    gap = {"nf4": 0.16, "int8": 0.0071}[scheme.name]
+    assert float((quantized.dense_weight() - linear.weight).abs().max()) < gap * float(linear.weight.abs().max())
+
+
+@pytest.mark.parametrize(("scheme", "bits"), list(zip(SCHEMES, [4.5, 4.127, 8.125], strict=True)), ids=str)
+def test_bits_a_weight(scheme: Scheme, bits: float) -> None:
+    assert 8 * scheme.storage_bytes(4096 * 4096) / 4096**2 == pytest.approx(bits, abs=0.001)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_value_and_gradient_are_those_of_a_linear_layer_on_the_expanded_weight(scheme: Scheme) -> None:
+    linear, quantized = layers(scheme, torch.float32)
+    linear.weight.data = quantized.dense_weight()
+    results = []
+    for layer in (quantized, linear):
+        torch.manual_seed(1)
+        x = torch.randn(3, 5, 130, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        results.append((y.detach(), x.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_nothing_is_saved_for_the_backward_pass() -> None:
+    _, quantized = layers(Scheme("nf4"), torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        quantized(torch.randn(4, 130, requires_grad=True))
+    assert saved == []
+
+
+@pytest.mark.parametrize("name", ["llama", "codegen", "t5-tied"])
+def test_every_linear_layer_but_the_head_is_exchanged(make_backbone, name: str) -> None:
+    backbone = make_backbone(name)
+    linears = {f"{key}.weight" for key, module in backbone.named_modules() if type(module) is nn.Linear}
+    replaced = quantize_linears(backbone, Scheme("nf4"))
+    assert replaced.keys() == linears - {"lm_head.weight"}
+    assert type(backbone.get_output_embeddings()) is nn.Linear
+    left = {key for key, module in backbone.named_modules() if type(module) is nn.Linear}
+    assert left == {"lm_head"}
