@@ -218,7 +218,6 @@ def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
 @pytest.mark.parametrize(("ranks", "name"), runs(lacking=("nf4", "int8", "bf16", "fp16")))
 def test_fp32_is_plain_pytorch(ranks: int, name: str, run_dirs: Callable[[int], Path], plain: dict[str, Plain]) -> None:
     expected = plain[name.partition("-")[0]]
-    assert expected.losses[-1] < expected.losses[0]
     run_dir = run_dirs(ranks) / f"{ranks}-{name}"
     assert losses(run_dir) == pytest.approx(expected.losses, rel=1e-5)
     values = {key: value.detach() for key, value in expected.values.items()}

@@ -1,0 +1,81 @@
+"""Load a backbone sharded on one rank and print what it took, in bytes: `python load_rank.py MODEL QUANTIZATION`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from transformers.models.llama import modeling_llama  # noqa: F401  (its memory is none of the load's)
+
+from adept_ds.backbone import load_backbone
+from adept_ds.config import ModelConfig
+from adept_ds.distributed import init_world
+from adept_ds.engine import prepare_deepspeed
+from adept_ds.quantization import Scheme
+
+
+def own_memory() -> int:
+    """Memory of this process alone: mapped files are the page cache's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """Looks at the memory every 5 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.stop = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.stop.wait(0.005):
+            self.peak = max(self.peak, own_memory())
+
+
+def main(model: str, quantization: str) -> None:
+    world = init_world()
+    prepare_deepspeed(world)
+    config = {
+        "train_batch_size": world.world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    # What the libraries set up at first use.
+    Scheme("nf4").quantize(torch.randn(64, 64), world.device, torch.bfloat16)
+    gc.collect()
+    before = own_memory()
+    watch = Peak()
+    watch.start()
+    backbone = load_backbone(
+        ModelConfig.model_validate(
+            {"name_or_path": model, "quantization": None if quantization == "none" else quantization}
+        ),
+        world.device,
+        deepspeed_config=config,
+        show_progress=False,
+    )
+    watch.stop.set()
+    watch.join()
+    parameters = list(backbone.parameters())
+    print(
+        json.dumps(
+            {
+                "rank": world.rank,
+                "dense": sum(2 * getattr(parameter, "dense_numel", parameter.ds_numel) for parameter in parameters),
+                "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in parameters),
+                "own": sum(parameter.ds_tensor.nbytes for parameter in parameters),
+                "largest": max(parameter.ds_numel * parameter.element_size() for parameter in parameters),
+                "steady": own_memory() - before,
+                "peak": watch.peak - before,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

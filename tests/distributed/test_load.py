@@ -1,0 +1,100 @@
+"""What a rank holds while a backbone is loaded in shards, in 4 bits and plain."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from .conftest import REPOSITORY, free_port
+
+pytestmark = pytest.mark.slow
+MB = 2**20
+
+
+@pytest.fixture(scope="module")
+def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 1.1 billion parameters in five files; its rows repeat, which no figure here depends on."""
+    return write_checkpoint(
+        LlamaConfig(
+            vocab_size=32000,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            architectures=["LlamaForCausalLM"],
+        ),
+        tmp_path_factory.mktemp("billion"),
+    )
+
+
+def write_checkpoint(config: LlamaConfig, folder: Path) -> Path:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(0)
+    weight_map, pending = {}, {}
+    names = list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        row = torch.randn(tensor.shape[-1], dtype=torch.bfloat16)
+        pending[name] = row.expand(tensor.shape).contiguous()
+        if sum(tensor.nbytes for tensor in pending.values()) > 400 * MB or name == names[-1]:
+            file = f"model-{len(set(weight_map.values())):05d}.safetensors"
+            save_file(pending, folder / file)
+            weight_map |= dict.fromkeys(pending, file)
+            pending = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.save_pretrained(folder)
+    return folder
+
+
+def load_on(ranks: int, model: Path, quantization: str, environment: dict[str, str]) -> list[dict[str, Any]]:
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "tests/distributed/load_rank.py", str(model), quantization],
+            cwd=REPOSITORY,
+            env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+@pytest.mark.parametrize(("ranks", "quantization"), [(4, "nf4"), (2, "none")])
+def test_a_rank_never_holds_more_than_its_part_and_one_layer(
+    billion: Path, ranks: int, quantization: str, environment: dict[str, str]
+) -> None:
+    layer = 2 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192)
+    for rank in load_on(ranks, billion, quantization, environment):
+        assert rank["own"] == pytest.approx(rank["whole"] / ranks, rel=1e-3)
+        assert rank["peak"] < rank["own"] + layer, rank
+        assert rank["peak"] < 0.6 * rank["whole"]
+
+
+def test_four_bits_a_weight_and_a_half(environment: dict[str, str], tmp_path: Path) -> None:
+    """SmolLM2-135M's shape, on 2 ranks: its table stays in 16 bits."""
+    shape = json.loads((REPOSITORY / "adept_ds/architectures/smollm2-135m-instruct.json").read_text())
+    model = write_checkpoint(AutoConfig.for_model(**shape), tmp_path)
+    table = 49152 * 576
+    for rank in load_on(2, model, "nf4", environment):
+        assert rank["dense"] == 2 * 134_515_008
+        linear = 134_515_008 - table - 61 * 576
+        assert rank["own"] == pytest.approx((2 * table + 61 * 2 * 576 + linear * 4.5 / 8) / 2, rel=1e-3)
+        assert rank["peak"] < rank["own"] + 40 * MB
