@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from adept_ds.config import RunConfig, TrainConfig
@@ -65,6 +66,16 @@ SECTION_KEYS = {
     "data_types": _names("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
 }
 """What DeepSpeed 0.19 reads in the sections that matter most here. A pair of names is an alias of one setting."""
+
+OFFLOAD_KEYS = {
+    "offload_param": _names("device nvme_path buffer_count buffer_size max_in_cpu pin_memory"),
+    "offload_optimizer": _names("""
+    device nvme_path buffer_count pin_memory pipeline_read pipeline_write fast_init ratio super_offload
+    cpuadam_cores_perc
+"""),
+}
+"""What DeepSpeed 0.19 reads in the two offload sections of `zero_optimization`."""
+_OFFLOAD_DEVICES = frozenset(("none", "cpu", "nvme"))
 
 _ONE_DATA_PARALLEL_GROUP = "the batch arithmetic counts every rank as a data-parallel one"
 REFUSED_KEYS = {
@@ -183,7 +194,7 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
     if problems:
         raise UserError("\n".join(problems))
     if run.train.sharding == "auto":
-        raise ValueError("train.sharding: auto has to be decided first, see adept_ds.sharding_choice")
+        raise ValueError("train.sharding: auto has to be decided first")
     config = copy.deepcopy(run.deepspeed)
     derived: dict[str, str] = {}
     for key, value in _owned_values(run, batch).items():
@@ -227,12 +238,29 @@ def section_problems(section: dict[str, Any]) -> Iterator[tuple[str, str]]:
             for inner in value.keys() - SECTION_KEYS[name]:
                 yield f"{key}.{inner}", f"DeepSpeed has no such key in {name}{_nearest(inner, SECTION_KEYS[name])}"
     zero = section.get("zero_optimization")
-    if isinstance(zero, dict) and not _is_stage(zero.get("stage", 0)):
-        yield "deepspeed.zero_optimization.stage", "expected 0, 1, 2 or 3"
+    if isinstance(zero, dict):
+        if not _is_stage(zero.get("stage", 0)):
+            yield "deepspeed.zero_optimization.stage", "expected 0, 1, 2 or 3"
+        for name, keys in OFFLOAD_KEYS.items():
+            if name in zero:
+                yield from _offload_problems(f"deepspeed.zero_optimization.{name}", zero[name], keys)
     may_be_auto = {*OWNERS, *(f"zero_optimization.{name}" for name in HIDDEN_SIZE_KEYS)}
     for inner in _auto_keys(section):
         if inner not in may_be_auto and inner != "data_types.keep_in_fp32_modules":
             yield f"deepspeed.{inner}", 'nothing fills in this "auto"; expected a value, or leave the key out'
+
+
+def _offload_problems(key: str, offload: Any, keys: frozenset[str]) -> Iterator[tuple[str, str]]:
+    if not isinstance(offload, dict):
+        yield key, "expected an object"
+        return
+    for name in offload.keys() - keys:
+        yield f"{key}.{name}", f"DeepSpeed has no such key there{_nearest(name, keys)}"
+    device = offload.get("device", "none")
+    if device not in _OFFLOAD_DEVICES:
+        yield f"{key}.device", f"{device!r} is no device for it{_nearest(str(device), _OFFLOAD_DEVICES)}"
+    if device == "nvme" and not Path(str(offload.get("nvme_path", ""))).is_dir():
+        yield f"{key}.nvme_path", "device nvme needs the folder of a local disk; expected one that exists"
 
 
 def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -272,6 +300,9 @@ def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[t
                 "model.dtype fp32"
             ),
         )
+    offloads = isinstance(zero, dict) and zero.get("offload_param", {}).get("device", "none") != "none"
+    if offloads and (stage or DEFAULT_STAGE) != SHARDED_STAGE and run.train.sharding not in ("node", "global"):
+        yield "zero_optimization.offload_param", "only weights that are split can be offloaded; expected stage 3"
     if run.train.sharding == "replicate" and stage == 3:
         yield (
             "zero_optimization.stage",

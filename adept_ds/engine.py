@@ -22,6 +22,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from adept_ds.distributed import World
+from adept_ds.errors import UserError
 from adept_ds.model import AdaptedModel
 from adept_ds.sharding import full_shape
 
@@ -30,6 +31,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_SCALER = "loss_scaler"
 """Name among the optimizer's states under which fp16 keeps AdamW's own count of steps and the fields below."""
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def check_offload(config: dict[str, Any]) -> None:
+    """Refuse offloading to a disk where DeepSpeed cannot do it.
+
+    Raises:
+        UserError: Its asynchronous reading and writing cannot be built here.
+    """
+    for name in ("offload_param", "offload_optimizer"):
+        device = config["zero_optimization"].get(name, {}).get("device")
+        if device == "nvme" and not deepspeed.ops.__compatible_ops__["async_io"]:
+            raise UserError(
+                f"deepspeed.zero_optimization.{name}.device is 'nvme', for which DeepSpeed builds its async_io "
+                "extension; that needs a C++ compiler and libaio with its headers (Debian's libaio-dev), which are not "
+                "here; expected 'cpu', or install them"
+            )
 
 
 def prepare_deepspeed(world: World) -> None:

@@ -48,7 +48,7 @@ from adept_ds.data import (
 )
 from adept_ds.deepspeed_config import SHARDED_STAGE, BatchArithmetic, complete
 from adept_ds.distributed import init_world, on_main_rank, ranks_by_node, sum_over_ranks
-from adept_ds.engine import Engine, prepare_deepspeed
+from adept_ds.engine import Engine, check_offload, prepare_deepspeed
 from adept_ds.entry_point import is_main_rank
 from adept_ds.errors import UserError
 from adept_ds.generate import generate_samples
@@ -136,6 +136,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
 
     # Model, optimizer, engine.
     prepare_deepspeed(world)
+    check_offload(plan.config)
     is_sharded = plan.config["zero_optimization"]["stage"] == SHARDED_STAGE
     backbone = load_backbone(
         run.model,

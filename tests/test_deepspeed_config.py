@@ -8,6 +8,7 @@ import pytest
 
 from adept_ds.config import RunConfig, TrainConfig
 from adept_ds.deepspeed_config import (
+    OFFLOAD_KEYS,
     REFUSED_KEYS,
     SECTION_KEYS,
     TOP_LEVEL_KEYS,
@@ -25,7 +26,7 @@ def make_run(deepspeed: dict[str, Any] | None = None, dtype: str = "bf16", **tra
         {
             "model": {"name_or_path": "x", "dtype": dtype},
             "train": {"max_steps": 1000, "global_batch_size": 32} | train,
-            "deepspeed": deepspeed or {"zero_optimization": {"stage": 3}},
+            "deepspeed": {"zero_optimization": {"stage": 3}} if deepspeed is None else deepspeed,
         }
     )
 
@@ -231,11 +232,17 @@ def test_section_keys_are_those_that_the_installed_deepspeed_reads(deepspeed_con
     from deepspeed.runtime import constants
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     fields = DeepSpeedZeroConfig.model_fields
     assert SECTION_KEYS["zero_optimization"] == fields.keys() | {
         field.alias for field in fields.values() if field.alias
     }
+    assert OFFLOAD_KEYS["offload_param"] == DeepSpeedZeroOffloadParamConfig.model_fields.keys()
+    assert OFFLOAD_KEYS["offload_optimizer"] == DeepSpeedZeroOffloadOptimizerConfig.model_fields.keys()
     assert SECTION_KEYS["bf16"] == DeepSpeedBF16Config.model_fields.keys()
     assert SECTION_KEYS["fp16"] == DeepSpeedFP16Config.model_fields.keys()
     names = ("GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES")
@@ -263,3 +270,37 @@ def test_deepspeed_reads_the_completed_section_as_meant(deepspeed_config_module,
     assert config.gradient_clipping == 0.0
     assert config.bfloat16_config.enabled == (dtype == "bf16")
     assert (config.train_batch_size, config.train_micro_batch_size_per_gpu) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("offload", "key", "message"),
+    [
+        ({"device": "nvem"}, "device", "did you mean 'nvme'"),
+        ({"device": "nvme", "nvme_path": "/no/such/disk"}, "nvme_path", "folder of a local disk"),
+        ({"devcie": "cpu"}, "devcie", "did you mean 'device'"),
+    ],
+)
+def test_offload_settings_are_checked(offload, key, message):
+    problems = dict(section_problems({"zero_optimization": {"stage": 3, "offload_param": offload}}))
+    assert message in problems[f"deepspeed.zero_optimization.offload_param.{key}"]
+
+
+def test_only_split_weights_are_offloaded():
+    with pytest.raises(UserError, match="only weights that are split can be offloaded"):
+        complete(make_run({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}), 1)
+
+
+@pytest.mark.parametrize(("sharding", "stage"), [("node", 3), ("global", 3), ("replicate", 1)])
+def test_sharding_sets_the_stage(sharding, stage):
+    assert complete(make_run({}, sharding=sharding), 1).config["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize(("sharding", "stage"), [("node", 2), ("global", 1), ("replicate", 3), ("auto", 3)])
+def test_a_stage_that_contradicts_the_sharding_names_both(sharding, stage):
+    with pytest.raises(UserError, match=r"zero_optimization\.stage: .*train\.sharding"):
+        complete(make_run({"zero_optimization": {"stage": stage}}, sharding=sharding), 1)
+
+
+def test_stage_2_may_replicate():
+    run = make_run({"zero_optimization": {"stage": 2}}, sharding="replicate")
+    assert complete(run, 1).config["zero_optimization"]["stage"] == 2
