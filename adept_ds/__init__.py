@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adept_ds.config import AdeptConfig
+    from adept_ds.method_config import AdeptConfig
     from adept_ds.model import AdaptedModel, get_adept_model
 
 __all__ = ["AdaptedModel", "AdeptConfig", "get_adept_model"]
@@ -14,7 +14,7 @@ __all__ = ["AdaptedModel", "AdeptConfig", "get_adept_model"]
 def __getattr__(name: str) -> Any:
     """Import the public names when they are asked for: a config or the sandbox needs no torch."""
     if name == "AdeptConfig":
-        from adept_ds.config import AdeptConfig
+        from adept_ds.method_config import AdeptConfig
 
         return AdeptConfig
     if name in __all__:

@@ -16,20 +16,22 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from adept_ds.config import AdeptConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write
+from adept_ds.method_config import MethodConfig
 from adept_ds.sharding import gathered
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = "adept_ds/1"
 FINGERPRINT_ROWS = 64
+_METHOD_CONFIG: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Adapter:
     """A loaded adapter folder."""
 
     folder: Path
-    method: AdeptConfig
+    method: MethodConfig
     tensors: dict[str, Tensor]
     backbone: dict[str, Any]
     facts: dict[str, Any]
@@ -69,7 +71,7 @@ def embedding_fingerprint(table: nn.Embedding) -> str | None:
 
 def save_adapter(
     folder: str | Path,
-    method: AdeptConfig,
+    method: MethodConfig,
     tensors: Mapping[str, Tensor],
     backbone: Mapping[str, Any],
     facts: Mapping[str, Any],
@@ -106,7 +108,7 @@ def load_adapter(folder: str | Path) -> Adapter:
     try:
         facts = json.loads(config_path.read_text(encoding="utf-8"))
         written_as = facts.pop("format")
-        method = AdeptConfig.model_validate(facts.pop("method"))
+        method = _METHOD_CONFIG.validate_python(facts.pop("method"))
         backbone = facts.pop("backbone")
     except KeyError as error:
         raise UserError(f"{config_path} is not a config of an adept_ds adapter: it has no {error}") from error

@@ -10,7 +10,7 @@ from textwrap import fill
 from typing import NoReturn
 
 from adept_ds.config_loader import LoadedConfig, flatten, load_config, resolved_json
-from adept_ds.config_schema import declared_settings, section_docs, unknown_key_message
+from adept_ds.config_schema import Setting, declared_settings, method_docs, section_docs, unknown_key_message
 from adept_ds.deepspeed_config import batch_arithmetic
 from adept_ds.errors import UserError, did_you_mean
 
@@ -135,18 +135,29 @@ def _count(text: str) -> int:
 
 
 def settings_help() -> str:
-    """Every setting by section, from its declaration: type, default, meaning."""
+    """Every setting by section, those of each method apart, from its declaration: type, default, meaning."""
     lines = ["settings, in the config file or as --section.key VALUE (read as JSON, else as a string):"]
     section = None
     for setting in declared_settings().values():
         parent = setting.key.rpartition(".")[0]
+        if parent == "method" and setting.key != "method.name":
+            continue
         if parent != section:
             section = parent
             lines += ["", f"{section}: {section_docs()[section]}" if section else "top level"]
-        default = "required" if setting.required else f"default {json.dumps(setting.default)}"
-        lines.append(f"  --{setting.key}  {setting.type}, {default}")
-        lines.append(fill(setting.doc, 110, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False))
+        lines += _setting_help(setting)
+        if setting.key == "method.name":
+            for name, doc in method_docs().items():
+                own = [other for key, other in declared_settings(name).items() if key.startswith("method.")]
+                lines += ["", fill(f"method {name}: {doc}", 118, break_on_hyphens=False)]
+                lines += [line for other in own if other.key != setting.key for line in _setting_help(other)]
     return "\n".join(lines) + "\n"
+
+
+def _setting_help(setting: Setting) -> list[str]:
+    default = "required" if setting.required else f"default {json.dumps(setting.default)}"
+    doc = fill(setting.doc, 110, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False)
+    return [f"  --{setting.key}  {setting.type}, {default}", doc]
 
 
 def sources_text(loaded: LoadedConfig, world_size: int) -> str:

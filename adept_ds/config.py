@@ -1,4 +1,5 @@
-"""Every setting of a run, declared once: type, range, default and meaning.
+"""Every setting of a run, declared once: type, range, default and meaning. Those of the methods are in
+`adept_ds.method_config`.
 
 A run is one JSON file with the sections below. The string under a field is its documentation and its
 command-line help. Values are read, merged and reported on by `adept_ds.config_loader`; the `deepspeed`
@@ -11,23 +12,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import Field, StrictBool, model_validator
 
-Count = Annotated[StrictInt, Field(ge=1)]
-CountOrZero = Annotated[StrictInt, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
-Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values cannot be changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+from adept_ds.config_base import Count, CountOrZero, Fraction, NonNegativeFloat, PositiveFloat, Section
+from adept_ds.method_config import AdeptConfig, MethodConfig
 
 
 class ModelConfig(Section):
-    """The frozen backbone."""
+    """The backbone."""
 
     name_or_path: str = Field(min_length=1)
     """Hub id or local folder of the backbone (a `transformers` checkpoint in safetensors)."""
@@ -54,35 +46,6 @@ class ModelConfig(Section):
             raise ValueError("double_quantization goes with quantization: nf4")
         if self.quantized_cache is not None and self.quantization is None:
             raise ValueError("quantized_cache goes with quantization")
-        return self
-
-
-class AdeptConfig(Section):
-    """ADePT (eq. 3 and 4 of the paper): soft prompt P [l, d] and token-shared network of bottleneck r."""
-
-    name: Literal["adept"] = "adept"
-    """The method."""
-    num_virtual_tokens: CountOrZero = 7
-    """Length l of the soft prompt, in tokens. 0 leaves the prompt out."""
-    bottleneck: Count = 1
-    """Width r of the token-shared network's hidden layer."""
-    prompt_init: Literal["tokens", "text", "normal"] = "tokens"
-    """Where P starts: embeddings of tokens sampled among the first 5,000 ids, of a text's tokens, or a normal draw."""
-    prompt_init_text: str | None = None
-    """The text for `prompt_init: text`, without special tokens, repeated or cut to l tokens."""
-    prompt_init_std: PositiveFloat | None = None
-    """Standard deviation for `prompt_init: normal`; that of the embedding table if not given."""
-    down_init: Literal["published", "linear"] = "published"
-    """Bounds of W_down's uniform draw: 1/sqrt(r) (the published code) or 1/sqrt(d) (the usual linear-layer rule)."""
-    dropout: Fraction = 0.0
-    """Dropout on the bottleneck's activations in training. The paper has none; the published code has 0.1."""
-
-    @model_validator(mode="after")
-    def _check_prompt_init(self) -> AdeptConfig:
-        if (self.prompt_init == "text") != (self.prompt_init_text is not None):
-            raise ValueError("prompt_init_text goes with prompt_init: text, and is needed there")
-        if self.prompt_init_std is not None and self.prompt_init != "normal":
-            raise ValueError("prompt_init_std goes with prompt_init: normal")
         return self
 
 
@@ -126,12 +89,16 @@ class DataConfig(Section):
 
 
 class LearningRateConfig(Section):
-    """Peak learning rate of each parameter group."""
+    """Peak learning rate of each parameter group; a method has one or two of them."""
 
     soft_prompt: PositiveFloat = 1e-3
-    """alpha1: of the soft prompt P."""
+    """alpha1: of soft prompts."""
     network: PositiveFloat = 1e-3
-    """alpha2: of the token-shared network."""
+    """alpha2: of what changes the token embeddings, such as ADePT's token-shared network."""
+    adapter: PositiveFloat = 1e-4
+    """Of weights that are added to the backbone's layers (low-rank pairs, bottlenecks, scales, biases)."""
+    backbone: PositiveFloat = 5e-5
+    """Of the backbone's own weights."""
 
 
 class TrainConfig(Section):
@@ -265,9 +232,9 @@ class RunConfig(Section):
     about: str = Field(default="", alias="_about")
     """What the file reproduces, on which hardware, and the figure to expect. JSON has no comments."""
     model: ModelConfig
-    """The frozen backbone."""
-    method: AdeptConfig = AdeptConfig()
-    """The tuning method and its settings."""
+    """The backbone."""
+    method: MethodConfig = AdeptConfig()
+    """The tuning method and its settings, which depend on its name."""
     data: DataConfig = DataConfig()
     """Problems and their form."""
     train: TrainConfig
@@ -276,7 +243,7 @@ class RunConfig(Section):
     """Evaluation during training."""
     logging: LoggingConfig = LoggingConfig()
     """Run folder, metrics, trackers."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default={})
     """Handed to DeepSpeed after the checks of `adept_ds.deepspeed_config`; batch sizes, clipping and precision belong
     to the sections above and are "auto" or absent here."""
 
@@ -284,6 +251,11 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.method.num_virtual_tokens >= self.data.max_prompt_length:
             raise ValueError("method.num_virtual_tokens must be below data.max_prompt_length, which includes it")
+        if self.model.quantization is not None and not self.method.works_quantized:
+            raise ValueError(
+                f"method.name {self.method.name} trains weights of the backbone, which have no gradients in the form "
+                "that model.quantization gives them; leave model.quantization out, or choose another method"
+            )
         if self.eval.metric == "pass@1" and self.data.format == "jsonl":
             raise ValueError("eval.metric pass@1 needs problems with tests; data.format jsonl has none")
         return self

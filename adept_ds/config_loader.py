@@ -19,7 +19,14 @@ from pydantic import ValidationError
 
 from adept_ds import deepspeed_config
 from adept_ds.config import RunConfig
-from adept_ds.config_schema import SCHEMA_KEY, declared_settings, key_candidates, section_docs, unknown_key_message
+from adept_ds.config_schema import (
+    SCHEMA_KEY,
+    declared_settings,
+    key_candidates,
+    method_of,
+    section_docs,
+    unknown_key_message,
+)
 from adept_ds.errors import UserError, did_you_mean
 
 COMMAND_LINE = "command line"
@@ -41,7 +48,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
 
     An override is `key=value` with a dotted key (`train.learning_rate.soft_prompt=3e-1`). The value is read as JSON,
     and as a string where it is no JSON or where the setting is a string. A later override wins over an earlier one;
-    an object replaces what was there, so to keep its siblings name the key inside it.
+    an object replaces what was there, so to keep its siblings name the key inside it. Another `method.name` than the
+    file's leaves out what the file says in its section `method`, which is about another method.
 
     Raises:
         UserError: All problems of the file and the overrides: for each its key, value, source, what was expected, and
@@ -51,9 +59,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     text = _read(path)
     values = _parse(text, path)
     sources, problems = _file_sources(text, path)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        _set(values, sources, key, _override_value(key, value))
+    pairs = [(key, value) for key, _, value in (override.partition("=") for override in overrides)]
+    names = [value for key, value in pairs if key == "method.name"]
+    if names and names[-1] != method_of(values):
+        _set(values, sources, "method", {"name": names[-1]})
+    for key, value in pairs:
+        _set(values, sources, key, _override_value(key, value, method_of(values)))
     values.pop(SCHEMA_KEY, None)
 
     run, more = _validate(values, sources)
@@ -145,8 +156,8 @@ def _file_sources(text: str, path: Path) -> tuple[dict[str, str], list[str]]:
     return sources, problems
 
 
-def _override_value(key: str, text: str) -> Any:
-    setting = declared_settings().get(key)
+def _override_value(key: str, text: str, method: str) -> Any:
+    setting = declared_settings(method).get(key)
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (json.JSONDecodeError, UserError):
@@ -179,13 +190,13 @@ def _validate(values: dict[str, Any], sources: dict[str, str]) -> tuple[RunConfi
     """
     run, errors = _run_or_errors(values)
     unknown = [error for error in errors if error["type"] == "extra_forbidden"]
-    problems = [_problem(_key(error), _unknown_key_message(error), values, sources) for error in unknown]
+    problems = [_problem(_key(error), _unknown_key_message(error, values), values, sources) for error in unknown]
     written = {}
     if unknown:
         values = copy.deepcopy(values)
         for error in unknown:
             value = _pop(values, error["loc"])
-            candidates = key_candidates(_key(error))
+            candidates = key_candidates(_key(error), method_of(values))
             if len(candidates) != 1:
                 continue
             present = _lookup(values, candidates[0])
@@ -201,11 +212,11 @@ def _validate(values: dict[str, Any], sources: dict[str, str]) -> tuple[RunConfi
     for error in errors:
         key = _key(error)
         if error["type"] == "extra_forbidden":
-            problems.append(_problem(key, _unknown_key_message(error), values, sources))
+            problems.append(_problem(key, _unknown_key_message(error, values), values, sources))
         elif error["type"] == "value_error":
             problems.append(_validator_problem(key, str(error["ctx"]["error"]), values, sources))
         else:
-            problems.append(_problem(key, _expectation(error, key), values, sources))
+            problems.append(_problem(key, _expectation(error, key, values), values, sources))
     section = values.get("deepspeed")
     if isinstance(section, dict):
         found = list(deepspeed_config.section_problems(section))
@@ -219,7 +230,15 @@ def _run_or_errors(values: dict[str, Any]) -> tuple[RunConfig | None, list[Any]]
     try:
         return RunConfig.model_validate(values), []
     except ValidationError as error:
-        return None, error.errors(include_url=False)
+        return None, [_as_written(details) for details in error.errors(include_url=False)]
+
+
+def _as_written(error: Any) -> Any:
+    """The error at the key where the user wrote the mistake: pydantic has the method's name as a part of its place."""
+    location = error["loc"]
+    if error["type"] == "union_tag_invalid":
+        return error | {"type": "literal_error", "loc": (*location, "name"), "input": error["input"]["name"]}
+    return error | {"loc": location[:1] + location[2:]} if location[0:1] == ("method",) else error
 
 
 def _key(error: Any) -> str:
@@ -275,25 +294,26 @@ def _validator_problem(section: str, message: str, values: dict[str, Any], sourc
     prefix = f"{section}." if section else ""
     lines = [f"  {section or 'sections'}: {message}"]
     for name in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)):
-        setting = declared_settings().get(prefix + name)
+        setting = declared_settings(method_of(values)).get(prefix + name)
         if setting:
             value = _lookup(values, setting.key) if setting.key in sources else setting.default
             lines.append(f"      {setting.key} = {_show(value)} ({sources.get(setting.key, DEFAULT)})")
     return "\n".join(lines)
 
 
-def _unknown_key_message(error: Any) -> str:
+def _unknown_key_message(error: Any, values: dict[str, Any]) -> str:
     if "." in error["loc"][-1]:
         return "dotted keys are for the command line; expected objects inside one another"
-    return unknown_key_message(_key(error))
+    return unknown_key_message(_key(error), method_of(values))
 
 
-def _expectation(error: Any, key: str) -> str:
-    if error["type"] == "model_type":
-        members = [known.removeprefix(f"{key}.") for known in declared_settings() if known.startswith(f"{key}.")]
+def _expectation(error: Any, key: str, values: dict[str, Any]) -> str:
+    declared = declared_settings(method_of(values))
+    if error["type"] in ("model_type", "model_attributes_type"):
+        members = [known.removeprefix(f"{key}.") for known in declared if known.startswith(f"{key}.")]
         names = dict.fromkeys(member.partition(".")[0] for member in members)
         return f"expected an object with the keys {', '.join(names)}"
-    setting = declared_settings().get(key) or declared_settings().get(key.rpartition(".")[0])
+    setting = declared.get(key) or declared.get(key.rpartition(".")[0])
     if setting is None:
         return f"section missing: {section_docs()[key]}"
     if error["type"] == "missing" and setting.key == key:

@@ -1,5 +1,7 @@
 """What the declarations in `adept_ds.config` say, by dotted key: for help, for messages, for editors.
 
+What may stand in the section `method` depends on the name there, so the functions take the name of a method.
+
 python -m adept_ds.config_schema ds_configs/schema.json     writes the JSON schema
 """
 
@@ -8,8 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from adept_ds import deepspeed_config
 from adept_ds.config import RunConfig
 from adept_ds.files import atomic_write
+from adept_ds.method_config import DEFAULT_METHOD
 
 SCHEMA_KEY = "$schema"
 """Editors find the JSON schema by this top-level key of a config file; it is no setting."""
@@ -35,23 +38,41 @@ class Setting:
 
 
 @cache
-def declared_settings() -> dict[str, Setting]:
+def method_docs() -> dict[str, str]:
+    """Every method by its name, with its documentation."""
+    schema = _schema()
+    return {
+        name: _one_line(_referenced(reference, schema)["description"]) for name, reference in _methods(schema).items()
+    }
+
+
+@cache
+def declared_settings(method: str = DEFAULT_METHOD) -> dict[str, Setting]:
     """Every setting by its dotted key, in the order of declaration."""
-    schema = RunConfig.model_json_schema()
-    return {setting.key: setting for setting in _settings(schema, schema["$defs"], "")}
+    return {setting.key: setting for setting in _settings(_schema(), method, "")}
 
 
 @cache
 def section_docs() -> dict[str, str]:
     """Every section by its dotted key, with its documentation."""
-    schema = RunConfig.model_json_schema()
-    return dict(_sections(schema, schema["$defs"], ""))
+    return dict(_sections(_schema(), ""))
+
+
+def method_of(values: dict[str, Any]) -> str:
+    """Name of the method in settings that may be wrong; the default one where they name none that there is."""
+    section = values.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    return name if isinstance(name, str) and name in method_docs() else DEFAULT_METHOD
 
 
 def json_schema() -> str:
     """The JSON schema of a config file, for editors and other tools."""
     schema = RunConfig.model_json_schema()
     schema["properties"][SCHEMA_KEY] = {"type": "string", "description": "Where this schema is."}
+    for name, reference in _methods(schema).items():
+        if name != DEFAULT_METHOD:
+            # Or an object without a name would match more than one alternative.
+            schema["$defs"][reference.rpartition("/")[2]]["required"] = ["name"]
     return json.dumps(schema, indent=2) + "\n"
 
 
@@ -61,27 +82,30 @@ def write_schema(path: str | Path) -> None:
         file.write(json_schema())
 
 
-def unknown_key_message(key: str) -> str:
+def unknown_key_message(key: str, method: str = DEFAULT_METHOD) -> str:
     """What to say about a key that no section declares."""
-    *others, last = key_candidates(key) or [""]
+    *others, last = key_candidates(key, method) or [""]
+    message = "unknown key"
+    if key.startswith("method."):
+        message = f"unknown key of method {method!r}"
+        owners = [repr(other) for other in method_docs() if key in declared_settings(other)]
+        if owners:
+            message += f" (method.name {' or '.join(owners)} has it)"
     if last:
-        return (
-            f"unknown key; did you mean {', '.join(others)} or {last}?"
-            if others
-            else f"unknown key; did you mean {last}?"
-        )
+        either = f"{', '.join(others)} or " if others else ""
+        return f"{message}; did you mean {either}{last}?"
     parent = key.rpartition(".")[0]
-    siblings = [_name(known) for known in _known_keys() if known.rpartition(".")[0] == parent]
-    return f"unknown key; expected one of {', '.join(siblings)}"
+    siblings = [_name(known) for known in _known_keys(method) if known.rpartition(".")[0] == parent]
+    return f"{message}; expected one of {', '.join(siblings)}"
 
 
-def key_candidates(key: str) -> list[str]:
+def key_candidates(key: str, method: str = DEFAULT_METHOD) -> list[str]:
     """Keys that may be meant by an unknown one: alike in the same section, of the same name in another, or alike."""
     parent, name = key.rpartition(".")[0], _name(key)
     owner = deepspeed_config.OWNERS.get(name) or deepspeed_config.OWNERS.get(f"{name}.enabled")
     if owner:
         return [owner]
-    known = _known_keys()
+    known = _known_keys(method)
     siblings = {_name(other): other for other in known if other.rpartition(".")[0] == parent}
     longer = [sibling for sibling in siblings if name in sibling.split("_") or sibling.startswith(f"{name}_")]
     alike = [*difflib.get_close_matches(name, siblings, n=2, cutoff=0.6), *longer]
@@ -96,37 +120,61 @@ def _name(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _known_keys() -> list[str]:
+def _known_keys(method: str) -> list[str]:
     allowed = deepspeed_config.TOP_LEVEL_KEYS - deepspeed_config.REFUSED_KEYS.keys()
-    return [*section_docs(), *declared_settings(), *(f"deepspeed.{name}" for name in sorted(allowed))]
+    return [*section_docs(), *declared_settings(method), *(f"deepspeed.{name}" for name in sorted(allowed))]
 
 
-def _settings(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[Setting]:
-    for name, field in schema["properties"].items():
-        section = _definition(field, definitions)
-        if section:
-            yield from _settings(section, definitions, f"{prefix}{name}.")
-            continue
-        yield Setting(
-            key=prefix + name,
-            type=_type_text(field),
-            choices=_choices(field),
-            default=field.get("default"),
-            required=name in schema.get("required", ()),
-            doc=" ".join(field.get("description", "").split()),
-        )
+@cache
+def _schema() -> dict[str, Any]:
+    return RunConfig.model_json_schema()
 
 
-def _sections(schema: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in schema["properties"].items():
-        section = _definition(field, definitions)
-        if section:
-            yield prefix + name, " ".join(section["description"].split())
-            yield from _sections(section, definitions, f"{prefix}{name}.")
+def _methods(schema: dict[str, Any]) -> dict[str, str]:
+    """Name of each method to the reference of its settings."""
+    return schema["properties"]["method"]["discriminator"]["mapping"]
 
 
-def _definition(field: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any] | None:
-    return definitions[field["$ref"].rpartition("/")[2]] if "$ref" in field else None
+def _referenced(reference: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return schema["$defs"][reference.rpartition("/")[2]]
+
+
+def _settings(section: dict[str, Any], method: str, prefix: str) -> Iterator[Setting]:
+    for name, field in section["properties"].items():
+        if "discriminator" in field:
+            names = tuple(method_docs())
+            for setting in _settings(_referenced(_methods(_schema())[method], _schema()), method, f"{prefix}{name}."):
+                is_name = setting.key == f"{prefix}{name}.{field['discriminator']['propertyName']}"
+                yield replace(setting, type=_one_of(names), choices=names) if is_name else setting
+        elif "$ref" in field:
+            yield from _settings(_referenced(field["$ref"], _schema()), method, f"{prefix}{name}.")
+        else:
+            yield Setting(
+                key=prefix + name,
+                type=_type_text(field),
+                choices=_choices(field),
+                default=field.get("default"),
+                required=name in section.get("required", ()),
+                doc=_one_line(field.get("description", "")),
+            )
+
+
+def _sections(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in section["properties"].items():
+        if "discriminator" in field:
+            yield prefix + name, _one_line(field["description"])
+        elif "$ref" in field:
+            inner = _referenced(field["$ref"], _schema())
+            yield prefix + name, _one_line(inner["description"])
+            yield from _sections(inner, f"{prefix}{name}.")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _one_of(choices: Iterable[Any]) -> str:
+    return "one of " + ", ".join(map(json.dumps, choices))
 
 
 def _choices(schema: dict[str, Any]) -> tuple[str, ...]:
@@ -140,7 +188,7 @@ def _type_text(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(_type_text(part) for part in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return "one of " + ", ".join(map(json.dumps, schema.get("enum", [schema.get("const")])))
+        return _one_of(schema.get("enum", [schema.get("const")]))
     if "prefixItems" in schema:
         return "[" + ", ".join(_type_text(part) for part in schema["prefixItems"]) + "]"
     if schema["type"] == "array":

@@ -28,10 +28,10 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_outputs import ModelOutput
 
 from adept_ds import adapter_io
-from adept_ds.config import AdeptConfig
 from adept_ds.errors import UserError
 from adept_ds.frozen_linear import replace_frozen_linears
 from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.method_config import MethodConfig
 from adept_ds.methods import Method, create_method
 from adept_ds.methods.base import attribute_set
 from adept_ds.sharding import full_numel
@@ -43,7 +43,8 @@ class AdaptedModel(nn.Module):
     The method's soft prompt is put in front of the input here, so callers pass plain token ids everywhere.
 
     Args:
-        backbone: A causal or encoder-decoder language model. It is frozen and changed in place.
+        backbone: A causal or encoder-decoder language model. It is changed in place, and frozen but for what the method
+            trains.
         method: A method that has not been injected yet.
         tokenizer: Needed where the method's initialisation starts from text.
         seed: Seed of the initialisation; None where trained values will be loaded.
@@ -296,7 +297,7 @@ class AdaptedModel(nn.Module):
 
 def get_adept_model(
     backbone: PreTrainedModel,
-    config: AdeptConfig,
+    config: MethodConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> AdaptedModel:

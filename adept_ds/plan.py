@@ -26,6 +26,8 @@ from adept_ds.optimizer import count_steps
 
 RELEASED_TRAIN_SIZES = {"mbpp-paper": 487, "mbpp": 374, "mbpp-instruct": 374}
 """Training examples by `data.format` in the released MBPP files, for a plan made before they are there."""
+SHOWN_SHAPES = 8
+"""Trained parameters of one learning rate that are told with their shapes."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
         f"adapter        {plan.adapter_bytes:,} bytes (fp32, adapter_model.safetensors)",
     ]
     for group, names in plan.learning_rate_groups.items():
-        shapes = ", ".join(f"{name} {list(plan.shapes[name])}" for name in names)
+        shapes = ", ".join(f"{name} {list(plan.shapes[name])}" for name in names[:SHOWN_SHAPES])
+        if len(names) > SHOWN_SHAPES:
+            shapes += f" and {len(names) - SHOWN_SHAPES:,} more"
         lines.append(
             f"learning rate  {getattr(train.learning_rate, group):g} (train.learning_rate.{group}) for {shapes}"
         )

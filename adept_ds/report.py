@@ -216,11 +216,13 @@ def run_facts(run: Run) -> dict[str, str]:
         "data": "data.format",
         "batch": "train.global_batch_size",
         "epochs": "train.epochs",
-        "learning rate of the soft prompt": "train.learning_rate.soft_prompt",
-        "learning rate of the network": "train.learning_rate.network",
         "ZeRO stage": "deepspeed.zero_optimization.stage",
         "seed": "train.seed",
     }
+    prefix = "learning_rate/"
+    groups = {key.removeprefix(prefix) for line in run.metrics for key in line if key.startswith(prefix)}
+    for group in sorted(groups, reverse=True):
+        settings[f"learning rate of the {group.replace('_', ' ')}"] = f"train.learning_rate.{group}"
     facts = {label: value for label, key in settings.items() if (value := _lookup(run.config, key)) is not None}
     return {label: str(value) for label, value in facts.items()} | training_facts(run)
 

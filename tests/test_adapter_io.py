@@ -14,8 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adept_ds import adapter_io
-from adept_ds.config import AdeptConfig
 from adept_ds.errors import UserError
+from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
 from tests.conftest import VOCABULARY, WIDTH
 

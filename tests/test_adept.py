@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from adept_ds.adept import AdeptEmbedding, SoftPrompt, TokenSharedNetwork, down_projection_bound
-from adept_ds.config import AdeptConfig
 from adept_ds.errors import UserError
+from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
 from tests.conftest import VOCABULARY, WIDTH
 

@@ -22,9 +22,9 @@ from adept_ds.checkpoint import (
     restore_rng,
     save_checkpoint,
 )
-from adept_ds.config import AdeptConfig
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
+from adept_ds.method_config import AdeptConfig
 
 VALUES = {"soft_prompt": torch.tensor([[0.1, 1e-30], [3.0, -7.7]]), "network.b1": torch.tensor([2.5])}
 MOMENTS = {"soft_prompt.exp_avg": torch.tensor([[1e-9, 2.0], [3.0, 4.0]]), "network.b1.exp_avg_sq": torch.tensor([0.3])}

@@ -12,7 +12,7 @@ import pytest
 
 from adept_ds.command_line import parse_command_line
 from adept_ds.config_loader import flatten, load_config
-from adept_ds.config_schema import declared_settings
+from adept_ds.config_schema import declared_settings, method_docs
 from adept_ds.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -72,10 +72,17 @@ def test_an_entry_point_adds_its_own_flags():
 def test_help_documents_every_setting(capsys):
     text = printed(capsys, "--help")
     words = " ".join(text.split())
-    for setting in declared_settings().values():
+    for setting in [setting for method in method_docs() for setting in declared_settings(method).values()]:
         assert f"--{setting.key}  {setting.type}, " in text
         assert setting.doc in words
         assert setting.doc
+
+
+def test_help_shows_each_method_with_its_settings(capsys):
+    text = printed(capsys, "--help")
+    for name, doc in method_docs().items():
+        assert " ".join(f"method {name}: {doc}".split()) in " ".join(text.split())
+    assert text.count("--method.name ") == 1
 
 
 def test_print_config_prints_a_config_that_loads(capsys, tmp_path):
@@ -116,10 +123,10 @@ def test_a_mistake_on_the_command_line(arguments, expected):
 
 
 def test_problems_of_flags_and_settings_are_told_together():
-    text = message("--config", CONFIG, "--dryrun", "--train.epochs", "0", "--model.dtype", "fp16")
+    text = message("--config", CONFIG, "--dryrun", "--train.epochs", "0", "--model.dtype", "fp8")
     assert "--dryrun: unknown flag; did you mean '--dry_run'?" in text
     assert "train.epochs = 0 (command line)" in text
-    assert 'model.dtype = "fp16" (command line)' in text
+    assert 'model.dtype = "fp8" (command line)' in text
 
 
 def run_launcher(*arguments: str) -> subprocess.CompletedProcess[str]:

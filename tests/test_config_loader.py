@@ -11,6 +11,7 @@ import pytest
 
 from adept_ds.config_loader import config_hash, load_config, resolved_json
 from adept_ds.errors import UserError
+from adept_ds.method_config import AdeptConfig, FullConfig
 
 MINIMAL: dict[str, Any] = {"model": {"name_or_path": "some/model"}, "train": {"epochs": 3}}
 
@@ -77,6 +78,20 @@ def test_an_override_reaches_a_nested_section(write):
     assert run.train.learning_rate.network == 1e-3
 
 
+def test_the_method_is_adept_where_none_is_named(write):
+    assert load_config(write(method={"bottleneck": 2})).run.method == AdeptConfig(bottleneck=2)
+    assert load_config(write(), ["method.bottleneck=2"]).run.method == AdeptConfig(bottleneck=2)
+
+
+def test_another_method_on_the_command_line_leaves_out_the_settings_of_the_file_s(write):
+    path = write(method={"num_virtual_tokens": 20, "bottleneck": 3})
+    loaded = load_config(path, ["method.name=full"])
+    assert loaded.run.method == FullConfig()
+    assert loaded.sources["method.name"] == "command line"
+    same = load_config(path, ["method.bottleneck=2", "method.name=adept"]).run.method
+    assert same == AdeptConfig(num_virtual_tokens=20, bottleneck=2)
+
+
 def test_an_override_inside_deepspeed_keeps_its_siblings_and_its_type(write):
     path = write(deepspeed={"zero_optimization": {"stage": 3, "overlap_comm": True}, "wall_clock_breakdown": True})
     section = load_config(path, ["deepspeed.zero_optimization.stage=2"]).run.deepspeed
@@ -114,7 +129,21 @@ BAD_SECTIONS = [
     ({"model": {}}, "model.name_or_path", "missing; expected non-empty string"),
     ({"model": "some/model"}, 'model = "some/model"', "expected an object with the keys name_or_path"),
     ({"model": {"name_or_path": "x", "dtype": "bf_16"}}, 'model.dtype = "bf_16"', "did you mean 'bf16'?"),
-    ({"method": {"name": "adetp"}}, 'method.name = "adetp"', 'expected one of "adept"'),
+    (
+        {"method": {"name": "adetp"}},
+        'method.name = "adetp"',
+        "\"full\"; did you mean 'adept'?",
+    ),
+    ({"method": {"name": 3}}, "method.name = 3", 'expected one of "adept", "full"'),
+    ({"method": "full"}, 'method = "full"', "expected an object with the keys name, num_virtual_tokens"),
+    ({"method": {"botleneck": 2}}, "method.botleneck = 2", "unknown key of method 'adept'; did you mean method.bott"),
+    ({"method": {"name": "full", "bottleneck": 2}}, "method.bottleneck = 2", "'full' (method.name 'adept' has it)"),
+    ({"method": {"bottleneck": 0}}, "method.bottleneck = 0", "expected integer >= 1"),
+    (
+        {"method": {"name": "full"}, "model": {"name_or_path": "x", "quantization": "nf4"}},
+        "method.name full trains weights of the backbone",
+        'model.quantization = "nf4"',
+    ),
     ({"method": {"prompt_init": "text"}}, "method: prompt_init_text goes with", 'method.prompt_init = "text"'),
     ({"method": {"num_virtual_tokens": 400}}, "method.num_virtual_tokens = 400", "data.max_prompt_length = 325"),
     ({"data": {"format": "mbbp"}}, 'data.format = "mbbp"', "did you mean 'mbpp'?"),

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
 from adept_ds import loss as loss_module
-from adept_ds.config import AdeptConfig
 from adept_ds.errors import UserError
 from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
 from tests.conftest import EOS, PAD, VOCABULARY
 

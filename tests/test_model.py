@@ -11,8 +11,8 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria
 
-from adept_ds.config import AdeptConfig
 from adept_ds.errors import UserError
+from adept_ds.method_config import AdeptConfig
 from adept_ds.methods import Untuned
 from adept_ds.model import AdaptedModel, get_adept_model
 from tests.conftest import EOS, PAD, VOCABULARY, WIDTH

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from adept_ds.config import AdeptConfig, TrainConfig
+from adept_ds.config import TrainConfig
+from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
 

@@ -11,8 +11,9 @@ import torch
 
 from adept_ds import adapter_io
 from adept_ds.checkpoint import TrainerState, save_checkpoint
-from adept_ds.config import AdeptConfig, RunConfig
+from adept_ds.config import RunConfig
 from adept_ds.errors import UserError
+from adept_ds.method_config import AdeptConfig
 from adept_ds.run_folder import RunFolder
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from adept_ds.config import AdeptConfig
+from typing import Any
+
+from adept_ds.method_config import MethodConfig
 from adept_ds.methods.adept import Adept
 from adept_ds.methods.base import Method
+from adept_ds.methods.full import Full
 from adept_ds.methods.untuned import Untuned
 
+_METHODS: dict[str, Any] = {"adept": Adept, "full": Full}
+"""Class of each method, made from its settings."""
 
-def create_method(config: AdeptConfig) -> Method:
+
+def create_method(config: MethodConfig) -> Method:
     """Return the method that the settings describe, not yet injected into a backbone."""
-    return {"adept": Adept}[config.name](config)
+    return _METHODS[config.name](config)
 
 
-__all__ = ["Adept", "Method", "Untuned", "create_method"]
+__all__ = ["Adept", "Full", "Method", "Untuned", "create_method"]

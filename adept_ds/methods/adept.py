@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adept_ds.adept import SAMPLED_VOCABULARY, AdeptEmbedding, SoftPrompt, TokenSharedNetwork, down_projection_bound
-from adept_ds.config import AdeptConfig
 from adept_ds.errors import UserError
+from adept_ds.method_config import AdeptConfig
 from adept_ds.methods.base import attribute_set
 from adept_ds.sharding import gathered
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adept_ds.config import AdeptConfig
+from adept_ds.method_config import MethodConfig
 
 
 class Method(Protocol):
@@ -24,7 +24,7 @@ class Method(Protocol):
     """Soft-prompt tokens in front of the input; their ids are V .. V + num_virtual_tokens - 1."""
 
     @property
-    def config(self) -> AdeptConfig | None:
+    def config(self) -> MethodConfig | None:
         """The settings it was made from; None for the backbone as it is."""
 
     def inject(
@@ -33,7 +33,8 @@ class Method(Protocol):
         """Change the frozen backbone in place and create the trained parameters on it.
 
         `generator` (CPU) is the only source of randomness, so that all ranks create the same values. Without one, the
-        values are left to be loaded. Trained parameters are fp32, on the device of the backbone's embedding table.
+        values are left to be loaded. Parameters that are added are fp32, on the device of the backbone's embedding
+        table.
         """
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adept_ds.config import AdeptConfig, DataConfig
+from adept_ds.config import DataConfig
 from adept_ds.data import load_problems
+from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
 
 from .conftest import REPOSITORY, Launch, run_settings

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from adept_ds.config import AdeptConfig, DataConfig
+from adept_ds.config import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
+from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
 
 from .conftest import Launch, Start, losses, run_settings
