@@ -1,27 +1,40 @@
-"""Verdicts kept on disk, one small file per distinct program, tests, limits, isolation and interpreter."""
+"""Verdicts kept on disk, one small file per distinct program, tests, limits, isolation, packages and interpreter."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
 
 from .program import Limits, Program, Verdict
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised whenever a change of the sandbox could change a verdict."""
 
 
 class VerdictCache:
-    """A folder of verdicts. Time-outs are not kept: they say something of the machine too."""
+    """A folder of verdicts. Time-outs are not kept: they say something of the machine too.
 
-    def __init__(self, folder: Path, limits: Limits, tier: str) -> None:
+    `isolation` is the sandbox's description of itself, which names the packages and their versions. Raises UserError if
+    the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, limits: Limits, isolation: dict[str, Any]) -> None:
         self.folder = folder
-        self.common = [_FORMAT, asdict(limits), tier, platform.python_version(), platform.machine()]
+        self.common = [_FORMAT, asdict(limits), isolation, platform.python_version(), platform.machine()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"sandbox cache {str(folder)!r}: {error.strerror}; expected a folder") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"sandbox cache {str(folder)!r}: no permission to write to this folder")
 
     def _path(self, program: Program) -> Path:
         text = json.dumps([self.common, program.source, asdict(program.tests)], sort_keys=True)

@@ -7,7 +7,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,8 +55,10 @@ class Sandbox:
     `isolation` is "auto" (the strongest tier that passes its self-test), "namespaces", "bubblewrap", "seccomp", or
     "none", which protects nothing. One `run` at a time.
     `workers` defaults to the cores that this process may use, and is cut to them; more would make time-outs measure
-    contention. `cache` is a folder in which verdicts are kept for equal programs. Raises `SandboxUnavailable` if the
-    isolation cannot be had.
+    contention. `cache` is a folder in which verdicts are kept for equal programs. `packages` names what programs may
+    import beside the standard library, with everything that it needs itself; with "numpy" among them, tests that
+    compare arrays stay outside the program's process too. Raises `SandboxUnavailable` if the isolation cannot be had,
+    `UserError` if a package cannot be imported.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Sandbox:
         limits: Limits | None = None,
         workers: int | None = None,
         cache: str | Path | None = None,
+        packages: Sequence[str] = (),
     ) -> None:
         choices = ("auto", *tiers.TIERS, "none")
         if isolation not in choices:
@@ -76,8 +79,9 @@ class Sandbox:
         self.limits = limits or Limits()
         self._count = min(workers or cores, cores)
         self._slots: list[_Slot] = []
-        self._tier = tiers.choose(isolation)
-        self._cache = VerdictCache(Path(cache), self.limits, self._tier.tier) if cache is not None else None
+        self._numpy = "numpy" in packages
+        self._tier = tiers.choose(isolation, tuple(sorted(set(packages))))
+        self._cache = VerdictCache(Path(cache), self.limits, self.isolation) if cache is not None else None
 
     def __enter__(self) -> Sandbox:
         return self
@@ -156,7 +160,7 @@ class Sandbox:
         return len(self._slots) < self._count or any(slot.run is None for slot in self._slots)
 
     def _assign(self, item: _Item, selector: selectors.BaseSelector) -> None:
-        run = Run(item.program, self.limits)
+        run = Run(item.program, self.limits, self._numpy)
         slot = next((slot for slot in self._slots if slot.run is None), None)
         if slot is None:
             slot = _Slot(self._launch())

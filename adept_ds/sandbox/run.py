@@ -36,9 +36,9 @@ class _Outcome:
 class Run:
     """The grader's side of one program. `outcome` is set as soon as the verdict no longer depends on what comes."""
 
-    def __init__(self, program: Program, limits: Limits) -> None:
-        self.program, self.limits = program, limits
-        self.plan: Plan = plan(program.tests)
+    def __init__(self, program: Program, limits: Limits, numpy: bool = False) -> None:
+        self.program, self.limits, self.numpy = program, limits, numpy
+        self.plan: Plan = plan(program.tests, numpy)
         self.outcome: _Outcome | None = None
         self.all_passed = False
         self.loaded = False
@@ -129,7 +129,7 @@ class Run:
                     raise ValueError("no verdict of its tests")
                 self.all_passed = True
             elif self.loaded:
-                value = decode(answer["value"])
+                value = decode(answer["value"], self.numpy)
                 self.got.append(_show(value))
                 self.advance(self.steps, lambda steps: steps.send(value))
             elif answer == {"loaded": True}:

@@ -3,15 +3,13 @@
 The tests' syntax tree is checked against a list of harmless constructs and rewritten into a generator: every call of
 a candidate's function becomes a `yield` of that call, answered by the value that came back. So literals, expected
 values and comparisons stay in the grader. Tests that need more than plain values (objects of the program's own classes,
-changes made to an argument, other modules) are `NotSplittable`; they run in the candidate's process, and their verdicts
-say so. Whether that is so depends on the tests and the reference program only.
+changes made to an argument, modules that `allowed` does not list) are `NotSplittable`; they run in the candidate's
+process, and their verdicts say so. Whether that is so depends on the tests and the reference program only.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
-import importlib
 import textwrap
 import types
 import warnings
@@ -22,6 +20,7 @@ from typing import Any
 
 from adept_ds.errors import UserError
 
+from .allowed import GROWING_CALLS, GROWING_OPERATORS, SYNTAX, surroundings
 from .inside.codec import Nested
 from .program import Tests
 
@@ -54,145 +53,7 @@ class Plan:
     """Why the tests could not be split."""
 
 
-_BUILTINS = [
-    "abs",
-    "all",
-    "any",
-    "ascii",
-    "bin",
-    "bool",
-    "bytearray",
-    "bytes",
-    "chr",
-    "complex",
-    "dict",
-    "divmod",
-    "enumerate",
-    "filter",
-    "float",
-    "frozenset",
-    "hash",
-    "hex",
-    "int",
-    "isinstance",
-    "issubclass",
-    "iter",
-    "len",
-    "list",
-    "map",
-    "max",
-    "min",
-    "next",
-    "object",
-    "oct",
-    "ord",
-    "pow",
-    "print",
-    "range",
-    "repr",
-    "reversed",
-    "round",
-    "set",
-    "slice",
-    "sorted",
-    "str",
-    "sum",
-    "tuple",
-    "type",
-    "zip",
-    "Ellipsis",
-    "NotImplemented",
-]
-_EXCEPTIONS = [
-    name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)
-]
-_MODULES = dict.fromkeys(
-    [
-        "math",
-        "cmath",
-        "random",
-        "copy",
-        "string",
-        "itertools",
-        "collections",
-        "operator",
-        "functools",
-        "statistics",
-        "fractions",
-        "decimal",
-        "datetime",
-        "heapq",
-        "bisect",
-        "numbers",
-        "re",
-    ]
-)
-_HIDDEN = {"operator": {"attrgetter", "methodcaller"}, "functools": {"singledispatch", "singledispatchmethod"}}
-_PLAIN_TYPES = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, slice)
-_ALLOWED = (
-    *(ast.Module, ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.For, ast.If, ast.Pass, ast.Break),
-    *(
-        ast.Continue,
-        ast.FunctionDef,
-        ast.Return,
-        ast.Raise,
-        ast.Try,
-        ast.ExceptHandler,
-        ast.arguments,
-        ast.arg,
-        ast.Load,
-    ),
-    *(
-        ast.Store,
-        ast.BoolOp,
-        ast.BinOp,
-        ast.UnaryOp,
-        ast.Lambda,
-        ast.IfExp,
-        ast.Dict,
-        ast.Set,
-        ast.ListComp,
-        ast.SetComp,
-    ),
-    *(
-        ast.DictComp,
-        ast.GeneratorExp,
-        ast.comprehension,
-        ast.Compare,
-        ast.Call,
-        ast.keyword,
-        ast.Constant,
-        ast.Attribute,
-    ),
-    *(ast.Subscript, ast.Starred, ast.Name, ast.List, ast.Tuple, ast.Slice, ast.boolop, ast.operator, ast.unaryop),
-    *(ast.cmpop, ast.JoinedStr, ast.FormattedValue),
-)
 _DEFERRED = (ast.Lambda, ast.FunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_GROWING = (ast.Pow, ast.LShift, ast.Mult)
-
-
-def _module(name: str) -> types.SimpleNamespace:
-    """A view of a standard module that shows its public functions and classes, and no way to other modules."""
-    if name == "sys":  # MBPP compares sizes
-        return types.SimpleNamespace(getsizeof=importlib.import_module("sys").getsizeof, maxsize=2**63 - 1)
-    module = importlib.import_module(name)
-    names = getattr(module, "__all__", None) or [name for name in dir(module) if not name.startswith("_")]
-    public = {key: getattr(module, key) for key in names if key not in _HIDDEN.get(name, ())}
-    return types.SimpleNamespace(
-        **{key: value for key, value in public.items() if not isinstance(value, types.ModuleType)}
-    )
-
-
-@lru_cache(maxsize=1)
-def _surroundings() -> tuple[dict[str, Any], frozenset[str]]:
-    """Everything that a plan can see, and the attributes it may read."""
-    visible: dict[str, Any] = {name: getattr(builtins, name) for name in _BUILTINS + _EXCEPTIONS}
-    modules = {name: _module(name) for name in [*_MODULES, "sys"]}
-    attributes = {name for module in modules.values() for name in vars(module)}
-    owners: list[type] = list(_PLAIN_TYPES)
-    owners += [value for module in modules.values() for value in vars(module).values() if isinstance(value, type)]
-    attributes |= {name for owner in owners for name in dir(owner)} - {"format", "format_map"}
-    return visible | modules, frozenset(name for name in attributes if not name.startswith("_"))
 
 
 def _defined(reference: str) -> tuple[set[str], set[str]]:
@@ -211,8 +72,10 @@ def _defined(reference: str) -> tuple[set[str], set[str]]:
 class _Rewriter(ast.NodeTransformer):
     """Rewrites the tests' statements into the body of the generator."""
 
-    def __init__(self, local: set[str], functions: set[str], classes: set[str], entry_point: str | None) -> None:
-        self.visible, self.attributes = _surroundings()
+    def __init__(
+        self, local: set[str], functions: set[str], classes: set[str], entry_point: str | None, numpy: bool
+    ) -> None:
+        self.visible, self.modules, self.attributes = surroundings(numpy)
         self.local, self.functions, self.classes, self.entry_point = local, functions, classes, entry_point
         self.imported: dict[str, Any] = {}
         self.sources: list[str] = []
@@ -232,7 +95,7 @@ class _Rewriter(ast.NodeTransformer):
         return None
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        if not isinstance(node, _ALLOWED):
+        if not isinstance(node, SYNTAX):
             raise NotSplittable(f"{type(node).__name__} in the tests")
         if isinstance(node, _DEFERRED):
             self.deferred += 1
@@ -243,42 +106,61 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
-            self.bind(alias.asname or alias.name, self.module(alias.name))
+            module = self.module(alias.name)
+            if alias.asname is None and "." in alias.name:  # `import a.b` binds a
+                self.imported[alias.name.partition(".")[0]] = self.module(alias.name.partition(".")[0])
+            else:
+                self.imported[alias.asname or alias.name] = module
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         module = self.module(node.module or "")
         for alias in node.names:
             if not hasattr(module, alias.name):
                 raise NotSplittable(f"import of {node.module}.{alias.name} in the tests")
-            self.bind(alias.asname or alias.name, getattr(module, alias.name))
-
-    def bind(self, name: str, value: Any) -> None:
-        self.imported[name] = value
+            self.imported[alias.asname or alias.name] = getattr(module, alias.name)
 
     def module(self, name: str) -> Any:
-        if name not in _MODULES and name != "sys":
+        if name not in self.modules:
             raise NotSplittable(f"import of {name or 'a relative module'} in the tests")
-        return self.visible[name]
+        return self.modules[name]
+
+    def begin(self, node: ast.stmt) -> list[ast.stmt]:
+        """Return the step that says which statement is reached; called before the statement is rewritten."""
+        self.sources.append(ast.unparse(node))
+        return [] if self.deferred else [ast.Expr(ast.Yield(ast.Constant(len(self.sources) - 1)))]
 
     def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
-        self.sources.append(ast.unparse(node))
-        begin = ast.Expr(ast.Yield(ast.Constant(len(self.sources) - 1)))
-        test = ast.Assert(self.visit(node.test), None)
-        return [test] if self.deferred else [begin, test]
+        return [*self.begin(node), ast.Assert(self.visit(node.test), None)]
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        if isinstance(node.value, ast.Call) and self.candidate_function(node.value.func):
+    def visit_Expr(self, node: ast.Expr) -> list[ast.stmt]:
+        if not isinstance(node.value, ast.Call):
+            return [ast.Expr(self.visit(node.value))]
+        if self.candidate_function(node.value.func):
             raise NotSplittable("a call for its side effects")
-        return self.generic_visit(node)
+        return [*self.begin(node), ast.Expr(self.visit(node.value))]  # one of numpy.testing, for example
+
+    def has_candidate_call(self, node: ast.AST) -> bool:
+        """Tell whether a value of the candidate's choice goes into `node`."""
+        return any(isinstance(part, ast.Call) and self.candidate_function(part.func) for part in ast.walk(node))
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        parts = ast.walk(node) if isinstance(node.op, _GROWING) else ()
-        if any(isinstance(part, ast.Call) and self.candidate_function(part.func) for part in parts):
+        if isinstance(node.op, GROWING_OPERATORS) and self.has_candidate_call(node):
             raise NotSplittable("a product or power of a returned value, whose size would be the candidate's choice")
         return self.generic_visit(node)
 
+    def viewed_module(self, node: ast.expr) -> types.SimpleNamespace | None:
+        """Return the view of the module that an expression names, if it names one."""
+        value = None
+        if isinstance(node, ast.Name) and node.id not in self.local:
+            value = self.imported.get(node.id, self.visible.get(node.id))
+        elif isinstance(node, ast.Attribute):
+            value = getattr(self.viewed_module(node.value), node.attr, None)
+        return value if isinstance(value, types.SimpleNamespace) else None
+
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        if node.attr not in self.attributes or not isinstance(node.ctx, ast.Load):
+        module = self.viewed_module(node.value)
+        known = node.attr in self.attributes if module is None else hasattr(module, node.attr)
+        if not known or node.attr.startswith("_") or not isinstance(node.ctx, ast.Load):
             raise NotSplittable(f"attribute {node.attr} in the tests")
         return self.generic_visit(node)
 
@@ -292,6 +174,9 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = self.candidate_function(node.func)
         if name is None:
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in GROWING_CALLS.split() and self.has_candidate_call(node):
+                raise NotSplittable(f"{called}() of a returned value, whose size would be the candidate's choice")
             return self.generic_visit(node)
         if self.deferred:
             raise NotSplittable("a call inside a comprehension or function of the tests")
@@ -356,10 +241,11 @@ def _statements(tests: Tests) -> list[ast.stmt]:
     return statements
 
 
-def _build(statements: list[ast.stmt], tests: Tests, more_functions: set[str]) -> tuple[Plan, int]:
+def _build(statements: list[ast.stmt], tests: Tests, more_functions: set[str], numpy: bool) -> tuple[Plan, int]:
     stored = {name for statement in statements for node in ast.walk(statement) if (name := _bound_name(node))}
     functions, classes = _defined(tests.reference)
-    rewriter = _Rewriter(stored, functions | more_functions, classes, tests.entry_point if tests.check else None)
+    entry_point = tests.entry_point if tests.check else None
+    rewriter = _Rewriter(stored, functions | more_functions, classes, entry_point, numpy)
     _changed_arguments(statements, rewriter)
     body: list[ast.stmt] = []
     for statement in statements:
@@ -395,15 +281,15 @@ def _outermost_calls(statements: list[ast.stmt]) -> set[str]:
 
 
 @lru_cache(maxsize=8192)
-def plan(tests: Tests) -> Plan:
-    """Return the plan for `tests`; raises UserError if they do not parse."""
+def plan(tests: Tests, numpy: bool = False) -> Plan:
+    """Return the plan for `tests`, which may use `numpy` or not; raises UserError if they do not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other people's escape sequences
             statements = _statements(tests)
-            built, calls = _build(statements, tests, set())
+            built, calls = _build(statements, tests, set(), numpy)
             if calls == 0 and not tests.reference:
-                built, calls = _build(_statements(tests), tests, _outermost_calls(statements))
+                built, calls = _build(_statements(tests), tests, _outermost_calls(statements), numpy)
             return built
     except NotSplittable as reason:
         return Plan(None, (*tests.asserts,), str(reason))

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from adept_ds.errors import UserError
+
 from .program import Limits
 
 _BOOT = "import sys; sys.path[:1] = []; sys.path.append(sys.argv[1]); from inside.server import main; main()"
@@ -30,6 +32,8 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "MALLOC_ARENA_MAX": "2",
     "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
 }
 """All that a program sees of an environment."""
 
@@ -41,8 +45,8 @@ class WorkerRefused(RuntimeError):
 class Worker:
     """One running fork server.
 
-    `config` names the tier, for namespaces the paths that are shown inside, and the folder of the server's own code
-    (`code`) where it is not this one.
+    `config` names the tier, the packages that programs may import with their folders, for namespaces the paths that are
+    shown inside, and the folder of the server's own code (`code`) where it is not this one.
     """
 
     def __init__(self, command: list[str], config: dict[str, Any]) -> None:
@@ -78,6 +82,8 @@ class Worker:
             message = json.loads(self.control.recv(65536) or b"{}")
         except OSError:
             message = {}
+        if "unusable" in message:
+            raise UserError(message["unusable"])
         if "ready" not in message:
             raise WorkerRefused(message.get("refused") or f"the fork server ended at once: {self.errors()}")
         self.had = message["ready"]

@@ -102,7 +102,7 @@ def _call(module: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
-    decoder = _decoder(lambda name, args, kwargs: _call(module, name, args, kwargs))
+    decoder = _decoder(lambda name, args, kwargs: _call(module, name, args, kwargs), numpy=True)
     try:
         form = ["call", *request["call"]]
         value = decoder.tagged(form[0], form[1:], 0)

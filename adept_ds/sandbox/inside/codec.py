@@ -3,6 +3,7 @@
 `None`, booleans, strings, floats and small integers stand for themselves; everything else is a list whose first item is
 a tag. Subclasses are lowered to their base, so an object with a lying `__eq__` arrives as the plain value beneath it.
 An object without a plain value arrives as `Opaque`, which equals nothing. No pickle: decoding builds plain types only.
+Arrays and scalars of numpy, where it is allowed, travel as their bytes, with a type out of a closed set and a shape.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import datetime
 import decimal
 import fractions
 import json
+import math
+import re
 import sys
 from json.encoder import c_make_encoder, encode_basestring_ascii  # type: ignore[attr-defined]
 from json.scanner import c_make_scanner  # type: ignore[attr-defined]
@@ -21,6 +24,8 @@ from typing import Any
 MAX_DEPTH = 100
 MAX_NODES = 300_000
 MAX_COLLISIONS = 50
+# Two arrays that a comparison broadcasts against one another fill the product of their sizes.
+MAX_ARRAY_ITEMS, MAX_ARRAY_BYTES = 1 << 14, 1 << 20
 
 Date, DateTime, Time, Delta = datetime.date, datetime.datetime, datetime.time, datetime.timedelta
 Decimal, Fraction, OrderedDict, deque = decimal.Decimal, fractions.Fraction, collections.OrderedDict, collections.deque
@@ -46,6 +51,7 @@ from builtins import (  # noqa: E402, UP029
     iter,
     len,
     list,
+    max,
     range,
     set,
     slice,
@@ -55,6 +61,8 @@ from builtins import (  # noqa: E402, UP029
 )
 
 _SMALL = 1 << 53
+_NUMPY_TYPE = re.compile(r"[<>|](b1|[iu][1248]|f[248]|c8|c16|[SU]\d{1,6}|[mM]8(\[\w{1,4}\])?)").fullmatch
+_prod, _modules = math.prod, sys.modules
 _VIEWS: dict[type, str] = {type({}.keys()): "keys", type({}.items()): "items", type({}.values()): "values"}
 _TYPE_NAMES = {
     value: name for name, value in vars(builtins).items() if isinstance(value, type) and not name.startswith("_")
@@ -121,6 +129,9 @@ class _Encoder:
             self.open.discard(id(x))
 
     def compound(self, x: Any, kind: type, depth: int) -> Any:
+        numpy = _modules.get("numpy")
+        if numpy is not None and issubclass(kind, (numpy.ndarray, numpy.generic)):
+            return self.array(x, numpy.generic if issubclass(kind, numpy.generic) else numpy.ndarray)
         if issubclass(kind, list):
             return ["l", *self.many(list.__iter__(x), depth)]
         if issubclass(kind, tuple):
@@ -171,14 +182,17 @@ class _Encoder:
             return ["call", x.name, self.many(x.args, depth), pairs]
         if x is Ellipsis or x is NotImplemented:
             return ["..." if x is Ellipsis else "ni"]
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and issubclass(kind, (numpy.ndarray, numpy.generic)):
-            if issubclass(kind, numpy.generic):
-                return self.value(numpy.generic.item(x), depth)
-            return ["np", numpy.ndarray.dtype.__get__(x).str, self.value(numpy.ndarray.tolist(x), depth)]
         if hasattr_of(kind, "__next__"):
             return ["it", *self.many(self.drain(x), depth)]
         return ["o", str.__str__(type.__dict__["__name__"].__get__(kind))[:100]]
+
+    def array(self, x: Any, base: Any) -> list[Any]:
+        """Return a numpy scalar (as an array without a shape) or array, by `base`, past what its subclass redefines."""
+        dtype, shape = base.dtype.__get__(x).str, base.shape.__get__(x)
+        if not _NUMPY_TYPE(dtype):
+            raise Limit(f"numpy type {dtype[:20]}")
+        _check_size(shape, base.nbytes.__get__(x))
+        return ["np", dtype, None if base.__name__ == "generic" else list(shape), bytes.hex(base.tobytes(x))]
 
     def pairs(self, items: Any, depth: int) -> list[Any]:
         return [self.value(part, depth) for pair in items for part in pair]
@@ -228,11 +242,19 @@ def _refuse_collisions(items: list[Any]) -> None:
                 raise Limit("values with colliding hashes")
 
 
-class Decoder:
-    """Turns the JSON form back into values. `call` runs a nested call; without it such a form is refused."""
+def _check_size(shape: Any, size: int) -> None:
+    if size > MAX_ARRAY_BYTES or max((_prod(shape), *shape)) > MAX_ARRAY_ITEMS:
+        raise Limit("array too large")
 
-    def __init__(self, call: Any = None) -> None:
-        self.call = call
+
+class Decoder:
+    """Turns the JSON form back into values.
+
+    `call` runs a nested call, `numpy` says whether arrays may come; without them such a form is refused.
+    """
+
+    def __init__(self, call: Any = None, numpy: bool = False) -> None:
+        self.call, self.numpy = call, numpy
         self.nodes = 0
 
     def many(self, forms: list[Any], depth: int) -> list[Any]:
@@ -284,8 +306,8 @@ class Decoder:
             return _TYPES[rest[0]]
         if tag in ("...", "ni"):
             return Ellipsis if tag == "..." else NotImplemented
-        if tag == "np":
-            return _array(rest[0], self.value(rest[1], depth))
+        if tag == "np" and self.numpy:
+            return _array(*rest)
         if tag == "o":
             return Opaque(str(rest[0])[:200])
         if tag == "call" and self.call is not None:
@@ -307,19 +329,21 @@ _SEQUENCES: dict[str, Any] = {
 }
 
 
-def _array(dtype: str, items: Any) -> Any:
-    try:
-        import numpy
-    except ImportError:
-        return Opaque("numpy.ndarray")
-    if numpy.dtype(dtype).kind not in "biufcUS":
-        raise Limit("array of objects")
-    return numpy.array(items, dtype=dtype)
+def _array(dtype: str, shape: list[int] | None, data: str) -> Any:
+    """Return a numpy array, or a scalar where there is no shape; never one of objects."""
+    import numpy
+
+    content = bytes.fromhex(data)
+    if not _NUMPY_TYPE(dtype) or not all(type(length) is int and length >= 0 for length in shape or ()):
+        raise Limit("not an array")
+    _check_size(shape or (), len(content))
+    array = numpy.frombuffer(content, dtype).reshape(shape or ()).copy()
+    return array[()] if shape is None else array
 
 
-def decode(form: Any) -> Any:
+def decode(form: Any, numpy: bool = False) -> Any:
     """Return the value of a form that a candidate's process sent; raises `Limit` if it is malformed or too large."""
-    return Decoder().value(form)
+    return Decoder(numpy=numpy).value(form)
 
 
 def shorten(text: str, limit: int = 300) -> str:

@@ -117,7 +117,8 @@ def enter() -> list[str]:
 def build_root(config: dict[str, Any]) -> None:
     """Replace the whole file system; runs as process 1 of the new pid namespace, whose /proc it mounts.
 
-    `config` has `binds` (real paths to show read-only), `links` (path to target), `masks` (folders to show empty).
+    `config` has `binds` (real path of the host to its place inside, read-only), `links` (path to target), `masks`
+    (folders to show empty).
     """
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     base = "/tmp"
@@ -130,8 +131,8 @@ def build_root(config: dict[str, Any]) -> None:
     for name in ("tmp", "proc", "dev", "etc", "var"):
         os.mkdir(f"/new/{name}")
     mount("proc", "/new/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    for path in config["binds"]:
-        target = "/new" + path
+    for path, place in config["binds"].items():
+        target = "/new" + place
         if os.path.isdir("/old" + path):
             os.makedirs(target, exist_ok=True)
         else:

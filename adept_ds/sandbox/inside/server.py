@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib
+import importlib.abc
 import json
 import os
 import random
@@ -19,6 +19,8 @@ import site
 import socket
 import sys
 import time
+import warnings
+from importlib.machinery import PathFinder
 from typing import Any
 
 from . import namespaces
@@ -80,21 +82,56 @@ _DEEPER = (
 )
 
 
-def _warm(everything: bool) -> None:
+class UnusablePackage(Exception):
+    """An allowed package cannot be imported; the text says which and why."""
+
+
+class _PackageFinder(importlib.abc.MetaPathFinder):
+    """Finds the allowed packages, each in its folder, and nothing that lies beside them."""
+
+    def __init__(self, folders: dict[str, str]) -> None:
+        self.folders = folders
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Return where the package is, or None for any other module."""
+        return PathFinder.find_spec(name, [self.folders[name]]) if name in self.folders else None
+
+
+def _import_packages(folders: dict[str, str]) -> dict[str, str]:
+    """Import the allowed packages, with the parts that they load at first use; returns their versions."""
+    versions = {}
+    sys.meta_path.append(_PackageFinder(folders))
+    for name in folders:
+        try:
+            package = importlib.import_module(name)
+        except Exception as error:
+            raise UnusablePackage(f"sandbox package {name!r} cannot be imported: {error}") from None
+        for attribute in dir(package):
+            with contextlib.suppress(Exception):
+                getattr(package, attribute)
+        versions[name] = str(getattr(package, "__version__", "unknown"))
+    return versions
+
+
+def _warm(config: dict[str, Any]) -> dict[str, str]:
+    """Import what programs may need; returns the versions of the allowed packages."""
     for name in _WARM:
         importlib.import_module(name)
-    if everything:
+    if config["warm_everything"]:
         skipped = {"antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo", "lib2to3", "test", "ensurepip"}
         for name in [*sorted(sys.stdlib_module_names - skipped), *_DEEPER]:
             if not name.startswith("_"):
                 with contextlib.suppress(ImportError, OSError):
                     importlib.import_module(name)
+    with warnings.catch_warnings(action="ignore"):
+        versions = _import_packages(config["packages"])
     site.setquit()
     site.sethelper()
     random.seed(0)
     gc.collect()
     gc.freeze()  # a collection in a child would write to, and so copy, every page
     gc.disable()
+    return versions
 
 
 def _wait_as_parent(server: int) -> None:
@@ -146,7 +183,11 @@ def main() -> None:
         return
     sys.path[:] = [path for path in sys.path if path != config["code"]]
     sys.argv = ["candidate"]
-    _warm(config["warm_everything"])
+    try:
+        had["packages"] = _warm(config)
+    except UnusablePackage as error:
+        control.send(json.dumps({"unusable": str(error)}).encode())
+        return
     control.send(json.dumps({"ready": had}).encode())
     while True:
         # A process that the grader forked may hold the other end open beyond the grader's own death.

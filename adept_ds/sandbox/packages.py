@@ -1,0 +1,47 @@
+"""Finds what of the host's site-packages has to be shown to programs that may import some packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from adept_ds.errors import UserError, did_you_mean
+
+INSIDE = "/packages"
+"""Where the packages lie inside tiers that have a file system of their own."""
+
+
+def package_paths(name: str) -> list[Path]:
+    """Return a package's folder or file, and beside it the folder of the libraries that its wheel brought along.
+
+    Raises:
+        UserError: `name` is no top-level package that is installed for this interpreter and has files of its own.
+    """
+    setting = f"sandbox package {name!r}"
+    if name in sys.stdlib_module_names:
+        raise UserError(f"{setting}: part of the standard library, which programs can import anyway")
+    if not name.isidentifier():
+        raise UserError(f"{setting}: expected the name that is imported, without a part behind a dot, such as numpy")
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise UserError(f"{setting}: not installed for {sys.executable}{did_you_mean(name, _installed())}")
+    if spec.origin is None or not os.path.isfile(spec.origin):
+        raise UserError(f"{setting}: expected a folder with __init__.py, or a file; it has neither")
+    path = Path(spec.origin)
+    path = path.parent if spec.submodule_search_locations else path
+    libraries = path.with_name(f"{name}.libs")
+    return [path, libraries] if libraries.is_dir() else [path]
+
+
+def visible_packages(names: Sequence[str]) -> dict[str, str]:
+    """Map what is to be shown read-only on the host to its place inside."""
+    paths = [path for name in names for path in package_paths(name)]
+    return {os.path.realpath(path): f"{INSIDE}/{path.name}" for path in paths}
+
+
+def _installed() -> list[str]:
+    folders = [folder for folder in sys.path if os.path.isdir(folder)]
+    return [path.stem for folder in folders for path in Path(folder).iterdir() if path.suffix in ("", ".py")]
