@@ -194,6 +194,10 @@ class SandboxConfig(Section):
     """CPU-time limit of one program with all its processes."""
     memory_mb: Count = 1024
     """Memory limit of one program with all its processes, in MiB."""
+    packages: tuple[str, ...] = ()
+    """Packages that programs may import beside the standard library, such as numpy; each with all that it needs."""
+    cache: str | None = Field(default=None, min_length=1)
+    """Folder in which verdicts are kept for equal programs, tests, limits and isolation; none are kept if not given."""
 
 
 class EvalConfig(Section):

@@ -145,8 +145,9 @@ def score_to_folder(
         repaired = score_samples(problems, samples, sandbox, ks, _repaired)
         facts = {**facts, "paper": _paper_figures(score, repaired)}
     write_score(out, score, facts)
+    counts = f"{score.problems} problems, {score.samples} samples, {score.unique_samples} of them unique"
     for k, estimate in score.pass_at_k.items():
-        print(f"{out.name}: pass@{k} {_percent(estimate)} ({score.problems} problems, {score.samples} samples)")
+        print(f"{out.name}: pass@{k} {_percent(estimate)} ({counts})")
     if paper:
         print(f"{out.name}: pass@1 as in the paper {100 * facts['paper']['average']:.2f} %")
     print(f"{out.name}: {', '.join(f'{label} {count}' for label, count in score.verdicts.items())}")

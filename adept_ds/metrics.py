@@ -1,20 +1,25 @@
 """pass@k, how certain it is, and whether two runs differ.
 
 The unit of every interval is the problem: samples of one problem resemble each other, so an interval over all samples
-would be far too narrow. All formulas are closed, so the same results always give the same figures.
+would be far too narrow. The bootstrap's resamples are drawn from a fixed seed, so the same results always give the same
+figures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+
+import numpy as np
+from scipy.stats import bootstrap
 
 from adept_ds.errors import UserError
 
 # Half-width of a 95 % interval in standard errors.
 Z95 = NormalDist().inv_cdf(0.975)
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Estimate:
     low: float
     high: float
     n: int
+    method: str
+    """How the interval was made: "bootstrap", or "wilson" where all problems have the same score."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class PairedDifference:
     better: int
     worse: int
     p_value: float
+    method: str
+    """How the interval was made: "bootstrap", or "agresti-min" where no two problems differ in opposite directions."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -78,10 +87,9 @@ def problem_scores(results: Mapping[str, tuple[int, int]], k: int) -> dict[str, 
 def mean_pass_at_k(results: Mapping[str, tuple[int, int]], k: int) -> Estimate:
     """Average pass@k over problems; `results` maps a task id to (samples n, passed samples c).
 
-    The interval is Wilson's score interval (Wilson 1927) at an effective number of problems m_eff = p (1 - p) / s^2 for
-    mean p and squared standard error s^2 (Dean and Pagano 2015). With one sample a problem it is Wilson's interval for
-    m problems; several samples narrow it as far as they tell problems apart. m_eff stays between the number of problems
-    and the number of samples, so a score of 0 or 1 has an honest interval too.
+    The interval is the bias-corrected and accelerated bootstrap's over problems (Efron 1987, `RESAMPLES` resamples).
+    Problems that all have the same score resample to that score only; the interval is then Wilson's (1927) for as many
+    trials as there are problems, so that a score of 0 or 1 has an honest interval too.
 
     Raises:
         UserError: there is no problem, or one has fewer than `k` samples.
@@ -89,22 +97,19 @@ def mean_pass_at_k(results: Mapping[str, tuple[int, int]], k: int) -> Estimate:
     if not results:
         raise UserError(f"pass@{k} of no problems is undefined")
     scores = list(problem_scores(results, k).values())
-    m = len(scores)
-    mean = math.fsum(scores) / m
-    samples = sum(n for n, _ in results.values())
-    spread = math.fsum((score - mean) ** 2 for score in scores) / m**2
-    effective = mean * (1 - mean) / spread if spread > 0 else math.inf
-    effective = min(max(effective, m), samples) if 0 < mean < 1 else m
-    low, high = _wilson(mean, effective)
-    return Estimate(mean, low, high, m)
+    mean = math.fsum(scores) / len(scores)
+    is_varied = len(set(scores)) > 1
+    low, high = _bootstrap(scores) if is_varied else _wilson(mean, len(scores))
+    return Estimate(mean, low, high, len(scores), "bootstrap" if is_varied else "wilson")
 
 
 def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -> PairedDifference:
     """Compare two runs over the same problems; both map a task id to that problem's score in [0, 1].
 
-    The interval is that of Agresti and Min (2005) for paired proportions: a normal interval for the mean difference
-    after adding half a problem to each of the four outcomes (both pass, only the first, only the second, neither). It
-    holds its level with few problems and has a positive width even if the runs never disagree.
+    The interval is the bias-corrected and accelerated bootstrap's over problems. If one run is nowhere worse than the
+    other, resampling can never show it worse, however few problems speak for it; the interval is then that of Agresti
+    and Min (2005) for paired proportions: a normal interval for the mean difference after adding half a problem to each
+    of the four outcomes (both pass, only the first, only the second, neither).
 
     Raises:
         UserError: the runs do not cover the same problems, or there are none.
@@ -115,22 +120,36 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
     if not first:
         raise UserError("a paired comparison of no problems is undefined")
     differences = [second[task_id] - first[task_id] for task_id in first]
-    m = len(differences)
-    total = math.fsum(differences)
-    centre = total / (m + 2)
-    variance = (math.fsum(difference**2 for difference in differences) + 1) / (m + 2) - centre**2
-    margin = Z95 * math.sqrt(variance / (m + 2))
     better = sum(difference > 0 for difference in differences)
     worse = sum(difference < 0 for difference in differences)
+    is_both_ways = better > 0 and worse > 0
+    low, high = _bootstrap(differences) if is_both_ways else _agresti_min(differences)
     return PairedDifference(
-        mean=total / m,
-        low=max(-1.0, centre - margin),
-        high=min(1.0, centre + margin),
-        n=m,
+        mean=math.fsum(differences) / len(differences),
+        low=low,
+        high=high,
+        n=len(differences),
         better=better,
         worse=worse,
         p_value=_sign_test(better, worse),
+        method="bootstrap" if is_both_ways else "agresti-min",
     )
+
+
+def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean over problems, whatever their order; the values must not be all the same."""
+    interval = bootstrap(
+        (np.sort(values),), np.mean, n_resamples=RESAMPLES, batch=500, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _agresti_min(differences: Sequence[float]) -> tuple[float, float]:
+    m = len(differences)
+    centre = math.fsum(differences) / (m + 2)
+    variance = (math.fsum(difference**2 for difference in differences) + 1) / (m + 2) - centre**2
+    margin = Z95 * math.sqrt(variance / (m + 2))
+    return max(-1.0, centre - margin), min(1.0, centre + margin)
 
 
 def _wilson(p: float, n: float) -> tuple[float, float]:

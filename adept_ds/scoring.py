@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Score:
     """Verdict, with its kind where it has one, to the number of samples."""
     missing: list[str]
     """Problems without a sample. They count as failed."""
+    unique_samples: int
+    """Programs that are not the same as another one for their problem. All samples count, the same ones too."""
     isolation: dict[str, Any]
     """The isolation that the programs ran in."""
     problems: int
@@ -74,7 +76,7 @@ def score_samples(
         programs.append(Program(str(number), source, problem.tests))
     limits = Limits(wall_seconds=config.wall_seconds, cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb)
     verdicts: dict[str, Verdict] = {}
-    with Sandbox(isolation=config.isolation, limits=limits, workers=config.workers) as sandbox:
+    with Sandbox(config.isolation, limits, config.workers, config.cache, config.packages) as sandbox:
         for verdict in tqdm(sandbox.run(programs), total=len(programs), desc="score", unit="program"):
             verdicts[verdict.id] = verdict
         isolation = sandbox.isolation
@@ -92,8 +94,9 @@ def score_samples(
     return Score(
         results=results,
         pass_at_k={k: mean_pass_at_k(tallies, k) for k in ks},
-        verdicts=dict(Counter(_label(result) for result in results).most_common()),
+        verdicts=dict(Counter(verdict_label(result) for result in results).most_common()),
         missing=missing,
+        unique_samples=len({(result["task_id"], result["program"]) for result in results}),
         isolation=isolation,
         problems=len(problems),
         samples=len(samples),
@@ -109,6 +112,10 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
         **{f"pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k.items()},
         "problems": score.problems,
         "samples": score.samples,
+        "unique_samples": {
+            "total": score.unique_samples,
+            "mean_per_problem": score.unique_samples / score.problems,
+        },
         "missing": score.missing,
         "verdicts": score.verdicts,
         "in_process": sum(result["in_process"] for result in score.results),
@@ -119,5 +126,6 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
         file.write("\n")
 
 
-def _label(result: dict[str, Any]) -> str:
-    return f"{result['status']}: {result['kind']}" if result["kind"] else result["status"]
+def verdict_label(result: Mapping[str, Any]) -> str:
+    """The verdict of a line of `results.jsonl`, with its kind where it has one."""
+    return f"{result['status']}: {result['kind']}" if result.get("kind") else result["status"]

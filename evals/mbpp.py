@@ -52,8 +52,14 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", metavar="FILE", help="their problems (default: the bundled ones)")
     parser.add_argument("--problem_format", metavar="FORMAT", help="the data.format that they were made with")
     for name, setting in SandboxConfig.model_fields.items():
-        default = "the machine's cores" if setting.default is None else setting.default
-        parser.add_argument(f"--{name}", metavar="VALUE", help=f"{setting.description} (default: {default})")
+        is_list = isinstance(setting.default, tuple)
+        default = {"workers": "the machine's cores", "cache": "none", "packages": "none"}.get(name, setting.default)
+        parser.add_argument(
+            f"--{name}",
+            metavar="VALUE",
+            nargs="+" if is_list else None,
+            help=f"{setting.description} (default: {default})",
+        )
 
 
 def sandbox_settings(flags: argparse.Namespace) -> SandboxConfig:
@@ -69,8 +75,8 @@ def sandbox_settings(flags: argparse.Namespace) -> SandboxConfig:
         raise UserError("\n".join(problems)) from None
 
 
-def _as_json(text: str) -> str:
-    return text if text.replace(".", "", 1).isdigit() else json.dumps(text)
+def _as_json(value: str | list[str]) -> str:
+    return value if isinstance(value, str) and value.replace(".", "", 1).isdigit() else json.dumps(value)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,0 +1,132 @@
+"""Two scored sets of samples side by side: on which problems they differ, by how much, and how certain that is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adept_ds.data.jsonl import read_rows
+from adept_ds.errors import UserError
+from adept_ds.metrics import Estimate, PairedDifference, mean_pass_at_k, paired_difference, problem_scores
+from adept_ds.scoring import RESULTS_NAME, SUMMARY_NAME, verdict_label
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a results file, and the summary beside it if there is one, say."""
+
+    path: Path
+    tallies: dict[str, tuple[int, int]]
+    """Task id to (samples n, passed samples c); n is 0 for a problem without samples."""
+    verdicts: dict[str, int]
+    """Verdict, with its kind where it has one, to the number of samples."""
+    problems_sha256: str | None
+    """Hash of the problems with their tests; None if there is no summary that has it."""
+
+    def counted(self, k: int) -> dict[str, tuple[int, int]]:
+        """Tallies in which problems without samples have failed `k` times."""
+        return {task_id: (n, c) if n else (k, 0) for task_id, (n, c) in self.tallies.items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The second results against the first ones, on the same problems."""
+
+    k: int
+    first: Estimate
+    second: Estimate
+    difference: PairedDifference
+    verdicts: dict[str, tuple[int, int]]
+    """Verdict to the number of samples in the first and in the second."""
+
+
+def read_results(path: Path) -> Results:
+    """Read `results.jsonl`, or the one in a folder, with the `summary.json` beside it if there is one.
+
+    Raises:
+        UserError: There is no such file, or it does not hold what `write_score` writes.
+    """
+    path = path / RESULTS_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected {RESULTS_NAME} of an evaluation, or its folder")
+    drawn: Counter[str] = Counter()
+    passed: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    for row in read_rows(path):
+        task_id = row.get("task_id", str)
+        drawn[task_id] += 1
+        passed[task_id] += row.get("status", str) == "passed"
+        verdicts[verdict_label(row.values)] += 1
+    summary = _read_summary(path.with_name(SUMMARY_NAME))
+    drawn.update(dict.fromkeys(summary.get("missing", ()), 0))
+    tallies = {task_id: (n, passed[task_id]) for task_id, n in drawn.items()}
+    return Results(path, tallies, dict(verdicts), summary.get("problems_sha256"))
+
+
+def compare(first: Results, second: Results, k: int = 1) -> Comparison:
+    """Compare pass@k on the problems that both were scored on.
+
+    Raises:
+        UserError: The problems are not the same, or one has fewer than `k` samples.
+    """
+    hashes = (first.problems_sha256, second.problems_sha256)
+    if None not in hashes and hashes[0] != hashes[1]:
+        raise UserError(
+            f"{first.path} and {second.path} were scored on different problems, or on different prompts or tests "
+            f"(problems_sha256 {str(hashes[0])[:12]}... and {str(hashes[1])[:12]}...); score both on the same file"
+        )
+    for one, other in ((first, second), (second, first)):
+        only = sorted(one.tallies.keys() - other.tallies.keys())
+        if only:
+            raise UserError(
+                f"{len(only)} of the {len(one.tallies)} problems of {one.path} are not in {other.path}, "
+                f"the first is {only[0]!r}; a paired comparison needs the same problems in both"
+            )
+    tallies = [results.counted(k) for results in (first, second)]
+    labels = sorted(first.verdicts.keys() | second.verdicts.keys(), key=lambda label: (label != "passed", label))
+    return Comparison(
+        k=k,
+        first=mean_pass_at_k(tallies[0], k),
+        second=mean_pass_at_k(tallies[1], k),
+        difference=paired_difference(problem_scores(tallies[0], k), problem_scores(tallies[1], k)),
+        verdicts={label: (first.verdicts.get(label, 0), second.verdicts.get(label, 0)) for label in labels},
+    )
+
+
+def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
+    """The comparison as a plain-text table."""
+    width = max(len(label) for label in (*names, *comparison.verdicts, "difference")) + 2
+    lines = [f"{'':{width}}{f'pass@{comparison.k}':>8}   {'95 % interval':^15}   by"]
+    for name, estimate in zip(names, (comparison.first, comparison.second), strict=True):
+        interval = f"{100 * estimate.low:5.1f} to {100 * estimate.high:5.1f}"
+        lines.append(f"{name:{width}}{100 * estimate.mean:>6.1f} %   {interval:^15}   {estimate.method}")
+    difference = comparison.difference
+    interval = f"{100 * difference.low:+5.1f} to {100 * difference.high:+5.1f}"
+    lines.append(f"{'difference':{width}}{100 * difference.mean:>+8.1f}   {interval:^15}   {difference.method}")
+    lines.append(
+        f"{names[1]} is better on {difference.better} of {difference.n} problems and worse on {difference.worse}; "
+        f"sign test p = {difference.p_value:.2g}"
+    )
+    lines.append(f"\n{'samples':{width}}{names[0]:>12}{names[1]:>12}")
+    lines += [f"{label:{width}}{one:>12}{other:>12}" for label, (one, other) in comparison.verdicts.items()]
+    return "\n".join(lines)
+
+
+def comparison_json(comparison: Comparison, paths: tuple[Path, Path]) -> str:
+    """The comparison as a JSON object."""
+    return json.dumps({"files": [str(path) for path in paths], **asdict(comparison)}, indent=2) + "\n"
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return summary
