@@ -163,16 +163,16 @@ def probe(tier: str, packages: tuple[str, ...] = ()) -> Probe:
             command, config = worker_config(tier, packages, network_namespace)
             launch = functools.partial(Worker, command, config)
             worker = launch()
+            try:
+                checks = tuple(run_checks(worker)) if tier != "none" else ()
+            finally:
+                worker.close()
         except (WorkerRefused, OSError) as error:
             problem = problem or str(error)
             continue
         had = worker.had
         if tier == "bubblewrap":
             had = had | {"namespaces": ["user", "mount", "pid", "ipc", "uts"] + ["net"] * network_namespace}
-        try:
-            checks = tuple(run_checks(worker)) if tier != "none" else ()
-        finally:
-            worker.close()
         leaks = [f"{check.name} ({check.detail})" for check in checks if not check.held]
         if leaks:
             return Probe(tier, None, f"self-test: could {'; '.join(leaks)}", had, checks)

@@ -42,6 +42,7 @@ def visible_packages(names: Sequence[str]) -> dict[str, str]:
     return {os.path.realpath(path): f"{INSIDE}/{path.name}" for path in paths}
 
 
-def _installed() -> list[str]:
-    folders = [folder for folder in sys.path if os.path.isdir(folder)]
-    return [path.stem for folder in folders for path in Path(folder).iterdir() if path.suffix in ("", ".py")]
+def _installed() -> set[str]:
+    folders = [Path(folder) for folder in sys.path if os.path.isdir(folder)]
+    names = {path.stem for folder in folders for path in folder.iterdir() if path.suffix in ("", ".py")}
+    return names - sys.stdlib_module_names

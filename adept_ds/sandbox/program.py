@@ -14,6 +14,8 @@ ERROR_KINDS = ("exception", "exit", "signal", "memory", "output", "syntax", "imp
 nonsense on, or the loss of, the channel to the grader; more processes or files than allowed, where the kernel does not
 itself refuse them."""
 
+MIN_MEMORY_MB = 64
+
 
 class SandboxUnavailable(UserError):
     """The isolation asked for cannot be had here; the message names the missing facility."""
@@ -81,8 +83,8 @@ class Limits:
         for name, value in vars(self).items():
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
                 raise UserError(f"sandbox limit {name} = {value!r}: expected a positive number")
-        if self.memory_mb < 64:
-            raise UserError(f"sandbox limit memory_mb = {self.memory_mb}: the interpreter alone needs 64")
+        if self.memory_mb < MIN_MEMORY_MB:
+            raise UserError(f"sandbox limit memory_mb = {self.memory_mb}: the interpreter alone needs {MIN_MEMORY_MB}")
         if self.open_files < 32:
             raise UserError(f"sandbox limit open_files = {self.open_files}: expected at least 32")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .inside.codec import Limit, decode, encode, shorten
-from .inside.supervisor import PROTOCOL_EXIT, SETUP_EXIT
+from .inside.supervisor import PROTOCOL_EXIT
 from .program import ERROR_KINDS, Limits, Program, Status, Verdict
 from .split import Call, Plan, Steps, plan
 
@@ -47,7 +47,6 @@ class Run:
         self.steps = self.plan.start() if self.plan.start is not None else None
         self.outgoing = bytearray()
         self.incoming = bytearray()
-        self.started = False
         self.send(self.job())
 
     def job(self) -> dict[str, Any]:
@@ -90,7 +89,6 @@ class Run:
                 return False
             if not data:
                 return False
-            self.started = True
             self.incoming += data
             while len(self.incoming) >= _HEADER.size and not self.settled:
                 (length,) = _HEADER.unpack_from(self.incoming)
@@ -223,8 +221,6 @@ class Run:
                 name += " (a forbidden system call)"
             return _Outcome("error", "signal", f"ended by {name}")
         code = os.WEXITSTATUS(status)
-        if code == SETUP_EXIT and not self.started:
-            return _Outcome("sandbox_error", None, "a program's isolation could not be set up")
         if code == PROTOCOL_EXIT:
             return _Outcome("error", "protocol", "closed its channel to the grader")
         return _Outcome("error", "exit", f"exit status {code} before the last test")

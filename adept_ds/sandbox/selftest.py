@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .program import Limits, Program, Tests, Verdict
 from .run import Run
-from .worker import ENVIRONMENT, Worker
+from .worker import ENVIRONMENT, Worker, WorkerRefused
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=10.0, memory_mb=256)
 _ATTACKS = """
@@ -138,7 +138,7 @@ def _targets() -> Iterator[dict[str, object]]:
 
 
 def run_checks(worker: Worker) -> list[Check]:
-    """Try every attack on `worker`; the isolation holds if each check does."""
+    """Try every attack on `worker`; the isolation holds if each check does. Raises WorkerRefused if one cannot run."""
     with _targets() as t:
         pid = os.getpid()
         attacks = {
@@ -159,6 +159,8 @@ def run_checks(worker: Worker) -> list[Check]:
         for name, assertion in attacks.items():
             tests = Tests(asserts=(f"assert {assertion}",), reference=_ATTACKS)
             verdict = judge(worker, Program(name, _ATTACKS, tests))
+            if verdict.status == "sandbox_error":
+                raise WorkerRefused(verdict.detail)
             # The filter answers some attacks by killing the process, which stops them too.
             killed = verdict.status == "error" and verdict.kind == "signal" and name == "signal the grader"
             checks.append(Check(name, verdict.status == "passed" or killed, verdict.detail))

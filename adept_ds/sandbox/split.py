@@ -21,7 +21,7 @@ from typing import Any
 from adept_ds.errors import UserError
 
 from .allowed import GROWING_CALLS, GROWING_OPERATORS, SYNTAX, surroundings
-from .inside.codec import Nested
+from .inside.codec import Nested, shorten
 from .program import Tests
 
 
@@ -294,4 +294,5 @@ def plan(tests: Tests, numpy: bool = False) -> Plan:
     except NotSplittable as reason:
         return Plan(None, (*tests.asserts,), str(reason))
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"tests that do not parse: {error}") from None
+        where = shorten((getattr(error, "text", None) or "").strip(), 100)
+        raise UserError(f"tests that do not parse: {error}{where and f', in {where!r}'}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 from typing import Any
@@ -26,6 +27,12 @@ _DEVICES = ("null", "zero", "random", "urandom")
 _STICKY = {"ST_NOSUID": MS_NOSUID, "ST_NODEV": MS_NODEV, "ST_NOEXEC": MS_NOEXEC}
 _STICKY |= {"ST_NOATIME": 1024, "ST_NODIRATIME": 2048, "ST_RELATIME": 1 << 21}
 
+_REFUSALS = {
+    errno.ENOSPC: " (the limit sysctl user.max_user_namespaces, or that of another kind there, is 0 or reached)",
+    errno.EPERM: " (forbidden here: by a sysctl, AppArmor or SELinux, the container, or since this is a chroot)",
+    errno.EINVAL: " (this kernel was built without it)",
+}
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -37,7 +44,10 @@ def _check(result: int, step: str) -> None:
 
 def unshare(flags: int, step: str) -> None:
     """Move this process (for pid namespaces: its next children) into new namespaces."""
-    _check(libc.unshare(flags), f"unshare({step})")
+    try:
+        _check(libc.unshare(flags), f"unshare({step})")
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}{_REFUSALS.get(error.errno or 0, '')}") from None
 
 
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -62,6 +72,13 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
+def _is_mapped(user: int) -> bool:
+    """Tell whether a user exists in the namespace that this process is in."""
+    with open("/proc/self/uid_map") as file:
+        ranges = [[int(field) for field in line.split()] for line in file]
+    return any(first <= user < first + count for first, _, count in ranges)
+
+
 def _map_as_root(parent: int, ready: int) -> None:
     """Outside the new user namespace, as the host's root: map root and nobody, the only two that the sandbox needs."""
     os.read(ready, 1)
@@ -72,7 +89,8 @@ def _map_as_root(parent: int, ready: int) -> None:
 def enter_user_namespace() -> None:
     """Become privileged in a new user namespace; programs run as `nobody` in it."""
     uid, gid = os.getuid(), os.getgid()
-    if uid == 0:
+    # Root of a user namespace that someone else made may be its only user; it is treated as any other user.
+    if uid == 0 and _is_mapped(NOBODY):
         # A map of two users can only be written from outside the new namespace.
         ready, go = os.pipe()
         parent = os.getpid()

@@ -21,7 +21,6 @@ from typing import Any
 from . import landlock, namespaces, seccomp
 
 PROTOCOL_EXIT = 121  # the candidate's side ends so when its channel to the grader is gone
-SETUP_EXIT = 122  # ... and so when its isolation could not be had
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = os.sysconf("SC_CLK_TCK")
 _WATCH_SECONDS = 0.04
@@ -120,7 +119,6 @@ def _apply_limits(limits: dict[str, Any], own_user_namespace: bool) -> None:
     # A backstop for one huge allocation; the tree's real use is watched from outside.
     _set_limit(resource.RLIMIT_AS, (limits["memory_mb"] + limits["address_space_extra_mb"]) * megabyte)
     _set_limit(resource.RLIMIT_FSIZE, limits["file_size_mb"] * megabyte)
-    _set_limit(resource.RLIMIT_NOFILE, limits["open_files"])
     _set_limit(resource.RLIMIT_CORE, 0)
     _set_limit(resource.RLIMIT_STACK, 8 * megabyte)
     _set_limit(resource.RLIMIT_MEMLOCK, 64 * 1024)
@@ -159,22 +157,30 @@ class Supervisor:
         """Run one program in a new process, in which `serve(channel)` is called; returns the report.
 
         The report has `reason` (None, "timeout", "memory", "output", "violation" or "stopped"), `status` (as from
-        waitpid, or None), `seconds`, `cpu_seconds`, `peak_mb`. No process of the program is left when this returns.
+        waitpid, or None), `seconds`, `cpu_seconds`, `peak_mb`; it is only a `failure` if the isolation could not be
+        had. No process of the program is left when this returns.
         """
         output, writer = os.pipe()
+        trouble, teller = os.pipe()
         init = self.pids.open() if self.pids is not None else None
         started = time.monotonic()
         child = os.fork()
         if child == 0:
             try:
-                serve(self.become_candidate(channel, writer, limits))
+                home = self.become_candidate(channel, writer, teller, limits)
+                os.close(teller)  # from here on the program could write to it
+                serve(home)
+            except BaseException as error:
+                os.write(teller, f"{type(error).__name__}: {error}".encode())
             finally:
-                os._exit(SETUP_EXIT)
+                os._exit(1)
         if self.pids is not None:
             self.pids.leave()
         os.close(writer)
+        os.close(teller)
         os.close(channel)
         os.set_blocking(output, False)
+        os.set_blocking(trouble, False)
         watch = _Watch(limits, init, f"/proc/{child}/root/tmp" if init is not None else self.scratch)
         reason = status = None
         try:
@@ -188,24 +194,32 @@ class Supervisor:
             self.pids.end()
         _end_children(watch)
         os.close(output)
+        failure = _told(trouble)
         if self.scratch is not None:
             _empty(self.scratch)
+        if failure:
+            return {"failure": f"the isolation of a program could not be set up: {failure}"}
         cpu, peak = round(watch.cpu_seconds, 3), round(watch.peak_mb, 1)
         return {"reason": reason, "status": status, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
 
-    def become_candidate(self, channel: int, output: int, limits: dict[str, Any]) -> int:
-        """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the channel's number."""
+    def become_candidate(self, channel: int, output: int, teller: int, limits: dict[str, Any]) -> int:
+        """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the channel's number.
+
+        Only the standard descriptors, the channel and `teller` stay open.
+        """
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         if self.in_namespaces:
             namespaces.renew(limits["scratch_mb"], limits["scratch_files"])
-        home = limits["open_files"] - 1
+        _set_limit(resource.RLIMIT_NOFILE, limits["open_files"])
+        home = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1
         os.dup2(output, 1)
         os.dup2(output, 2)
         if channel != home:
             os.dup2(channel, home, inheritable=False)
-        os.closerange(3, home)
+        os.closerange(3, teller)
+        os.closerange(teller + 1, home)
         os.closerange(home + 1, 1 << 16)
         os.chdir("/" if self.config["tier"] == "seccomp" else "/tmp")
         os.umask(0o077)
@@ -276,6 +290,16 @@ def _reap(child: int) -> tuple[int | None, resource.struct_rusage]:
             return status, usage
         if pid == 0:
             return None, usage
+
+
+def _told(trouble: int) -> str:
+    """Return what the child said of its setup, and close the pipe; empty if it had no trouble."""
+    try:
+        return os.read(trouble, 500).decode("utf-8", "replace")
+    except BlockingIOError:  # a process of an older namespace may still hold the other end
+        return ""
+    finally:
+        os.close(trouble)
 
 
 def _drain(output: int, left: int) -> int:
