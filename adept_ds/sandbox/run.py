@@ -169,7 +169,7 @@ class Run:
         except StopIteration:
             self.all_passed = True
         except Exception as caught:
-            if caught is error:
+            if error is not None and error in (caught, caught.__cause__):  # a StopIteration arrives as a cause
                 self.fail("exception", "")
             else:
                 self.fail(None, "" if isinstance(caught, AssertionError) else f" ({_show_error(caught)})")

@@ -14,6 +14,7 @@ import re
 import resource
 import select
 import signal
+import stat
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,8 +50,8 @@ class _Watch:
             return [pid for pid in pids if pid not in (me, self.init)]
         parents = {}
         for pid in pids:
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-                parents[pid] = int(file.read().rpartition(")")[2].split()[1])
+            with contextlib.suppress(OSError):
+                parents[pid] = int(_stat(pid)[1])
         found = [me]
         for pid in found:
             found += [child for child, parent in parents.items() if parent == pid]
@@ -65,9 +66,7 @@ class _Watch:
                 with open(f"/proc/{pid}/statm") as file:
                     _, resident, shared = (int(field) for field in file.read().split()[:3])
                 memory += (resident - shared) * _PAGE
-                with open(f"/proc/{pid}/stat") as file:
-                    fields = file.read().rpartition(")")[2].split()
-                cpu += sum(int(field) for field in fields[11:15]) / _TICK
+                cpu += sum(int(field) for field in _stat(pid)[11:15]) / _TICK
         limit = self.limits["memory_mb"] * 2**20
         if memory > limit and len(pids) > 1:
             # Pages shared since a fork were counted once for each process; the kernel's exact figure costs more.
@@ -97,6 +96,12 @@ class _Watch:
                 info = os.statvfs(self.scratch)
                 return info.f_files - info.f_ffree
         return 0
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of /proc/PID/stat behind the process's name, which may be any bytes."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
 
 
 def _proportional(pid: int) -> int:
@@ -314,15 +319,27 @@ def _drain(output: int, left: int) -> int:
 
 
 def _empty(folder: str) -> None:
-    """Remove all that a program left in its scratch folder."""
-    for name in os.listdir(folder):
-        path = f"{folder}/{name}"
-        if os.path.isdir(path) and not os.path.islink(path):
+    """Remove all that a program left in its scratch folder, however deep: folders are moved up before they are left."""
+    os.chmod(folder, 0o1777)
+    moved, prefix = 0, f"{folder}/{os.urandom(8).hex()}-"
+    while names := os.listdir(folder):
+        for path in [f"{folder}/{name}" for name in names]:
+            if not _is_folder(path):
+                os.unlink(path)
+                continue
             os.chmod(path, 0o700)
-            _empty(path)
+            for inner in [f"{path}/{name}" for name in os.listdir(path)]:
+                if _is_folder(inner):
+                    os.chmod(inner, 0o700)
+                    os.rename(inner, f"{prefix}{moved}")
+                    moved += 1
+                else:
+                    os.unlink(inner)
             os.rmdir(path)
-        else:
-            os.unlink(path)
+
+
+def _is_folder(path: str) -> bool:
+    return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
 def _end_children(watch: _Watch) -> None:
