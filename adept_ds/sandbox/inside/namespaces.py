@@ -21,7 +21,8 @@ MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
 NOBODY = 65534
 # Made once, in the server: what a child would make after its fork costs it fresh copies of pages.
-_PIVOT_ROOT, _CAPSET = {"x86_64": (155, 126), "aarch64": (41, 91)}.get(os.uname().machine, (-1, -1))
+NUMBERS = {"x86_64": (155, 126), "aarch64": (41, 91)}  # of pivot_root and capset
+_PIVOT_ROOT, _CAPSET = NUMBERS.get(os.uname().machine, (-1, -1))
 _CAP_HEADER, _NO_CAPABILITY = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 _DEVICES = ("null", "zero", "random", "urandom")
 _STICKY = {"ST_NOSUID": MS_NOSUID, "ST_NODEV": MS_NODEV, "ST_NOEXEC": MS_NOEXEC}
