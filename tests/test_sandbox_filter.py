@@ -23,10 +23,10 @@ LEVELS = pytest.mark.parametrize("level", ["compute", "files"])
 REACHING_OUT = """
 socket connect bind listen accept4 ptrace process_vm_readv process_vm_writev process_madvise kcmp mount umount2
 pivot_root chroot unshare setns move_mount open_tree fsopen clone3 bpf perf_event_open userfaultfd io_uring_setup
-io_uring_enter keyctl add_key request_key init_module finit_module delete_module kexec_load reboot swapon open_by_handle_at
-name_to_handle_at quotactl acct settimeofday clock_settime adjtimex sethostname setdomainname setuid setgid setresuid
-setgroups capset seccomp personality shmget msgget semget mq_open pidfd_getfd pidfd_send_signal memfd_create
-memfd_secret landlock_create_ruleset mknodat fanotify_init
+io_uring_enter keyctl add_key request_key init_module finit_module delete_module kexec_load reboot swapon
+open_by_handle_at name_to_handle_at quotactl acct settimeofday clock_settime adjtimex sethostname setdomainname setuid
+setgid setresuid setgroups capset seccomp personality shmget msgget semget mq_open pidfd_getfd pidfd_send_signal
+memfd_create memfd_secret landlock_create_ruleset mknodat fanotify_init
 """
 OF_FILES_AND_PROCESSES = """
 openat execve execveat clone newfstatat unlinkat fchmodat utimensat chdir wait4 sendto

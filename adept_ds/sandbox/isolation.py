@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 
 from .inside import landlock, seccomp
 from .inside.namespaces import NOBODY
-from .packages import INSIDE, package_paths, visible_packages
+from .packages import INSIDE, PACKAGE_FOLDERS, package_paths, site_packages, visible_packages
 from .program import Limits, SandboxUnavailable
 from .selftest import Check, run_checks
 from .worker import CODE, Worker, WorkerRefused
@@ -42,7 +43,9 @@ def visible_paths() -> dict[str, Any]:
     """
     prefix = os.path.realpath(sys.base_prefix)
     library = os.path.realpath(sysconfig.get_path("stdlib"))
-    wanted = [interpreter(), library, os.path.realpath(sysconfig.get_path("platstdlib"))]
+    # A virtual environment's own platstdlib holds nothing but its site-packages.
+    platform_library = sysconfig.get_path("platstdlib", vars={"platbase": sys.base_exec_prefix})
+    wanted = [interpreter(), library, os.path.realpath(platform_library)]
     if prefix not in ("/", "/usr"):
         wanted += [f"{prefix}/lib", f"{prefix}/lib64"]
     wanted += ["/usr/bin", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
@@ -56,11 +59,11 @@ def visible_paths() -> dict[str, Any]:
     for path in sorted({path for path in wanted if os.path.exists(path)}, key=len):
         if not any(path == other or path.startswith(other + "/") for other in binds):
             binds.append(path)
-    masks = [f"{library}/site-packages", f"{library}/dist-packages"]
-    for folder in binds:
-        for name in ("site-packages", "dist-packages"):
-            masks += glob.glob(f"{folder}/python*/{name}") + glob.glob(f"{folder}/lib/python*/{name}")
-    return {"binds": {path: path for path in binds}, "links": links, "masks": sorted(set(masks))}
+    masks = {f"{library}/{name}" for name in PACKAGE_FOLDERS} | set(site_packages())
+    for folder, name in itertools.product(binds, PACKAGE_FOLDERS):
+        masks |= {*glob.glob(f"{folder}/python*/{name}"), *glob.glob(f"{folder}/lib/python*/{name}")}
+    shown = [mask for mask in masks if any(mask.startswith(folder + "/") for folder in binds)]
+    return {"binds": {path: path for path in binds}, "links": links, "masks": sorted(shown)}
 
 
 def worker_config(

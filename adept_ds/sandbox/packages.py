@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import site
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 from adept_ds.errors import UserError, did_you_mean
 
+PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 INSIDE = "/packages"
 """Where the packages lie inside tiers that have a file system of their own."""
 
@@ -42,7 +45,15 @@ def visible_packages(names: Sequence[str]) -> dict[str, str]:
     return {os.path.realpath(path): f"{INSIDE}/{path.name}" for path in paths}
 
 
+def site_packages() -> list[str]:
+    """Return the folders of installed packages: of the virtual environment and of the interpreter behind it."""
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    folders = {*sys.path, *site.getsitepackages(), site.getusersitepackages()}
+    folders |= {sysconfig.get_path(name, vars=base) for name in ("purelib", "platlib")}
+    found = {os.path.realpath(folder) for folder in folders if os.path.basename(folder) in PACKAGE_FOLDERS}
+    return sorted(folder for folder in found if os.path.isdir(folder))
+
+
 def _installed() -> set[str]:
-    folders = [Path(folder) for folder in sys.path if os.path.isdir(folder)]
-    names = {path.stem for folder in folders for path in folder.iterdir() if path.suffix in ("", ".py")}
-    return names - sys.stdlib_module_names
+    files = [path for folder in site_packages() for path in Path(folder).iterdir()]
+    return {path.stem for path in files if path.suffix in ("", ".py")}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .packages import site_packages
 from .program import Limits, Program, Tests, Verdict
 from .run import Run
 from .worker import ENVIRONMENT, Worker, WorkerRefused
@@ -69,6 +70,15 @@ def new_namespace():
 
 def trace(pid):
     return ctypes.CDLL(None).ptrace(16, pid, 0, 0)
+
+def entries(folders):
+    count = 0
+    for folder in folders:
+        try:
+            count += len(os.listdir(folder))
+        except OSError:
+            pass
+    return count
 
 def processes():
     try:
@@ -144,6 +154,7 @@ def run_checks(worker: Worker) -> list[Check]:
         attacks = {
             "read a file of the user": f"read({t['secret']!r}) is None",
             "write beside it": f"write({t['new']!r}) is None",
+            "see installed packages": f"entries({site_packages()}) == 0",
             "connect by TCP": f"connect({int(socket.AF_INET)}, {t['tcp']!r}) is None",
             "send by UDP": f"send({t['udp']!r}) is None",
             "connect to an abstract socket": f"connect({int(socket.AF_UNIX)}, {t['abstract']!r}) is None",
