@@ -4,11 +4,14 @@
         for verdict in sandbox.run([Program("a", "def f(x): return x + 1", Tests(("assert f(1) == 2",)))]):
             print(verdict)
 
+`run` yields verdicts as they are found: wrap it in `tqdm(..., total=len(programs))` for a progress bar. It works in a
+notebook as in a script, and beside a loaded model: workers are started by exec, not forked from the caller.
+
 Covered, where the kernel lets an unprivileged user have namespaces (see `doctor` for this machine):
 
-- The host: no file, process, socket, device or environment variable of it is in reach; only the interpreter and the
-  system's libraries can be read. Every program has its own processes, scratch folder and shared memory, and they end
-  with it.
+- The host: no file, process, socket, device or environment variable of it is in reach; only the interpreter, the
+  system's libraries and the packages that the caller names can be read. Every program has its own processes, scratch
+  folder and shared memory, and they end with it.
 - The machine: CPU and wall time, memory of all processes together, their number, files, descriptors and output are
   limited.
 - The verdict: expected values never enter the program's process. The grader makes each call from outside and compares
@@ -19,7 +22,7 @@ Where namespaces are refused, bubblewrap or a seccomp allow-list stands in; what
 
 Not covered: holes in the kernel, timing and other side channels; tests that need the program's own objects, which run
 beside it and mark the verdict `in_process`; test code itself, which is checked for harmless constructs but trusted not
-to be endless.
+to be endless; what the packages bring along, which runs with the program's rights and is trusted not to hold answers.
 """
 
 from __future__ import annotations

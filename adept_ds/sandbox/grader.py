@@ -79,6 +79,7 @@ class Sandbox:
         self.limits = limits or Limits()
         self._count = min(workers or cores, cores)
         self._slots: list[_Slot] = []
+        packages = (packages,) if isinstance(packages, str) else packages
         self._numpy = "numpy" in packages
         self._tier = tiers.choose(isolation, tuple(sorted(set(packages))))
         self._cache = VerdictCache(Path(cache), self.limits, self.isolation) if cache is not None else None
