@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from adept_ds.data.jsonl import read_rows
 from adept_ds.errors import UserError
 from adept_ds.metrics import Estimate, PairedDifference, mean_pass_at_k, paired_difference, problem_scores
-from adept_ds.scoring import RESULTS_NAME, SUMMARY_NAME, verdict_label
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a results file, and the summary beside it if there is one, say."""
-
-    path: Path
-    tallies: dict[str, tuple[int, int]]
-    """Task id to (samples n, passed samples c); n is 0 for a problem without samples."""
-    verdicts: dict[str, int]
-    """Verdict, with its kind where it has one, to the number of samples."""
-    problems_sha256: str | None
-    """Hash of the problems with their tests; None if there is no summary that has it."""
-
-    def counted(self, k: int) -> dict[str, tuple[int, int]]:
-        """Tallies in which problems without samples have failed `k` times."""
-        return {task_id: (n, c) if n else (k, 0) for task_id, (n, c) in self.tallies.items()}
+from adept_ds.results import Results
 
 
 @dataclass(frozen=True)
@@ -41,29 +21,6 @@ class Comparison:
     difference: PairedDifference
     verdicts: dict[str, tuple[int, int]]
     """Verdict to the number of samples in the first and in the second."""
-
-
-def read_results(path: Path) -> Results:
-    """Read `results.jsonl`, or the one in a folder, with the `summary.json` beside it if there is one.
-
-    Raises:
-        UserError: There is no such file, or it does not hold what `write_score` writes.
-    """
-    path = path / RESULTS_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected {RESULTS_NAME} of an evaluation, or its folder")
-    drawn: Counter[str] = Counter()
-    passed: Counter[str] = Counter()
-    verdicts: Counter[str] = Counter()
-    for row in read_rows(path):
-        task_id = row.get("task_id", str)
-        drawn[task_id] += 1
-        passed[task_id] += row.get("status", str) == "passed"
-        verdicts[verdict_label(row.values)] += 1
-    summary = _read_summary(path.with_name(SUMMARY_NAME))
-    drawn.update(dict.fromkeys(summary.get("missing", ()), 0))
-    tallies = {task_id: (n, passed[task_id]) for task_id, n in drawn.items()}
-    return Results(path, tallies, dict(verdicts), summary.get("problems_sha256"))
 
 
 def compare(first: Results, second: Results, k: int = 1) -> Comparison:
@@ -118,15 +75,3 @@ def comparison_text(comparison: Comparison, names: tuple[str, str]) -> str:
 def comparison_json(comparison: Comparison, paths: tuple[Path, Path]) -> str:
     """The comparison as a JSON object."""
     return json.dumps({"files": [str(path) for path in paths], **asdict(comparison)}, indent=2) + "\n"
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from adept_ds.data import Problem, Sample
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
 from adept_ds.metrics import Estimate, mean_pass_at_k
+from adept_ds.results import RESULTS_NAME, SUMMARY_NAME, verdict_label
 from adept_ds.sandbox import Limits, Program, Sandbox, Verdict
-
-RESULTS_NAME = "results.jsonl"
-SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,3 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
     with atomic_write(folder / SUMMARY_NAME) as file:
         json.dump(summary, file, indent=2)
         file.write("\n")
-
-
-def verdict_label(result: Mapping[str, Any]) -> str:
-    """The verdict of a line of `results.jsonl`, with its kind where it has one."""
-    return f"{result['status']}: {result['kind']}" if result.get("kind") else result["status"]

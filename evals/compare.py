@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adept_ds.command_line import parse_flags
+from adept_ds.comparison import compare, comparison_json, comparison_text
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
+from adept_ds.results import RESULTS_NAME, read_results
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,18 +33,15 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse_flags(arguments, "python evals/compare.py", __doc__ or "", add_flags)
     if flags.k < 1:
         raise UserError(f"--k {flags.k}: expected 1 or more")
-    # The libraries behind these take seconds to load; a mistake on the command line is told before.
-    from adept_ds import comparison
-
-    first, second = comparison.read_results(flags.first), comparison.read_results(flags.second)
-    found = comparison.compare(first, second, flags.k)
-    names = [path.parent.name if path.name == "results.jsonl" else path.stem for path in (first.path, second.path)]
+    first, second = read_results(flags.first), read_results(flags.second)
+    found = compare(first, second, flags.k)
+    names = [path.parent.name if path.name == RESULTS_NAME else path.stem for path in (first.path, second.path)]
     if names[0] == names[1]:
         names = ["first", "second"]
-    print(comparison.comparison_text(found, (names[0], names[1])))
+    print(comparison_text(found, (names[0], names[1])))
     if flags.out is not None:
         with atomic_write(flags.out) as file:
-            file.write(comparison.comparison_json(found, (first.path, second.path)))
+            file.write(comparison_json(found, (first.path, second.path)))
 
 
 if __name__ == "__main__":

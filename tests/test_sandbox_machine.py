@@ -97,7 +97,7 @@ def test_a_virtual_environment_shows_nothing_of_itself(tmp_path: Path) -> None:
     code = "from adept_ds.sandbox.isolation import visible_paths; print(*visible_paths()['binds'], sep='\\n')"
     shown = python(f"import sys; sys.path += {sys.path}; {code}", interpreter=str(tmp_path / "venv/bin/python"))
     assert str(tmp_path) not in shown
-    assert "/lib/python3" in shown
+    assert "/usr/bin" in shown.split()
 
 
 def test_a_cache_that_is_no_folder_is_the_users_mistake(tmp_path: Path) -> None:

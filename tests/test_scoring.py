@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from adept_ds.comparison import compare, read_results
+from adept_ds.comparison import compare
 from adept_ds.config import SandboxConfig
 from adept_ds.data import Problem, Sample
 from adept_ds.errors import UserError
+from adept_ds.results import read_results
 from adept_ds.sandbox import Tests
 from adept_ds.scoring import score_samples, write_score
 
@@ -119,5 +120,5 @@ def test_too_few_samples_for_k_are_named(two: tuple[Path, Path]) -> None:
 def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text('{"task_id": "a", "completion": ""}\n')
-    with pytest.raises(UserError, match=r"samples\.jsonl:1: no field 'status'"):
+    with pytest.raises(UserError, match=r"samples\.jsonl:1: expected a JSON object with task_id, status"):
         read_results(path)
