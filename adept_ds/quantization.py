@@ -28,7 +28,7 @@ from adept_ds.frozen_linear import FrozenLinear
 _ALIGNMENT = 16
 _SCALES_PER_NESTED_BLOCK = 256
 _BLOCK_SIZE = {"nf4": 64, "int8": 256}
-_PART_ELEMENTS = 2**22
+_PART_ELEMENTS = 2**20
 """A multiple of all block sizes."""
 
 
@@ -76,7 +76,7 @@ class Scheme:
     def quantize(self, weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the storage of `weight` [...], rounded to `dtype` first: 1-D, in `dtype`, on `device`.
 
-        A few million elements at a time: `weight` may be a mapped file, of which no more than that is in memory then.
+        A million elements at a time, for which bitsandbytes needs 25 MB on a CPU; `weight` may be a mapped file.
         """
         parts = [self._quantize_part(part.to(device, dtype)) for part in weight.reshape(-1).split(_PART_ELEMENTS)]
         absmax, codes = (torch.cat(column) for column in zip(*parts, strict=True))

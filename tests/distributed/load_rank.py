@@ -1,4 +1,4 @@
-"""Load a backbone sharded on one rank and print what it took, in bytes: `python load_rank.py MODEL QUANTIZATION`."""
+"""Load a backbone in shards, as one rank, and print what that took in bytes: `load_rank.py MODEL QUANTIZATION WARM_UP`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import sys
 import threading
 from pathlib import Path
 
-import torch
-from transformers.models.llama import modeling_llama  # noqa: F401  (its memory is none of the load's)
+from transformers import PreTrainedModel
 
 from adept_ds.backbone import load_backbone
 from adept_ds.config import ModelConfig
 from adept_ds.distributed import init_world
 from adept_ds.engine import prepare_deepspeed
-from adept_ds.quantization import Scheme
 
 
 def own_memory() -> int:
@@ -36,7 +34,7 @@ class Peak(threading.Thread):
             self.peak = max(self.peak, own_memory())
 
 
-def main(model: str, quantization: str) -> None:
+def main(model: str, quantization: str, warm_up: str) -> None:
     world = init_world()
     prepare_deepspeed(world)
     config = {
@@ -45,20 +43,20 @@ def main(model: str, quantization: str) -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
-    # What the libraries set up at first use.
-    Scheme("nf4").quantize(torch.randn(64, 64), world.device, torch.bfloat16)
+
+    def load(name: str) -> PreTrainedModel:
+        settings = {"name_or_path": name, "quantization": None if quantization == "none" else quantization}
+        return load_backbone(
+            ModelConfig.model_validate(settings), world.device, deepspeed_config=config, show_progress=False
+        )
+
+    # What the libraries set up at first use is none of the load's.
+    load(warm_up)
     gc.collect()
     before = own_memory()
     watch = Peak()
     watch.start()
-    backbone = load_backbone(
-        ModelConfig.model_validate(
-            {"name_or_path": model, "quantization": None if quantization == "none" else quantization}
-        ),
-        world.device,
-        deepspeed_config=config,
-        show_progress=False,
-    )
+    backbone = load(model)
     watch.stop.set()
     watch.join()
     parameters = list(backbone.parameters())
