@@ -49,16 +49,56 @@ class ModelConfig(Section):
         return self
 
 
+TASK_SETTINGS = (
+    "variant",
+    "mixture",
+    "k_shot",
+    "k_shot_seed",
+    "split_seed",
+    "max_source_length",
+    "max_target_length",
+    "hub_ids",
+)
+"""Settings of `DataConfig` that only the format `tasks` has."""
+NOT_FOR_TASKS = ("max_prompt_length", "max_length", "validation_fraction", "few_shot")
+"""Settings of `DataConfig` that the format `tasks` does not have, since each task brings its own lengths and splits."""
+
+
 class DataConfig(Section):
     """What is trained and evaluated on."""
 
-    format: Literal["mbpp-paper", "mbpp", "mbpp-instruct", "humaneval", "jsonl"] = "mbpp-paper"
+    format: Literal["mbpp-paper", "mbpp", "mbpp-instruct", "humaneval", "jsonl", "tasks"] = "mbpp-paper"
     """Problem form and split: the paper's protocol (signature and docstring; first half trains), the original MBPP
-    prompt with its usual split, the same through the tokenizer's chat template, HumanEval (evaluation only), or the
-    user's own JSON lines."""
+    prompt with its usual split, the same through the tokenizer's chat template, HumanEval (evaluation only), the
+    user's own JSON lines, or the text-to-text tasks that `tasks` names."""
     path: str | None = None
     """JSON lines file (.gz too) with the problems, or a hub id or folder laid out as google-research-datasets/mbpp; the
-    bundled problems if not given. For `jsonl`: the training file."""
+    bundled problems if not given. For `jsonl`: the training file. For `tasks`: folder with files TASK/SPLIT.jsonl
+    (.jsonl.gz, .csv, .parquet) that have the hub data set's columns; the hub, or the cache of `datasets`, if not
+    given."""
+    tasks: tuple[str, ...] = ()
+    """For `tasks`: names from the registry (mnli, qqp, qnli, sst2, stsb, mrpc, rte, cola, multirc, boolq, wic, wsc, cb,
+    record, nq, hotpotqa, searchqa, newsqa, squad, winogrande, yelp, scitail, paws), or JSON files that declare others.
+    Several are trained on together."""
+    variant: Literal["fixed", "faithful"] = "fixed"
+    """For `tasks`: each task as it should be, or as the published code has it, which made the paper's figures."""
+    mixture: Literal["proportional", "equal"] = "proportional"
+    """For several `tasks`: all examples of each once an epoch, or smaller tasks repeated up to the largest one's
+    number."""
+    k_shot: Count | None = None
+    """For `tasks`: train on so many examples of each, balanced over its labels; on all if not given."""
+    k_shot_seed: CountOrZero = 0
+    """For `tasks`: seed of the k-shot sample."""
+    split_seed: CountOrZero = 42
+    """For `tasks`: seed of the permutation that validation and test are cut from, and of repetitions in a mixture."""
+    max_source_length: Count | None = None
+    """For `tasks`: longest source in tokens, the soft prompt not included; that of each task (256, 348 or 512) if not
+    given. A longer one is cut from the right."""
+    max_target_length: Count | None = None
+    """For `tasks`: longest target in tokens; that of each task (20) if not given. Label words are never cut."""
+    hub_ids: dict[str, str] = {}
+    """For `tasks`: hub ids or local folders to load from in place of the registry's, by the registry's name of the data
+    set: {"glue": "nyu-mll/glue"}."""
     validation_path: str | None = None
     """For `jsonl`: the validation file."""
     validation_fraction: Fraction = 0.0
@@ -85,6 +125,13 @@ class DataConfig(Section):
             raise ValueError("format: jsonl needs a path")
         if self.validation_path is not None and self.format != "jsonl":
             raise ValueError("validation_path goes with format: jsonl")
+        if (self.format == "tasks") != bool(self.tasks):
+            raise ValueError("tasks goes with format: tasks, and is needed there")
+        defaults = {name: field.default for name, field in DataConfig.model_fields.items()}
+        others = NOT_FOR_TASKS if self.format == "tasks" else TASK_SETTINGS
+        for name in others:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} is not for format: {self.format}")
         return self
 
 
@@ -253,13 +300,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.method.num_virtual_tokens >= self.data.max_prompt_length:
+        is_tasks = self.data.format == "tasks"
+        if not is_tasks and self.method.num_virtual_tokens >= self.data.max_prompt_length:
             raise ValueError("method.num_virtual_tokens must be below data.max_prompt_length, which includes it")
         if self.model.quantization is not None and not self.method.works_quantized:
             raise ValueError(
                 f"method.name {self.method.name} trains weights of the backbone, which have no gradients in the form "
                 "that model.quantization gives them; leave model.quantization out, or choose another method"
             )
-        if self.eval.metric == "pass@1" and self.data.format == "jsonl":
-            raise ValueError("eval.metric pass@1 needs problems with tests; data.format jsonl has none")
+        if self.eval.metric == "pass@1" and self.data.format in ("jsonl", "tasks"):
+            raise ValueError(f"eval.metric pass@1 needs problems with tests; data.format {self.data.format} has none")
         return self

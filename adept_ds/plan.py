@@ -19,6 +19,7 @@ from adept_ds.backbone import DTYPES, load_architecture
 from adept_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from adept_ds.config_loader import LoadedConfig, config_hash, flatten
 from adept_ds.data import load_examples
+from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.deepspeed_config import DeepSpeedPlan, complete
 from adept_ds.methods import create_method
 from adept_ds.model import AdaptedModel
@@ -151,6 +152,8 @@ def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
     Raises:
         UserError: The data file is there and is malformed.
     """
+    if config.format == "tasks":
+        return count_task_examples(config)
     if config.path is not None and not Path(config.path).exists():
         released = RELEASED_TRAIN_SIZES.get(config.format)
         if released is None:

@@ -5,21 +5,28 @@ Soft-prompt ids are not added here; the limits leave room for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from adept_ds.config import DataConfig
 from adept_ds.data.records import Example
+from adept_ds.data.tasks import TaskExamples
 from adept_ds.errors import UserError
 from adept_ds.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHUNK = 1_000
+"""Examples tokenised in one call."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +54,11 @@ def encode_prompt(
     """Return the ids that a completion is generated from, and whether they were truncated.
 
     At most `max_prompt_length - num_virtual_tokens` ids; a longer prompt is cut from the left, its BOS stays in front
-    and, for an encoder-decoder model, its EOS at the end. BOS is added if the tokenizer does so, and never twice.
-    Raises UserError for a chat example if the tokenizer has no chat template.
+    and, for an encoder-decoder model, its EOS at the end. An example with limits of its own has at most those, is cut
+    from the right, and ends with a line break where the model is causal. BOS is added if the tokenizer does so, and
+    never twice. Raises UserError for a chat example if the tokenizer has no chat template.
     """
-    ids = _chat_ids(example, tokenizer) if example.chat else _prompt_ids(example.prompt, tokenizer)
-    if encoder_decoder:
-        ids = [*ids, _eos(tokenizer)]
-    limit = cfg.max_prompt_length - num_virtual_tokens
-    if len(ids) <= limit:
-        return ids, False
-    head = [id for id in ids[:1] if id == tokenizer.bos_token_id]
-    return head + ids[len(ids) - limit + len(head) :], True
+    return next(_encode_prompts([example], tokenizer, cfg, num_virtual_tokens, encoder_decoder))
 
 
 def encode(
@@ -70,41 +71,81 @@ def encode(
     """Return the ids and labels of an example: the prompt as `encode_prompt`, then target and EOS without a BOS.
 
     Causal: prompt and target have at most `max_length - num_virtual_tokens` ids; encoder-decoder: the target has at
-    most `max_length - max_prompt_length`. A longer target is cut from the right and then has no EOS, so that the
-    model does not learn to stop at the cut. Raises UserError if the target has no token.
+    most `max_length - max_prompt_length`; an example with limits of its own has those. A longer target is cut from the
+    right and then has no EOS, so that the model does not learn to stop at the cut. Raises UserError if the target has
+    no token.
     """
-    prompt, prompt_truncated = encode_prompt(example, tokenizer, cfg, num_virtual_tokens, encoder_decoder)
-    target = list(tokenizer(example.target, add_special_tokens=False)["input_ids"])
-    if not target:
-        raise UserError(f"{example.task_id}: the target {example.target!r} has no token for this tokenizer")
-    target.append(_eos(tokenizer))
-    if encoder_decoder:
-        limit = cfg.max_length - cfg.max_prompt_length
-    else:
-        limit = cfg.max_length - num_virtual_tokens - len(prompt)
-    target, target_truncated = target[:limit], len(target) > limit
-    if encoder_decoder:
-        return Encoded(prompt, target, prompt_truncated, target_truncated, True)
-    return Encoded(prompt + target, [IGNORE_INDEX] * len(prompt) + target, prompt_truncated, target_truncated, False)
+    return next(_encode_all([example], tokenizer, cfg, num_virtual_tokens, encoder_decoder))
 
 
-def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    num_virtual_tokens: int,
+    encoder_decoder: bool,
+) -> Iterator[Encoded]:
+    """Encode a handful of examples, as `encode`; one call of the tokenizer for many is far quicker than many."""
+    prompts = _encode_prompts(examples, tokenizer, cfg, num_virtual_tokens, encoder_decoder)
+    targets = tokenizer([example.target for example in examples], add_special_tokens=False)["input_ids"]
+    eos = _eos(tokenizer)
+    for example, (prompt, prompt_truncated), target in zip(examples, prompts, targets, strict=True):
+        if not target:
+            raise UserError(f"{example.task_id}: the target {example.target!r} has no token for this tokenizer")
+        limit: int | None
+        if example.limits:
+            limit = example.limits.target
+        elif encoder_decoder:
+            limit = cfg.max_length - cfg.max_prompt_length
+        else:
+            limit = cfg.max_length - num_virtual_tokens - len(prompt)
+        whole = [*target, eos]
+        kept = whole[:limit]
+        target_truncated = len(kept) < len(whole)
+        if encoder_decoder:
+            yield Encoded(prompt, kept, prompt_truncated, target_truncated, True)
+        else:
+            labels = [IGNORE_INDEX] * len(prompt) + kept
+            yield Encoded(prompt + kept, labels, prompt_truncated, target_truncated, False)
+
+
+def _encode_prompts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    num_virtual_tokens: int,
+    encoder_decoder: bool,
+) -> Iterator[tuple[list[int], bool]]:
+    texts = [_chat_text(example, tokenizer) if example.chat else example.prompt for example in examples]
     # Whether the tokenizer puts BOS in front is seen on a text; a trailing EOS of its own is not taken over.
     bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
-    return ids if ids[: len(bos)] == bos else bos + ids
+    eos = [_eos(tokenizer)] if encoder_decoder else []
+    # Without EOS, a line break tells a causal model where the source ends.
+    end = eos or list(tokenizer("\n", add_special_tokens=False)["input_ids"])
+    for example, ids in zip(examples, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+        # A chat template writes the special tokens itself.
+        head = [] if example.chat or ids[: len(bos)] == bos else bos
+        if example.limits:
+            room = example.limits.prompt - len(head) - len(end)
+            yield [*head, *ids[:room], *end], len(ids) > room
+            continue
+        ids = [*head, *ids, *eos]
+        limit = cfg.max_prompt_length - num_virtual_tokens
+        if len(ids) <= limit:
+            yield ids, False
+        else:
+            head = [id for id in ids[:1] if id == tokenizer.bos_token_id]
+            yield head + ids[len(ids) - limit + len(head) :], True
 
 
-def _chat_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _chat_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         raise UserError(
             f"data.format mbpp-instruct needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none; "
             "expected an instruction-tuned model's tokenizer, or data.format mbpp-paper or mbpp"
         )
     turn = [{"role": "user", "content": example.prompt}]
-    text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    # The template writes the special tokens itself.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -114,7 +155,11 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class EncodedDataset:
-    """The encoded examples of a split, with their lengths and the number of truncated prompts and targets."""
+    """The encoded examples of a split, with their lengths and the number of truncated prompts and targets.
+
+    Ids lie one after another in flat int32 arrays, so hundreds of thousands of examples take four bytes a token; an
+    example that a mixture repeats is there once.
+    """
 
     def __init__(
         self,
@@ -128,19 +173,41 @@ class EncodedDataset:
         """Encode all examples. Raises UserError if there is none, or one without a target token."""
         if not examples:
             raise UserError(f"no examples to encode (data.format {cfg.format}, data.path {cfg.path})")
-        bar = tqdm(examples, desc="tokenising", disable=not show_progress)
-        self.encoded = [encode(example, tokenizer, cfg, num_virtual_tokens, encoder_decoder) for example in bar]
-        self.lengths = [
-            len(example.input_ids) + (len(example.labels) if encoder_decoder else 0) for example in self.encoded
-        ]
-        self.truncated_prompts = sum(example.prompt_truncated for example in self.encoded)
-        self.truncated_targets = sum(example.target_truncated for example in self.encoded)
+        self._encoder_decoder = encoder_decoder
+        unique, positions = examples.unique() if isinstance(examples, TaskExamples) else (examples, None)
+        inputs, labels = array("i"), array("i")
+        ends, truncated = [(0, 0)], []
+        bar = tqdm(total=len(unique), desc="tokenising", disable=not show_progress)
+        remaining = iter(unique)
+        while chunk := list(islice(remaining, CHUNK)):
+            for row in _encode_all(chunk, tokenizer, cfg, num_virtual_tokens, encoder_decoder):
+                inputs.extend(row.input_ids)
+                labels.extend(row.labels)
+                ends.append((len(inputs), len(labels)))
+                truncated.append((row.prompt_truncated, row.target_truncated))
+            bar.update(len(chunk))
+        bar.close()
+        self._inputs, self._labels = np.frombuffer(inputs, np.int32), np.frombuffer(labels, np.int32)
+        self._ends, self._truncated = np.array(ends), np.array(truncated)
+        self._positions = np.arange(len(unique)) if positions is None else positions
+        sizes = np.diff(self._ends, axis=0)
+        self.lengths: list[int] = (sizes.sum(1) if encoder_decoder else sizes[:, 0])[self._positions].tolist()
+        self.truncated_prompts, self.truncated_targets = self._truncated[self._positions].sum(0).tolist()
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return len(self._positions)
 
     def __getitem__(self, index: int) -> Encoded:
-        return self.encoded[index]
+        row = self._positions[index]
+        (first_input, first_label), (last_input, last_label) = self._ends[row : row + 2].tolist()
+        prompt_truncated, target_truncated = self._truncated[row].tolist()
+        return Encoded(
+            self._inputs[first_input:last_input].tolist(),
+            self._labels[first_label:last_label].tolist(),
+            prompt_truncated,
+            target_truncated,
+            self._encoder_decoder,
+        )
 
     def summary(self) -> str:
         """Return one line on size, lengths and truncation, for the console and the report."""

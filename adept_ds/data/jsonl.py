@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,27 +59,33 @@ class Sample:
 
 def read_rows(path: str | Path) -> list[Row]:
     """Read a JSON lines file (`.gz` too). UserError if unreadable, empty, or if a line is not a JSON object."""
-    path = Path(path)
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = content.decode("utf-8-sig").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON lines ({error})") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON, {error.msg} (column {error.colno})") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(values).__name__}")
-        rows.append(Row(where, values))
+    rows = list(iterate_rows(path))
     if not rows:
         raise UserError(f"{path}: holds no records")
     return rows
+
+
+def iterate_rows(path: str | Path) -> Iterator[Row]:
+    """Yield the records of a JSON lines file (`.gz` too), read as they are asked for. UserError as `read_rows`."""
+    path = Path(path)
+    try:
+        # Lines end with \n alone: a bare \r inside a line is JSON's own white space.
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parse_line(line, f"{path}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON lines ({error})") from error
+
+
+def _parse_line(line: str, where: str) -> Row:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON, {error.msg} (column {error.colno})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(values).__name__}")
+    return Row(where, values)
 
 
 def read_samples(path: str | Path) -> list[Sample]:

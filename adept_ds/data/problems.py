@@ -7,6 +7,7 @@ Formats and their splits, for files whose records do not carry a `split` field o
   601-974 `train`.
 - `humaneval`: all of it is `test`.
 - `jsonl`: `path` is `train`, `validation_path` is `validation`.
+- `tasks`: as each text-to-text task declares, see `adept_ds.data.tasks`.
 
 The paper has no validation split: `validation` is then empty, or the last `validation_fraction` of `train`.
 """
@@ -17,7 +18,7 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from adept_ds.config import DataConfig
 from adept_ds.data.jsonl import Row, read_rows
@@ -32,6 +33,7 @@ from adept_ds.data.mbpp import (
     to_humaneval,
 )
 from adept_ds.data.records import Example, Problem
+from adept_ds.data.tasks import Part, load_task_examples
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.sandbox import Tests
 
@@ -53,11 +55,11 @@ def load_problems(cfg: DataConfig, split: str) -> list[Problem]:
     """Return the problems of a split ("train", "validation", "test") in file order.
 
     Raises UserError for an unreadable or malformed file, a split that the format or the file does not have, a file
-    of the wrong form, and the format `jsonl`, which has no tests.
+    of the wrong form, and the formats `jsonl` and `tasks`, which have no tests.
     """
-    if cfg.format == "jsonl":
+    if cfg.format in ("jsonl", "tasks"):
         raise UserError(
-            "data.format jsonl has no tests to score by; expected mbpp-paper, mbpp, mbpp-instruct, humaneval"
+            f"data.format {cfg.format} has no tests to score by; expected mbpp-paper, mbpp, mbpp-instruct, humaneval"
         )
     _check_split(split, ("test",) if cfg.format == "humaneval" else SPLITS, cfg.format)
     if cfg.format == "humaneval":
@@ -78,13 +80,16 @@ def load_problems(cfg: DataConfig, split: str) -> list[Problem]:
 
 
 def load_examples(cfg: DataConfig, split: str) -> Sequence[Example]:
-    """Return the examples of a split; for every format but `jsonl` these are `load_problems`' problems.
+    """Return the examples of a split; for every format but `jsonl` and `tasks` these are `load_problems`' problems.
 
-    Raises UserError as `load_problems`; for `jsonl` also for a missing or empty prompt or target.
+    Raises UserError as `load_problems`; for `jsonl` also for a missing or empty prompt or target, for `tasks` also as
+    `load_task_examples`.
     """
-    if cfg.format != "jsonl":
+    if cfg.format not in ("jsonl", "tasks"):
         return load_problems(cfg, split)
-    _check_split(split, ("train", "validation"), cfg.format)
+    _check_split(split, SPLITS if cfg.format == "tasks" else ("train", "validation"), cfg.format)
+    if cfg.format == "tasks":
+        return load_task_examples(cfg, cast(Part, split))
     assert cfg.path is not None  # DataConfig's own check
     parts = {"train": _read_examples(cfg, cfg.path)}
     if cfg.validation_path is not None:

@@ -9,6 +9,16 @@ from adept_ds.sandbox import Tests
 
 
 @dataclass(frozen=True)
+class TokenLimits:
+    """How long an example may be, in tokens, where it is not for the config alone to say."""
+
+    prompt: int
+    """Longest prompt, the soft prompt not included; a longer one is cut from the right."""
+    target: int | None
+    """Longest target, EOS included; None if it is never cut."""
+
+
+@dataclass(frozen=True)
 class Example:
     """A prompt and its target, before tokenisation."""
 
@@ -18,6 +28,8 @@ class Example:
     target: str
     """What the model is trained to write, without the end-of-sequence token."""
     chat: bool = False
+    limits: TokenLimits | None = None
+    """Limits of its own; those of the config if None."""
 
 
 @dataclass(frozen=True)
