@@ -9,6 +9,7 @@ import pytest
 from adept_ds.config import RunConfig
 from adept_ds.config_loader import load_config
 from adept_ds.config_schema import json_schema
+from adept_ds.data.tasks import find_task
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "schema")
@@ -65,7 +66,8 @@ def test_t5_recipes_follow_the_paper(name, length, accumulation):
     assert (run.train.max_steps, run.train.global_batch_size, run.train.warmup_steps) == (30_000, 32, 500)
     assert (run.train.learning_rate.soft_prompt, run.train.learning_rate.network) == (3e-1, 1e-4)
     assert run.train.gradient_accumulation_steps == accumulation
-    assert run.data.max_prompt_length == length + run.method.num_virtual_tokens
+    (task,) = map(find_task, run.data.tasks)
+    assert (run.data.max_source_length or task.max_source_length) == length
     assert run.eval.every_steps == 1_000
 
 

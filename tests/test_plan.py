@@ -41,6 +41,18 @@ def test_parameter_counts(name, trained, backbone):
     assert result.backbone_parameters == backbone
 
 
+def jsonl(path: str) -> tuple[str, ...]:
+    """Overrides that turn a recipe for tasks into one for a JSON lines file."""
+    data = {
+        "format": "jsonl",
+        "path": path,
+        "validation_path": path,
+        "prompt_field": "source",
+        "target_field": "target",
+    }
+    return (f"data={json.dumps(data)}",)
+
+
 def test_adapter_size_is_that_of_the_file(tmp_path):
     result = plan("codegen_350m")
     tensors = {name: torch.ones(shape) for name, shape in result.shapes.items()}
@@ -68,13 +80,26 @@ def test_steps_from_the_real_file(shared_dir):
 def test_steps_from_a_file_of_the_users_own(tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"source": f"q {i}", "target": "a"}) + "\n" for i in range(65)))
-    files = (f"data.path={data}", f"data.validation_path={data}")
-    assert plan("t5_base", *files, "train.max_steps=null", "train.epochs=2", "train.warmup_steps=5").total_steps == 6
+    epochs = ("train.max_steps=null", "train.epochs=2", "train.warmup_steps=5")
+    assert plan("t5_base", *jsonl(str(data)), *epochs).total_steps == 6
 
 
 def test_steps_are_unknown_without_the_users_data():
-    overrides = ("data.path=nowhere.jsonl", "train.max_steps=null", "train.epochs=2")
-    assert plan("t5_base", *overrides).total_steps is None
+    overrides = ("train.max_steps=null", "train.epochs=2")
+    assert plan("t5_base", *jsonl("nowhere.jsonl"), *overrides).total_steps is None
+
+
+def test_steps_of_tasks_follow_from_their_released_sizes():
+    epochs = ("train.max_steps=null", "train.epochs=2", "train.warmup_steps=5")
+    assert plan("t5_base", *epochs).total_steps == 2 * 78  # RTE's 2,490 examples, 32 at a time
+    both = 'data.tasks=["rte", "cb"]'
+    assert plan("t5_base", both, *epochs).total_steps == 2 * 86  # CB's 250 more
+    assert plan("t5_base", both, "data.mixture=equal", *epochs).total_steps == 2 * 156
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(UserError, match=r"unknown task 'cbb'; .*did you mean 'cb'\?"):
+        plan("t5_base", 'data.tasks=["cbb"]')
 
 
 def test_a_warm_up_that_does_not_fit_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -161,7 +162,7 @@ def count_training_examples(cfg: DataConfig) -> tuple[int | None, str]:
         UserError: A task is unknown or declared wrongly, or its local files are malformed.
     """
     tasks = [find_task(name).variant(cfg.variant) for name in cfg.tasks]
-    if cfg.path is not None or all(task.files for task in tasks):
+    if (cfg.path is not None and Path(cfg.path).exists()) or all(task.files for task in tasks):
         count = len(load_task_examples(cfg, "train"))
         return count, f"{count:,} for training in the files of {', '.join(task.name for task in tasks)}"
     sizes = [task.train_size if cfg.k_shot is None else cfg.k_shot for task in tasks]
