@@ -23,6 +23,7 @@ from transformers import (
 
 from adept_ds import config as settings
 from adept_ds.data import Encoded, Problem, Sample, collate, encode_prompt, stop_at
+from adept_ds.data.tasks import TaskExample
 from adept_ds.distributed import World, gather_objects
 from adept_ds.methods.base import attribute_set
 from adept_ds.model import AdaptedModel
@@ -89,7 +90,7 @@ def sample_seed(seed: int, task_id: str, index: int) -> int:
 def generate_samples(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
+    problems: Sequence[Problem | TaskExample],
     config: settings.GenerationConfig,
     data: settings.DataConfig,
     world: World,

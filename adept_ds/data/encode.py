@@ -87,7 +87,7 @@ def _encode_all(
 ) -> Iterator[Encoded]:
     """Encode a handful of examples, as `encode`; one call of the tokenizer for many is far quicker than many."""
     prompts = _encode_prompts(examples, tokenizer, cfg, num_virtual_tokens, encoder_decoder)
-    targets = tokenizer([example.target for example in examples], add_special_tokens=False)["input_ids"]
+    targets = _tokenise(tokenizer, [example.target for example in examples])
     eos = _eos(tokenizer)
     for example, (prompt, prompt_truncated), target in zip(examples, prompts, targets, strict=True):
         if not target:
@@ -121,8 +121,8 @@ def _encode_prompts(
     bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
     eos = [_eos(tokenizer)] if encoder_decoder else []
     # Without EOS, a line break tells a causal model where the source ends.
-    end = eos or list(tokenizer("\n", add_special_tokens=False)["input_ids"])
-    for example, ids in zip(examples, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
+    end = eos or _tokenise(tokenizer, ["\n"])[0]
+    for example, ids in zip(examples, _tokenise(tokenizer, texts), strict=True):
         # A chat template writes the special tokens itself.
         head = [] if example.chat or ids[: len(bos)] == bos else bos
         if example.limits:
@@ -136,6 +136,14 @@ def _encode_prompts(
         else:
             head = [id for id in ids[:1] if id == tokenizer.bos_token_id]
             yield head + ids[len(ids) - limit + len(head) :], True
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of each text without special tokens. A text that is there often (a label) is tokenised once."""
+    distinct = list(dict.fromkeys(texts))
+    ids = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    by_text = dict(zip(distinct, ids, strict=True))
+    return [by_text[text] for text in texts]
 
 
 def _chat_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,0 +1,92 @@
+"""Text-to-text evaluation in one process: decoding of answers, files, the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from adept_ds.config import AdeptConfig, DataConfig, GenerationConfig, RunConfig
+from adept_ds.data.tasks import TaskExamples, load_task_examples
+from adept_ds.distributed import World
+from adept_ds.errors import UserError
+from adept_ds.evaluate_tasks import greedy, score_to_folder
+from adept_ds.generate import generate_samples
+from adept_ds.model import get_adept_model
+from evals.text2text import main, with_tasks
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> DataConfig:
+    (tmp_path / "rte").mkdir()
+    rows = [{"sentence1": f"a{i}", "sentence2": "b", "label": i % 2} for i in range(8)]
+    (tmp_path / "rte" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(format="tasks", tasks=("rte",), path=str(tmp_path))
+
+
+@pytest.fixture
+def examples(cfg: DataConfig) -> TaskExamples:
+    return load_task_examples(cfg, "test")
+
+
+@pytest.mark.parametrize("name", ["llama", "t5-tied"])
+def test_answers_are_decoded_for_either_kind_of_model(
+    name: str,
+    make_backbone: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    cfg: DataConfig,
+    examples: TaskExamples,
+    world: World,
+) -> None:
+    model = get_adept_model(make_backbone(name), AdeptConfig(num_virtual_tokens=3, bottleneck=2))
+    decoding = greedy(examples[0].task, tokenizer, GenerationConfig(batch_size=3))
+    assert (decoding.do_sample, decoding.max_new_tokens) == (False, 2)
+    samples = generate_samples(model, tokenizer, examples, decoding, cfg, world)
+    assert [sample.task_id for sample in samples] == [example.task_id for example in examples]
+    assert all(len(sample.completion) <= 2 for sample in samples)
+
+
+def test_predictions_lie_beside_the_scores(
+    examples: TaskExamples, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = [example.references[0] for example in examples]
+    score_to_folder(examples, [" maybe", f"{right[1]}\nx", *right[2:]], tokenizer, tmp_path / "out", {"name": "n"})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["name"], summary["examples"], summary["invalid"], summary["reported"]) == ("n", 4, 1, "accuracy")
+    accuracy = summary["metrics"]["accuracy"]
+    assert accuracy["low"] <= accuracy["value"] == 0.75 <= accuracy["high"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == ["maybe", *right[1:]]
+    assert lines[0] == {
+        "task_id": examples[0].task_id,
+        "source": examples[0].prompt,
+        "generated": " maybe",
+        "answer": "maybe",
+        "references": [right[0]],
+    }
+    assert "rte: accuracy 75.00" in capsys.readouterr().out
+
+
+def run_config(**data: object) -> RunConfig:
+    return RunConfig.model_validate({"model": {"name_or_path": "m"}, "train": {"epochs": 1}, "data": data})
+
+
+def test_tasks_of_the_command_line_keep_what_tasks_share():
+    run = with_tasks(run_config(format="tasks", tasks=["rte"], variant="faithful"), ["cb", "mrpc"])
+    assert (run.data.tasks, run.data.variant) == (("cb", "mrpc"), "faithful")
+    assert with_tasks(run_config(), ["cb"]).data.tasks == ("cb",)
+
+
+def test_a_config_without_tasks_needs_some():
+    with pytest.raises(UserError, match=r"--task TASK is needed, since the config's data\.format is mbpp-paper"):
+        with_tasks(run_config(), None)
+
+
+def test_an_unknown_task_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model": {"name_or_path": "nowhere"}, "train": {"epochs": 1}}))
+    with pytest.raises(UserError, match=r"unknown task 'rtee'; .*did you mean 'rte'\?"):
+        main(["--config", str(path), "--task", "rtee", "--out", str(tmp_path)])
