@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from adept_ds.data.tasks import TASKS, Task
 from adept_ds.data.tasks.metrics import (
@@ -178,3 +179,18 @@ def test_every_metric_lies_in_its_interval(name):
 def test_interval_of_one_example_is_its_value():
     (interval,) = evaluate_with_intervals(TASKS["rte"], ["1"], [("1",)]).values()
     assert (interval.low, interval.value, interval.high) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["mrpc", "cb", "cola"])
+def test_label_metrics_are_those_of_scikit_learn_on_the_examples(name):
+    generator = np.random.default_rng(3)
+    labels = len(TASKS[name].label_words)
+    gold, predicted = generator.integers(0, labels, (2, 200))
+    expected = {
+        "accuracy": accuracy_score(gold, predicted),
+        "f1": f1_score(gold, predicted, average="binary") if labels == 2 else None,
+        "macro_f1": f1_score(gold, predicted, average="macro"),
+        "matthews": matthews_corrcoef(gold, predicted),
+    }
+    result = score(name, predicted.astype(str).tolist(), gold.astype(str).tolist())
+    assert result == {metric: pytest.approx(expected[metric]) for metric in TASKS[name].metrics}

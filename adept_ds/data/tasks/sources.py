@@ -159,6 +159,10 @@ def _load_hub(task: Task, name: str, hub_ids: Mapping[str, str]) -> Mapping[str,
     for attempt in attempts:
         try:
             return datasets.load_dataset(name, **attempt)
+        except ConnectionError as error:
+            # The cache has been looked at too, and has nothing of this name.
+            errors.append(str(error).splitlines()[0])
+            break
         except (OSError, ValueError, RuntimeError) as error:
             errors.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     splits = ", ".join(dict.fromkeys(task.split_name(part) for part in ("train", "validation", "test")))
