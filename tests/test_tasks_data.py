@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -429,7 +428,7 @@ def test_an_encoded_mixture_holds_each_example_once_and_gives_it_as_often_as_ask
     examples = load_task_examples(cfg, "train")
     dataset = EncodedDataset(examples, tokenizer, cfg, 60, encoder_decoder=True)
     assert len(dataset) == 14
-    assert len(np.unique(examples.members)) == 10 == len(dataset._ends) - 1
+    assert len(examples.unique()[0]) == 10
     for index in range(14):
         assert dataset[index] == encode(examples[index], tokenizer, cfg, 60, encoder_decoder=True)
         assert dataset.lengths[index] == len(dataset[index].input_ids) + len(dataset[index].labels)
@@ -438,5 +437,7 @@ def test_an_encoded_mixture_holds_each_example_once_and_gives_it_as_often_as_ask
 def test_examples_read_one_by_one_in_slices_and_in_passing_are_the_same(two_tasks):
     examples = load_task_examples(config(two_tasks, "rte", "mrpc", mixture="equal"), "train")
     assert list(examples) == [examples[i] for i in range(len(examples))] == [*examples[:5], *examples[5:]]
+    with pytest.raises(IndexError):
+        examples[len(examples)]
     unique, positions = examples.unique()
     assert [unique[position] for position in positions] == list(examples)

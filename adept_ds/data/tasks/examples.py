@@ -80,7 +80,7 @@ class TaskExamples(Sequence[TaskExample]):
     def __getitem__(self, index: int | slice) -> TaskExample | TaskExamples:
         if isinstance(index, slice):
             return TaskExamples(self.parts, self.members[index])
-        return next(self._read(self.members[index : index + 1 or None]))
+        return next(self._read(self.members[[index]]))
 
     def __iter__(self) -> Iterator[TaskExample]:
         boundaries = np.flatnonzero(np.diff(self._part_of(self.members))) + 1
