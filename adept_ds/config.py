@@ -96,7 +96,7 @@ class DataConfig(Section):
     given. A longer one is cut from the right."""
     max_target_length: Count | None = None
     """For `tasks`: longest target in tokens; that of each task (20) if not given. Label words are never cut."""
-    hub_ids: dict[str, str] = {}
+    hub_ids: dict[str, str] = Field(default={})
     """For `tasks`: hub ids or local folders to load from in place of the registry's, by the registry's name of the data
     set: {"glue": "nyu-mll/glue"}."""
     validation_path: str | None = None
