@@ -1,4 +1,4 @@
-"""Load a backbone in shards, as one rank, and print what that took in bytes: `load_rank.py MODEL QUANTIZATION WARM_UP`."""
+"""Load a backbone in shards, as one rank, and print the bytes it took: `load_rank.py MODEL QUANTIZATION WARM_UP`."""
 
 from __future__ import annotations
 
