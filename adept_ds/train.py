@@ -198,6 +198,7 @@ class Trainer:
     def run_from(self, checkpoint: Checkpoint | None) -> None:
         """Take all steps after the checkpoint's, or all of them."""
         torch.manual_seed(self.run.train.seed + self.world.rank)
+        self.engine.model.train()  # `transformers` loads models for inference: without dropout and checkpointing
         if checkpoint:
             dummy = self._collate([])
             self.engine.restore(checkpoint.values, checkpoint.optimizer_states, checkpoint.state.step, dummy)

@@ -263,6 +263,21 @@ def test_t5_trains_on_two_ranks_as_on_one(tiny_t5: Path, launch: Launch, tmp_pat
     assert curves[0][-1] < curves[0][0]
 
 
+def test_dropout_is_on_from_the_first_step(tiny_t5: Path, launch: Launch, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_t5, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.3}))
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"prompt": "one and one", "completion": "two"}) + "\n")
+    settings = run_settings(model, tmp_path / "run", max_steps=4, global_batch_size=1)
+    settings["train"]["learning_rate"] = {"soft_prompt": 1e-30, "network": 1e-30}
+    settings["data"] = {"format": "jsonl", "path": str(data)}
+    result = launch(0, TRAIN, settings)
+    assert result.returncode == 0, result.stdout
+    # Nothing is learnt from one example over and over, so the losses would be equal without dropout.
+    assert len(set(losses(tmp_path / "run"))) == 4
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run", save_every=1)
     settings["train"]["learning_rate"] = {"soft_prompt": 1e30, "network": 1e30}
