@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from adept_ds.config import ModelConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.sharding import Partitioner
-from adept_ds.streaming import fill_backbone
+from adept_ds.streaming import fill_backbone, fill_randomly
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` to the torch dtype."""
@@ -103,17 +103,14 @@ def load_backbone(
         disable_progress_bar()
     device = device or torch.device("cpu")
     architecture = load_architecture(config)
-    auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
-    options = {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
     if deepspeed_config is None and config.quantization is None:
+        auto, options = _auto_model(config, architecture)
         backbone = _from_source(
             auto, "model.name_or_path", config.name_or_path, revision=config.revision, use_safetensors=True, **options
         )
         return backbone.requires_grad_(False).to(device)
     weights = _weight_files(config)
-    with init_empty_weights(include_buffers=False):
-        backbone = auto.from_config(architecture, **options)
-    backbone.tie_weights()
+    backbone = _empty_backbone(config, architecture)
     partitioner = Partitioner(deepspeed_config, device, shard_group) if deepspeed_config else None
     fill_backbone(backbone, config, weights, device, partitioner, show_progress)
     with suppress(OSError):  # not every checkpoint has one
@@ -122,6 +119,40 @@ def load_backbone(
         )
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     return backbone.requires_grad_(False).eval()
+
+
+def random_backbone(
+    config: ModelConfig,
+    architecture: PreTrainedConfig,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """As `load_backbone`, with random weights in place of a checkpoint's: for measurements of speed and memory.
+
+    Args:
+        config: Precision, quantisation and attention; the name is not looked at.
+        architecture: The backbone's shape.
+        device: Where to.
+        deepspeed_config: As in `load_backbone`.
+    """
+    backbone = _empty_backbone(config, architecture)
+    fill_randomly(backbone, config, device, Partitioner(deepspeed_config, device) if deepspeed_config else None)
+    return backbone.requires_grad_(False).eval()
+
+
+def _auto_model(config: ModelConfig, architecture: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """The `transformers` class of the architecture and how its models are to be made."""
+    auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+    return auto, {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
+
+
+def _empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    """The backbone with its parameters on the meta device."""
+    auto, options = _auto_model(config, architecture)
+    with init_empty_weights(include_buffers=False):
+        backbone = auto.from_config(architecture, **options)
+    backbone.tie_weights()
+    return backbone
 
 
 def _weight_files(config: ModelConfig) -> list[Path]:

@@ -151,10 +151,31 @@ def fill_backbone(
             for name, storage in _storages(layers, sources, files, config, weights, device, partitioner):
                 by_name[name].place(storage, partitioner)
                 progress.update()
+    _move_buffers(backbone, device)
+    progress.close()
+
+
+def fill_randomly(
+    backbone: PreTrainedModel, config: ModelConfig, device: torch.device, partitioner: Partitioner | None
+) -> None:
+    """As `fill_backbone`, with matrices drawn from N(0, 0.02^2) and vectors of ones. All ranks draw the same."""
+    scheme = Scheme.of(config)
+    layers = quantize_linears(backbone, scheme) if scheme else {}
+    generator = torch.Generator(device).manual_seed(0)
+    for slot in _slots(backbone):
+        layer, dtype = layers.get(slot.name), slot.parameter.dtype
+        shape = (layer.out_features, layer.in_features) if layer else slot.parameter.shape
+        values = torch.ones(shape, dtype=dtype, device=device)
+        if len(shape) > 1:
+            values.normal_(std=0.02, generator=generator)
+        slot.place(layer.scheme.quantize(values) if layer else values, partitioner)
+    _move_buffers(backbone, device)
+
+
+def _move_buffers(backbone: PreTrainedModel, device: torch.device) -> None:
     for module in backbone.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    progress.close()
 
 
 @dataclass

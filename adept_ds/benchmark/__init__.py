@@ -1,0 +1,246 @@
+"""Training throughput and memory of ADePT beside HF PEFT's methods and the bare backbone, and where a step's time goes.
+
+One process: all contenders (`contenders`) do the same work (`work`) in turns, in plain torch without DeepSpeed. On the
+ranks of a launcher: ADePT alone in DeepSpeed's engine (`ranks`), with the time spent waiting for split weights.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from adept_ds.backbone import DTYPES, load_architecture
+from adept_ds.benchmark.contenders import FLOOR, PEFT_PROMPT, Contender, build_contenders, quantized_layers
+from adept_ds.benchmark.flops import ModelFlops, peak_flops
+from adept_ds.benchmark.memory import held_bytes, step_growth
+from adept_ds.benchmark.operators import operator_seconds
+from adept_ds.benchmark.phases import FORWARD, PHASES, STEP, PhaseClock, clocked
+from adept_ds.benchmark.report import text_report
+from adept_ds.benchmark.work import Work, build_work
+from adept_ds.config import RunConfig
+from adept_ds.deepspeed_config import batch_arithmetic, complete
+from adept_ds.distributed import World, gather_objects, init_world
+from adept_ds.errors import UserError
+from adept_ds.plan import resolve_architecture
+
+__all__ = ["Options", "benchmark", "text_report"]
+
+GOALS = {FLOOR: 1.05, PEFT_PROMPT: 0.8}
+"""Contender to the largest part of its time that a step of ADePT should take."""
+
+WARM_UP_STEPS = 2
+"""The first allocates the optimizer's states; in it DeepSpeed also learns the order of its fetches."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is measured."""
+
+    steps: int = 8
+    """Optimizer steps in a round."""
+    rounds: int = 5
+    """Times that the same steps are taken, after a warm-up."""
+    against: tuple[str, ...] = ()
+    """Keys of `contenders.AGAINST`: what is measured beside ADePT and the bare backbone."""
+    random_init: bool = False
+    """Random weights in place of the checkpoint's; the architecture alone is read."""
+    synthetic: int | None = None
+    """Length of examples of random tokens, in place of the data."""
+    on_ranks: bool = False
+    """Measure ADePT alone, in DeepSpeed's engine on this launcher's ranks."""
+
+
+def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
+    """Measure all contenders and return what `text_report` prints, ready for JSON. Collective if `on_ranks`.
+
+    Args:
+        run: Backbone, precision, method, data, batch sizes, optimizer, activation checkpointing; on ranks the
+            `deepspeed` section too.
+        options: How it is measured.
+
+    Raises:
+        UserError: Data, tokenizer or backbone cannot be read, the data has too few batches, the batch does not divide,
+            or `against` is not to be had.
+    """
+    architecture = resolve_architecture(run.model)[0] if options.random_init else load_architecture(run.model)
+    world, notes = None, []
+    if options.on_ranks:
+        if options.against:
+            raise UserError(
+                f"--against {' '.join(options.against)}: PEFT is measured in one process, without a launcher; "
+                "expected: python evals/throughput.py ..., or no --against"
+            )
+        # Imports DeepSpeed, which one process does without.
+        from adept_ds.benchmark.ranks import engine_contender
+
+        world = init_world()
+        device, is_main = world.device, world.is_main
+        plan = complete(run, world.world_size, architecture.hidden_size)
+        work = build_work(run, architecture, options.steps, options.synthetic, plan.batch, world.rank)
+        contenders = [engine_contender(run, architecture, work, plan, options.random_init, world)]
+        notes.append("on ranks adept_ds alone is measured; the bare backbone and PEFT are in one process, see --help")
+    else:
+        has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        device, is_main = torch.device("cuda" if has_gpu else "cpu"), True
+        arithmetic = batch_arithmetic(run.train, world_size=1)
+        work = build_work(run, architecture, options.steps, options.synthetic, arithmetic)
+        contenders = build_contenders(run, architecture, work, options.against, options.random_init, device)
+        if run.model.quantization == "int8":
+            notes.append("no stock backbone: bitsandbytes' 8-bit layers multiply in 8 bits too, which is other work")
+        if run.model.quantization == "nf4":
+            here, stock = (quantized_layers(contender.backbone) for contender in contenders[1:3])
+            if stock != here:
+                notes.append(f"stock and PEFT have {stock} of the {here} linear layers in 4 bits; transformers' choice")
+
+    memory = {contender.name: measure_memory(contender, device, alone=options.on_ranks) for contender in contenders}
+    measure(contenders, options.rounds, device, show_progress=is_main)
+    if world:
+        _combine_ranks(contenders[0], memory, world)
+    machine = machine_facts(device)
+    peak = peak_flops(machine["device"], DTYPES[run.model.dtype])
+    if peak is None:
+        notes.append(f"no MFU: the peak rate of {machine['device']} in {run.model.dtype} is not known here")
+    ranks = world.world_size if world else 1
+    flops = ModelFlops(architecture)
+    return {
+        "model": run.model.name_or_path,
+        "random_init": options.random_init,
+        "dtype": run.model.dtype,
+        "quantization": run.model.quantization,
+        "activation_checkpointing": run.train.activation_checkpointing,
+        "machine": machine,
+        "ranks": ranks,
+        "zero_stage": plan.config["zero_optimization"]["stage"] if world else None,
+        "batch_size": run.train.global_batch_size,
+        "micro_batches": len(work.steps[0]),
+        "steps": options.steps,
+        "num_virtual_tokens": run.method.num_virtual_tokens,
+        "synthetic": options.synthetic,
+        "examples": len(work.examples),
+        "tokens": work.tokens,
+        "label_tokens": sum(work.labels_of_step),
+        "contenders": {
+            contender.name: _figures(contender, work, flops, ranks * peak if peak else None)
+            | {"memory_bytes": memory[contender.name]}
+            for contender in contenders
+        },
+        "ratios": {other.name: _ratio(contenders[0], other) for other in contenders[1:]},
+        "operator_seconds": None if world else operator_seconds(contenders[0], device),
+        "notes": notes,
+    }
+
+
+def timed_step(contender: Contender, number: int, clock: PhaseClock) -> dict[str, float]:
+    """Take optimizer step `number`; return its seconds by phase. The contender's hooks for `clock` are in place."""
+    clock.switch(FORWARD)
+    contender.forward_backward(number)
+    clock.switch(STEP)
+    contender.update()
+    return clock.stop()
+
+
+def measure(contenders: Sequence[Contender], rounds: int, device: torch.device, show_progress: bool) -> None:
+    """Take all steps `rounds` times and note each contender's seconds by phase.
+
+    The contenders take turns step by step, each time another one first, so that what else happens on the machine meets
+    all of them alike.
+    """
+    clock, steps = PhaseClock(device), len(contenders[0].steps)
+    progress = tqdm(total=rounds * steps * len(contenders), desc="measuring", unit="step", disable=not show_progress)
+    with ExitStack() as hooks:
+        for contender in contenders:
+            head = contender.backbone.get_output_embeddings()
+            hooks.enter_context(clocked(clock, contender.model, head, contender.coordinator))
+        for _ in range(rounds):
+            for contender in contenders:
+                contender.rounds.append(dict.fromkeys(PHASES, 0.0))
+            for number in range(steps):
+                first = number % len(contenders)
+                for contender in [*contenders[first:], *contenders[:first]]:
+                    for phase, seconds in timed_step(contender, number, clock).items():
+                        contender.rounds[-1][phase] += seconds
+                    progress.update()
+    progress.close()
+
+
+def measure_memory(contender: Contender, device: torch.device, alone: bool) -> dict[str, int]:
+    """Warm up on the longest batch, which is the last, and return the memory of a step on it; see `memory`.
+
+    Args:
+        contender: Who takes the steps.
+        device: Where.
+        alone: Whether nothing else is on the device, so that all that is allocated is held by the contender.
+    """
+
+    def step() -> None:
+        contender.forward_backward(len(contender.steps) - 1)
+        contender.update()
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    if alone and device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+    else:
+        held = held_bytes(contender.model, contender.optimizer)
+    growth = step_growth(step, device)
+    return {"held": held, "step": growth, "peak": held + growth}
+
+
+def _combine_ranks(contender: Contender, memory: dict[str, dict[str, int]], world: World) -> None:
+    """Put the mean time of all ranks, the largest memory and the sum of tokens in place of this rank's. Collective."""
+    every = gather_objects((contender.rounds, memory[contender.name], contender.padded_tokens), world)
+    rounds, memories, tokens = zip(*every, strict=True)
+    contender.rounds = [
+        {phase: fmean(own[phase] for own in same_round) for phase in PHASES} for same_round in zip(*rounds, strict=True)
+    ]
+    memory[contender.name] = max(memories, key=lambda own: own["peak"])
+    contender.padded_tokens = sum(tokens)
+
+
+def _figures(contender: Contender, work: Work, flops: ModelFlops, peak: float | None) -> dict[str, Any]:
+    """Rates over the median round; `peak` is that of all devices, in FLOP/s."""
+    seconds = contender.round_seconds
+    typical = median(seconds)
+    needed = sum(flops.of_example(inputs + contender.num_virtual_tokens, labels) for inputs, labels in work.examples)
+    return {
+        "seconds_per_step": typical / len(contender.steps),
+        "examples_per_second": len(work.examples) / typical,
+        "tokens_per_second": work.tokens / typical,
+        "padded_tokens_per_second": contender.padded_tokens / typical,
+        "phase_shares": {phase: sum(own[phase] for own in contender.rounds) / sum(seconds) for phase in PHASES},
+        "model_tflops_per_second": needed / typical / 1e12,
+        "mfu": needed / typical / peak if peak else None,
+        "round_seconds": seconds,
+    }
+
+
+def _ratio(ours: Contender, other: Contender) -> dict[str, float | None]:
+    """Time of ADePT's step over the other's: median, least and most of the rounds', whose times belong together."""
+    ratios = [own / theirs for own, theirs in zip(ours.round_seconds, other.round_seconds, strict=True)]
+    return {"median": median(ratios), "least": min(ratios), "most": max(ratios), "goal": GOALS.get(other.name)}
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    facts: dict[str, Any] = {"torch": torch.__version__}
+    if device.type == "cuda":
+        return facts | {"device": torch.cuda.get_device_name(device)}
+    # Linux alone has this file; elsewhere the platform module knows the name.
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return facts | {
+        "device": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "load_average": os.getloadavg()[0],
+    }

@@ -1,0 +1,71 @@
+"""ADePT in DeepSpeed's engine on the ranks of a launcher, as `adept_ds.train` sets it up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from adept_ds.backbone import load_backbone, random_backbone
+from adept_ds.benchmark.contenders import OURS, Contender
+from adept_ds.benchmark.work import Work, padded_tokens
+from adept_ds.config import RunConfig
+from adept_ds.deepspeed_config import DeepSpeedPlan
+from adept_ds.distributed import World
+from adept_ds.engine import Engine, prepare_deepspeed
+from adept_ds.model import get_adept_model
+from adept_ds.optimizer import build_optimizer, set_learning_rates
+
+
+class EngineContender(Contender):
+    """Takes its steps in DeepSpeed's engine, on this rank's share of the batches."""
+
+    def __init__(self, engine: Engine, work: Work, num_virtual_tokens: int) -> None:
+        super().__init__(
+            name=OURS,
+            model=engine.model,
+            backbone=engine.model.backbone,
+            optimizer=engine.optimizer,
+            steps=work.steps,
+            num_virtual_tokens=num_virtual_tokens,
+            padded_tokens=padded_tokens(work.steps, num_virtual_tokens, work.encoder_decoder),
+        )
+        self._engine, self._labels = engine, work.labels_of_step
+
+    def forward_backward(self, number: int) -> Tensor:
+        """See `Contender.forward_backward`; the loss is this rank's sum."""
+        return self._engine.forward_backward(self.steps[number], self._labels[number])
+
+    def update(self) -> None:
+        """See `Contender.update`."""
+        self._engine.step()
+
+    @property
+    def coordinator(self) -> Any:
+        """See `Contender.coordinator`."""
+        offload = getattr(self._engine.deepspeed.optimizer, "parameter_offload", None)
+        return offload and offload.get_param_coordinator()
+
+
+def engine_contender(
+    run: RunConfig, architecture: PreTrainedConfig, work: Work, plan: DeepSpeedPlan, random_init: bool, world: World
+) -> Contender:
+    """Load the backbone, split over the ranks at ZeRO stage 3, and put ADePT and DeepSpeed around it. Collective.
+
+    Raises:
+        UserError: As `load_backbone`.
+    """
+    prepare_deepspeed(world)
+    zero = plan.config if plan.config["zero_optimization"]["stage"] == 3 else None
+    if random_init:
+        backbone = random_backbone(run.model, architecture, world.device, zero)
+    else:
+        backbone = load_backbone(run.model, world.device, zero, show_progress=world.is_main)
+    if run.train.activation_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    model = get_adept_model(backbone, run.method, work.tokenizer, run.train.seed)
+    engine = Engine(model, build_optimizer(model, run.train), plan.config, world)
+    set_learning_rates(engine.optimizer, 1.0)
+    model.train()
+    return EngineContender(engine, work, run.method.num_virtual_tokens)

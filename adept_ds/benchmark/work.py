@@ -1,0 +1,172 @@
+"""The work that all contenders share: which examples, in which batches, padded how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from adept_ds.backbone import load_tokenizer
+from adept_ds.config import RunConfig
+from adept_ds.data import Encoded, EncodedDataset, collate, global_batches, load_examples, rank_micro_batches
+from adept_ds.deepspeed_config import BatchArithmetic
+from adept_ds.errors import UserError
+from adept_ds.loss import IGNORE_INDEX
+
+SYNTHETIC_TARGET_SHARE = 0.3
+"""Share of a synthetic example's tokens that have a label, for decoder-only models; MBPP's is 57 of 188."""
+
+Batch = dict[str, Tensor]
+Step = list[Batch]
+"""The micro-batches of one optimizer step."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The batches of one round on this rank, and what they are over all ranks."""
+
+    steps: list[Step]
+    labels_of_step: list[int]
+    """Label tokens of each step, over all ranks."""
+    examples: list[tuple[int, int]]
+    """(Input tokens, label tokens) of each example, over all ranks."""
+    encoder_decoder: bool
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding and soft prompt; of an encoder-decoder model's targets too."""
+        return sum(inputs + (labels if self.encoder_decoder else 0) for inputs, labels in self.examples)
+
+
+def build_work(
+    run: RunConfig,
+    architecture: PreTrainedConfig,
+    steps: int,
+    synthetic: int | None,
+    arithmetic: BatchArithmetic,
+    rank: int = 0,
+) -> Work:
+    """Choose `steps` batches of `train.global_batch_size` examples and split each as training would.
+
+    Args:
+        run: Data, lengths, batch sizes, seed.
+        architecture: Vocabulary, and whether there is a decoder beside an encoder.
+        steps: Batches in a round.
+        synthetic: Length of examples of random tokens, in place of the data; no tokenizer is loaded then.
+        arithmetic: Micro-batches, accumulation, ranks.
+        rank: The rank whose micro-batches are returned.
+
+    Raises:
+        UserError: The data or the tokenizer cannot be read, or the data has fewer batches.
+    """
+    dataset: Sequence[Encoded]
+    if synthetic:
+        tokenizer, pad = None, 0
+        dataset = synthetic_examples(run, architecture, steps * arithmetic.global_batch_size, synthetic)
+        lengths = [synthetic] * len(dataset)
+    else:
+        tokenizer = load_tokenizer(run.model)
+        pad = tokenizer.pad_token_id
+        encoded = EncodedDataset(
+            load_examples(run.data, "train"),
+            tokenizer,
+            run.data,
+            run.method.num_virtual_tokens,
+            architecture.is_encoder_decoder,
+        )
+        dataset, lengths = encoded.encoded, encoded.lengths
+    batches = choose_batches(lengths, arithmetic.global_batch_size, steps, run.train.seed)
+    counts = [[(len(row.input_ids), _labels(row)) for row in (dataset[i] for i in batch)] for batch in batches]
+    return Work(
+        steps=[
+            [
+                collate([dataset[i] for i in rows], pad)
+                for rows in rank_micro_batches(
+                    batch,
+                    rank,
+                    arithmetic.world_size,
+                    arithmetic.micro_batch_size,
+                    arithmetic.gradient_accumulation_steps,
+                )
+            ]
+            for batch in batches
+        ],
+        labels_of_step=[sum(labels for _, labels in batch) for batch in counts],
+        examples=[example for batch in counts for example in batch],
+        encoder_decoder=architecture.is_encoder_decoder,
+        tokenizer=tokenizer,
+    )
+
+
+def synthetic_examples(run: RunConfig, architecture: PreTrainedConfig, count: int, length: int) -> list[Encoded]:
+    """Return `count` examples of `length` random tokens.
+
+    Decoder-only: the last 30 % have labels. Encoder-decoder: the target is as long as `data` allows, beside the input.
+    """
+    generator = torch.Generator().manual_seed(run.train.seed)
+
+    def tokens(number: int) -> list[int]:
+        return torch.randint(architecture.vocab_size, (number,), generator=generator).tolist()
+
+    if architecture.is_encoder_decoder:
+        target = run.data.max_length - run.data.max_prompt_length
+        return [Encoded(tokens(length), tokens(target), False, False, True) for _ in range(count)]
+    target = max(1, round(length * SYNTHETIC_TARGET_SHARE))
+    return [
+        Encoded(ids, [IGNORE_INDEX] * (length - target) + ids[length - target :], False, False, False)
+        for ids in (tokens(length) for _ in range(count))
+    ]
+
+
+def _labels(row: Encoded) -> int:
+    return sum(label != IGNORE_INDEX for label in row.labels)
+
+
+def choose_batches(lengths: Sequence[int], size: int, count: int, seed: int) -> list[list[int]]:
+    """Return `count` full batches of the first epoch, evenly spaced over their lengths, as training would see them."""
+    epoch = global_batches(lengths, size, seed, epoch=0, group_by_length=True)
+    full = sorted((batch for batch in epoch if len(batch) == size), key=lambda batch: lengths[batch[0]])
+    if count > len(full):
+        raise UserError(f"--steps is {count}, but the data has {len(full)} batches of {size} examples; expected: less")
+    return [full[(2 * i + 1) * len(full) // (2 * count)] for i in range(count)]
+
+
+def padded_to(step: Step, inputs: int, labels: int) -> Step:
+    """Pad every micro-batch on the right to `inputs` columns, its labels to `labels` columns."""
+    widths = {"input_ids": (inputs, 0), "attention_mask": (inputs, 0), "labels": (labels, IGNORE_INDEX)}
+    return [
+        {
+            name: F.pad(batch[name], (0, max(0, width - batch[name].shape[1])), value=value)
+            for name, (width, value) in widths.items()
+        }
+        for batch in step
+    ]
+
+
+def with_prompt_positions(step: Step, count: int, encoder_decoder: bool) -> Step:
+    """Put `count` ordinary tokens in front of every row: what a soft prompt of that length costs the backbone."""
+
+    def longer(batch: Batch) -> Batch:
+        ids = torch.arange(count).expand(len(batch["input_ids"]), -1)
+        in_front = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if not encoder_decoder:
+            in_front["labels"] = torch.full_like(ids, IGNORE_INDEX)
+        return batch | {name: torch.cat([columns, batch[name]], 1) for name, columns in in_front.items()}
+
+    return [longer(batch) for batch in step]
+
+
+def padded_tokens(steps: Sequence[Step], prompt: int, encoder_decoder: bool) -> int:
+    """Positions of all rows, with padding and `prompt` more each, and of an encoder-decoder model's targets."""
+    return sum(
+        batch["input_ids"].numel()
+        + prompt * len(batch["input_ids"])
+        + (batch["labels"].numel() if encoder_decoder else 0)
+        for step in steps
+        for batch in step
+    )
