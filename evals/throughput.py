@@ -1,9 +1,9 @@
 """Speed and memory of training steps beside HF PEFT's methods and the bare backbone, in one run.
 
     python evals/throughput.py --config ds_configs/smollm2_135m.json --against peft --data.path mbpp.jsonl --out FILE
-    python evals/throughput.py --config ds_configs/llama3_8b.json --against peft --random_init --synthetic 512
-    python evals/throughput.py --config ds_configs/t5_3b.json --against peft --random_init --synthetic 512
-    deepspeed evals/throughput.py --config ds_configs/llama3_8b.json --random_init --synthetic 512
+    python evals/throughput.py --config ds_configs/llama3_8b.json --against peft --random-init --synthetic 512
+    python evals/throughput.py --config ds_configs/t5_3b.json --against peft --random-init --synthetic 512
+    deepspeed evals/throughput.py --config ds_configs/llama3_8b.json --random-init --synthetic 512
 
 Prints tables, and writes the same with every round's time as JSON with --out. The bare backbone (forward and gradient
 of the input, no method, no optimizer) is measured always. Under a launcher adept_ds is measured alone, in DeepSpeed's

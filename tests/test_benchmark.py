@@ -367,13 +367,6 @@ def test_report_and_file_have_the_same_figures(
     assert "no MFU" in printed
 
 
-def test_peft_is_refused_on_ranks(config: dict[str, Any], tmp_path: Path):
-    file = tmp_path / "run.json"
-    file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"--against peft: .* without a launcher"):
-        throughput.main(["--config", str(file), "--against", "peft", "--local_rank", "0"])
-
-
 def test_the_flag_offers_what_there_is():
     assert tuple(AGAINST) == throughput.AGAINST
 

@@ -50,7 +50,7 @@ class Options:
     rounds: int = 5
     """Times that the same steps are taken, after a warm-up."""
     against: tuple[str, ...] = ()
-    """Keys of `contenders.AGAINST`: what is measured beside ADePT and the bare backbone."""
+    """Keys of `contenders.AGAINST`: what is measured beside ADePT and the bare backbone; left out on ranks."""
     random_init: bool = False
     """Random weights in place of the checkpoint's; the architecture alone is read."""
     synthetic: int | None = None
@@ -69,16 +69,11 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
 
     Raises:
         UserError: Data, tokenizer or backbone cannot be read, the data has too few batches, the batch does not divide,
-            or `against` is not to be had.
+            or `against` does not go with the quantisation.
     """
     architecture = resolve_architecture(run.model)[0] if options.random_init else load_architecture(run.model)
     world, notes = None, []
     if options.on_ranks:
-        if options.against:
-            raise UserError(
-                f"--against {' '.join(options.against)}: PEFT is measured in one process, without a launcher; "
-                "expected: python evals/throughput.py ..., or no --against"
-            )
         # Imports DeepSpeed, which one process does without.
         from adept_ds.benchmark.ranks import engine_contender
 
@@ -87,7 +82,8 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         plan = complete(run, world.world_size, architecture.hidden_size)
         work = build_work(run, architecture, options.steps, options.synthetic, plan.batch, world.rank)
         contenders = [engine_contender(run, architecture, work, plan, options.random_init, world)]
-        notes.append("on ranks adept_ds alone is measured; the bare backbone and PEFT are in one process, see --help")
+        left_out = ", ".join(["the bare backbone", *options.against])
+        notes.append(f"left out on ranks: {left_out}; they are measured in one process without a launcher")
     else:
         has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         device, is_main = torch.device("cuda" if has_gpu else "cpu"), True

@@ -11,6 +11,8 @@ Attention is counted in full, masked or not, as is usual.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,35 +50,52 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 
 class ModelFlops:
-    """Counts the operations of single examples on a backbone without weights; one count for each pair of lengths."""
+    """Counts the operations of single examples, on a backbone without weights.
+
+    Every product is linear in each of the lengths S of the input and T of the target that it takes, so the count is a
+    polynomial a S^2 + b S + c T^2 + d T + e S T, which a few short examples determine.
+    """
 
     def __init__(self, architecture: PreTrainedConfig) -> None:
-        self._encoder_decoder = architecture.is_encoder_decoder
-        auto = AutoModelForSeq2SeqLM if self._encoder_decoder else AutoModelForCausalLM
+        is_encoder_decoder = architecture.is_encoder_decoder
+        auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             # Eager attention is made of products that the counter knows on every device.
-            self._backbone = auto.from_config(architecture, attn_implementation="eager").requires_grad_(False)
-        head = self._backbone.get_output_embeddings()
+            backbone = auto.from_config(architecture, attn_implementation="eager").requires_grad_(False)
+        head = backbone.get_output_embeddings()
         self._per_label = 4 * head.in_features * head.out_features
-        self._width = head.in_features
-        self._backbone.set_output_embeddings(nn.Identity())
-        self._counted: dict[tuple[int, int], int] = {}
+        backbone.set_output_embeddings(nn.Identity())
+        self._monomials = _of_both_lengths if is_encoder_decoder else _of_input_length
+        points = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)] if is_encoder_decoder else [(1, 0), (2, 0)]
+        system = torch.tensor([self._monomials(*point) for point in points], dtype=torch.float64)
+        counts = [_count(backbone, head.in_features, *point) for point in points]
+        solution = torch.linalg.solve(system, torch.tensor(counts, dtype=torch.float64))
+        self._coefficients = [round(value) for value in solution.tolist()]
 
     def of_example(self, inputs: int, labels: int) -> int:
         """Operations for an input of so many positions, soft prompt included, and so many label tokens."""
-        key = (inputs, labels if self._encoder_decoder else 0)
-        if key not in self._counted:
-            self._counted[key] = self._count(*key)
-        return self._counted[key] + labels * self._per_label
+        terms = zip(self._coefficients, self._monomials(inputs, labels), strict=True)
+        return sum(coefficient * monomial for coefficient, monomial in terms) + labels * self._per_label
 
-    def _count(self, inputs: int, targets: int) -> int:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            embeddings = torch.empty(1, inputs, self._width, requires_grad=True)
-            lengths = (
-                {"decoder_input_ids": torch.empty(1, targets, dtype=torch.long)}
-                if self._encoder_decoder
-                else {"attention_mask": torch.empty(1, inputs, dtype=torch.long)}
-            )
-            hidden = self._backbone(inputs_embeds=embeddings, use_cache=False, **lengths).logits
-            hidden.backward(torch.empty_like(hidden))
-        return counter.get_total_flops()
+
+def _of_input_length(inputs: int, targets: int) -> list[int]:
+    return [inputs**2, inputs]
+
+
+def _of_both_lengths(inputs: int, targets: int) -> list[int]:
+    return [inputs**2, inputs, targets**2, targets, inputs * targets]
+
+
+def _count(backbone: Any, width: int, inputs: int, targets: int) -> int:
+    """Operations of one pass forward and back to the embedded input, without the LM head."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        embeddings = torch.empty(1, inputs, width, requires_grad=True)
+        # Given so, neither kind of model looks at the values of a mask, which has none here.
+        lengths = (
+            {"decoder_input_ids": torch.empty(1, targets, dtype=torch.long)}
+            if targets
+            else {"attention_mask": torch.empty(1, inputs, dtype=torch.long)}
+        )
+        hidden = backbone(inputs_embeds=embeddings, use_cache=False, **lengths).logits
+        hidden.backward(torch.empty_like(hidden))
+    return counter.get_total_flops()
