@@ -29,7 +29,6 @@ from adept_ds.benchmark.work import Work, build_work
 from adept_ds.config import RunConfig
 from adept_ds.deepspeed_config import batch_arithmetic, complete
 from adept_ds.distributed import World, gather_objects, init_world
-from adept_ds.errors import UserError
 from adept_ds.plan import resolve_architecture
 
 __all__ = ["Options", "benchmark", "text_report"]
