@@ -126,17 +126,17 @@ def random_backbone(
     architecture: PreTrainedConfig,
     device: torch.device,
     deepspeed_config: dict[str, Any] | None = None,
+    shard_group: dist.ProcessGroup | None = None,
 ) -> PreTrainedModel:
     """As `load_backbone`, with random weights in place of a checkpoint's: for measurements of speed and memory.
 
-    Args:
-        config: Precision, quantisation and attention; the name is not looked at.
-        architecture: The backbone's shape.
-        device: Where to.
-        deepspeed_config: As in `load_backbone`.
+    `config` gives precision, quantisation and attention, `architecture` the shape; the rest is as there.
     """
+    global _zero_init
+    _zero_init = None
     backbone = _empty_backbone(config, architecture)
-    fill_randomly(backbone, config, device, Partitioner(deepspeed_config, device) if deepspeed_config else None)
+    partitioner = Partitioner(deepspeed_config, device, shard_group) if deepspeed_config else None
+    fill_randomly(backbone, config, device, partitioner)
     return backbone.requires_grad_(False).eval()
 
 

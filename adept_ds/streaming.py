@@ -168,7 +168,7 @@ def fill_randomly(
         values = torch.ones(shape, dtype=dtype, device=device)
         if len(shape) > 1:
             values.normal_(std=0.02, generator=generator)
-        slot.place(layer.scheme.quantize(values) if layer else values, partitioner)
+        slot.place(layer.scheme.quantize(values, device, dtype) if layer else values, partitioner)
     _move_buffers(backbone, device)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adept_ds.backbone import DTYPES, load_architecture
+from adept_ds.backbone import DTYPES, check_precision, load_architecture
 from adept_ds.benchmark.contenders import FLOOR, PEFT_PROMPT, Contender, build_contenders, quantized_layers
 from adept_ds.benchmark.flops import ModelFlops, peak_flops
 from adept_ds.benchmark.memory import held_bytes, step_growth
@@ -71,6 +71,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
             or `against` does not go with the quantisation.
     """
     architecture = resolve_architecture(run.model)[0] if options.random_init else load_architecture(run.model)
+    check_precision(run.model, architecture)
     world, notes = None, []
     if options.on_ranks:
         # Imports DeepSpeed, which one process does without.
@@ -155,11 +156,11 @@ def measure(contenders: Sequence[Contender], rounds: int, device: torch.device, 
         for contender in contenders:
             head = contender.backbone.get_output_embeddings()
             hooks.enter_context(clocked(clock, contender.model, head, contender.coordinator))
-        for _ in range(rounds):
+        for turn in range(rounds):
             for contender in contenders:
                 contender.rounds.append(dict.fromkeys(PHASES, 0.0))
             for number in range(steps):
-                first = number % len(contenders)
+                first = (turn * steps + number) % len(contenders)
                 for contender in [*contenders[first:], *contenders[:first]]:
                     for phase, seconds in timed_step(contender, number, clock).items():
                         contender.rounds[-1][phase] += seconds
