@@ -162,7 +162,12 @@ def fill_randomly(
     scheme = Scheme.of(config)
     layers = quantize_linears(backbone, scheme) if scheme else {}
     generator = torch.Generator(device).manual_seed(0)
-    for slot in _slots(backbone):
+    slots: dict[int, _Slot] = {}
+    for name, module, attribute, parameter in _parameters(backbone):
+        slot = slots.setdefault(id(parameter), _Slot(parameter, source=name))
+        slot.names.append(name)
+        slot.places.append((module, attribute))
+    for slot in slots.values():
         layer, dtype = layers.get(slot.name), slot.parameter.dtype
         shape = (layer.out_features, layer.in_features) if layer else slot.parameter.shape
         values = torch.ones(shape, dtype=dtype, device=device)
@@ -202,6 +207,14 @@ class _Slot:
             module._parameters[attribute] = parameter
 
 
+def _parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Name, module and attribute of every place of every parameter; a tied one comes several times."""
+    for path, module in backbone.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{attribute}".lstrip("."), module, attribute, parameter
+
+
 def _slots(backbone: PreTrainedModel, files: WeightFiles) -> list[_Slot]:
     """The backbone's parameters with what fills them.
 
@@ -211,26 +224,22 @@ def _slots(backbone: PreTrainedModel, files: WeightFiles) -> list[_Slot]:
     prefix = f"{backbone.base_model_prefix}."
     slots: dict[int, list[_Slot]] = {}
     unfilled: list[tuple[int, str, nn.Module, str]] = []
-    for path, module in backbone.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            name = f"{path}.{attribute}".lstrip(".")
-            # A checkpoint of the model below the LM head lacks the prefix.
-            forms = (name, name.removeprefix(prefix), prefix + name)
-            source = next((form for form in forms if form in files), None)
-            if source is None:
-                unfilled.append((id(parameter), name, module, attribute))
-                continue
-            alike = slots.setdefault(id(parameter), [])
-            slot = next((slot for slot in alike if torch.equal(files[slot.source], files[source])), None)
-            if slot is None:
-                slot = _Slot(parameter, source)
-                if alike:
-                    backbone.all_tied_weights_keys.pop(name, None)
-                alike.append(slot)
-            slot.names.append(name)
-            slot.places.append((module, attribute))
+    for name, module, attribute, parameter in _parameters(backbone):
+        # A checkpoint of the model below the LM head lacks the prefix.
+        forms = (name, name.removeprefix(prefix), prefix + name)
+        source = next((form for form in forms if form in files), None)
+        if source is None:
+            unfilled.append((id(parameter), name, module, attribute))
+            continue
+        alike = slots.setdefault(id(parameter), [])
+        slot = next((slot for slot in alike if torch.equal(files[slot.source], files[source])), None)
+        if slot is None:
+            slot = _Slot(parameter, source)
+            if alike:
+                backbone.all_tied_weights_keys.pop(name, None)
+            alike.append(slot)
+        slot.names.append(name)
+        slot.places.append((module, attribute))
     missing = []
     for key, name, module, attribute in unfilled:
         if key in slots:
