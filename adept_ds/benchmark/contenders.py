@@ -167,8 +167,10 @@ def build_contenders(
 
 
 def _maximum(run: RunConfig, work: Work) -> tuple[int, int]:
-    """Longest input and label row that `data` allows."""
+    """Longest input and label row that `data` allows; 0 where it sets no limit."""
     length = run.method.num_virtual_tokens
+    if run.data.format == "tasks":
+        return run.data.max_source_length or 0, run.data.max_target_length or 0
     if work.encoder_decoder:
         return run.data.max_prompt_length - length, run.data.max_length - run.data.max_prompt_length
     return run.data.max_length - length, run.data.max_length - length

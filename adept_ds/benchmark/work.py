@@ -20,6 +20,9 @@ from adept_ds.loss import IGNORE_INDEX
 SYNTHETIC_TARGET_SHARE = 0.3
 """Share of a synthetic example's tokens that have a label, for decoder-only models; MBPP's is 57 of 188."""
 
+SYNTHETIC_TARGET_TOKENS = 20
+"""Length of a synthetic example's target, for encoder-decoder models."""
+
 Batch = dict[str, Tensor]
 Step = list[Batch]
 """The micro-batches of one optimizer step."""
@@ -64,7 +67,7 @@ def build_work(
     Raises:
         UserError: The data or the tokenizer cannot be read, or the data has fewer batches.
     """
-    dataset: Sequence[Encoded]
+    dataset: EncodedDataset | list[Encoded]
     if synthetic:
         tokenizer, pad = None, 0
         dataset = synthetic_examples(run, architecture, steps * arithmetic.global_batch_size, synthetic)
@@ -72,14 +75,14 @@ def build_work(
     else:
         tokenizer = load_tokenizer(run.model)
         pad = tokenizer.pad_token_id
-        encoded = EncodedDataset(
+        dataset = EncodedDataset(
             load_examples(run.data, "train"),
             tokenizer,
             run.data,
             run.method.num_virtual_tokens,
             architecture.is_encoder_decoder,
         )
-        dataset, lengths = encoded.encoded, encoded.lengths
+        lengths = dataset.lengths
     batches = choose_batches(lengths, arithmetic.global_batch_size, steps, run.train.seed)
     counts = [[(len(row.input_ids), _labels(row)) for row in (dataset[i] for i in batch)] for batch in batches]
     return Work(
@@ -106,7 +109,7 @@ def build_work(
 def synthetic_examples(run: RunConfig, architecture: PreTrainedConfig, count: int, length: int) -> list[Encoded]:
     """Return `count` examples of `length` random tokens.
 
-    Decoder-only: the last 30 % have labels. Encoder-decoder: the target is as long as `data` allows, beside the input.
+    Decoder-only: the last 30 % have labels. Encoder-decoder: the target has 20 more.
     """
     generator = torch.Generator().manual_seed(run.train.seed)
 
@@ -114,8 +117,7 @@ def synthetic_examples(run: RunConfig, architecture: PreTrainedConfig, count: in
         return torch.randint(architecture.vocab_size, (number,), generator=generator).tolist()
 
     if architecture.is_encoder_decoder:
-        target = run.data.max_length - run.data.max_prompt_length
-        return [Encoded(tokens(length), tokens(target), False, False, True) for _ in range(count)]
+        return [Encoded(tokens(length), tokens(SYNTHETIC_TARGET_TOKENS), False, False, True) for _ in range(count)]
     target = max(1, round(length * SYNTHETIC_TARGET_SHARE))
     return [
         Encoded(ids, [IGNORE_INDEX] * (length - target) + ids[length - target :], False, False, False)
