@@ -91,6 +91,12 @@ class AdaptedModel(nn.Module):
         trainable = sum(full_numel(parameter) for parameter in self.trainable_parameters().values())
         return trainable, sum(full_numel(parameter) for parameter in self.parameters())
 
+    def checkpoint_activations(self) -> None:
+        """Keep each layer's input only in training, and compute the layer again in the backward pass."""
+        self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        # Gradients flow from the trained parameters; a table that they need not reach would be gathered for nothing.
+        self.backbone.disable_input_require_grads()
+
     def print_trainable_parameters(self) -> None:
         """Print the counts in PEFT's form."""
         trainable, total = self.count_parameters()

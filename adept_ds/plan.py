@@ -13,7 +13,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from adept_ds.backbone import DTYPES, load_architecture
 from adept_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -21,8 +21,9 @@ from adept_ds.config_loader import LoadedConfig, config_hash, flatten
 from adept_ds.data import load_examples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.deepspeed_config import DeepSpeedPlan, complete
-from adept_ds.methods import create_method
-from adept_ds.model import AdaptedModel
+from adept_ds.memory_plan import Cluster
+from adept_ds.memory_report import memory_text, plan_memory
+from adept_ds.meta_step import meta_model
 from adept_ds.optimizer import count_steps
 
 RELEASED_TRAIN_SIZES = {"mbpp-paper": 487, "mbpp": 374, "mbpp-instruct": 374}
@@ -55,12 +56,13 @@ class Plan:
 
 
 def dry_run(loaded: LoadedConfig, world_size: int) -> str:
-    """Return `make_plan` as text.
+    """Return `make_plan` as text, with the memory that the run needs on this machine.
 
     Raises:
         UserError: As `make_plan`.
     """
     run, plan = loaded.run, make_plan(loaded.run, world_size)
+    architecture, _ = resolve_architecture(run.model)
     dtype, batch, train = DTYPES[run.model.dtype], plan.deepspeed.batch, run.train
     total = plan.backbone_parameters + plan.trained_parameters
     zero = plan.deepspeed.config["zero_optimization"]
@@ -91,6 +93,7 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
     ]
     settings = flatten(plan.deepspeed.config)
     lines += [f"               {key} = {settings[key]} (from {owner})" for key, owner in plan.deepspeed.derived.items()]
+    lines.append(memory_text(plan_memory(run, architecture, Cluster.here(world_size))))
     return "\n".join(lines)
 
 
@@ -136,14 +139,6 @@ def resolve_architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
     if Path(name).is_dir() or not shipped.is_file():
         return load_architecture(config), f"config of {name}"
     return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8"))), "shape shipped with adept_ds"
-
-
-def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
-    """Return the adapted model with every parameter on the meta device: shapes, no values."""
-    auto = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        backbone = auto.from_config(architecture, dtype=DTYPES[run.model.dtype])
-        return AdaptedModel(backbone, create_method(run.method), seed=None)
 
 
 def count_training_examples(config: DataConfig) -> tuple[int | None, str]:

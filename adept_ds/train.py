@@ -145,9 +145,9 @@ def train(run: RunConfig, resume: str = "never") -> None:
         shard_group=node_group(ranks_by_node(world)) if run.train.sharding == "node" else None,
         show_progress=world.is_main,
     )
+    model = get_adept_model(backbone, run.method, tokenizer, run.train.seed).train()
     if run.train.activation_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
+        model.checkpoint_activations()
     if checkpoint:
         model.load_trained(checkpoint.values)
     if world.is_main:
