@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -172,7 +172,7 @@ class MemoryModel:
             for parameter in self.model.parameters()
         ]
         self.trained_numel = sum(parameter.numel for parameter in self.parameters if parameter.is_trained)
-        self.trace = cache(self._trace)
+        self._traces: dict[int, StepTrace] = {}
 
     def shape(self, micro_batch_size: int) -> StepShape:
         """The longest batch that the data settings allow, all of it padded to that length."""
@@ -181,11 +181,23 @@ class MemoryModel:
         longest = data.max_prompt_length if self.model.is_encoder_decoder else data.max_length
         return StepShape(micro_batch_size, longest, targets)
 
-    def _trace(self, micro_batch_size: int) -> StepTrace:
-        return trace_step(self.model, self.shape(micro_batch_size), self.cluster.device_type)
+    def trace(self, micro_batch_size: int) -> StepTrace:
+        """Execute a step of this size, once."""
+        if micro_batch_size not in self._traces:
+            shape = self.shape(micro_batch_size)
+            self._traces[micro_batch_size] = trace_step(self.model, shape, self.cluster.device_type)
+        return self._traces[micro_batch_size]
 
     def _peak(self, micro_batch_size: int) -> int:
-        return self.trace(micro_batch_size).peak_bytes
+        """Bytes of a step's peak; on a line once three sizes, up to half of this one, have been executed."""
+        sizes = sorted(self._traces)
+        if micro_batch_size in sizes or len(sizes) < 3 or not sizes[0] < micro_batch_size <= 2 * sizes[-1]:
+            return self.trace(micro_batch_size).peak_bytes
+        # Peaks are convex in the size: between two sizes the line is never too low.
+        index = min(bisect_left(sizes, micro_batch_size), len(sizes) - 1)
+        low, high = sizes[index - 1], sizes[index]
+        start, end = self._traces[low].peak_bytes, self._traces[high].peak_bytes
+        return start + (end - start) * (micro_batch_size - low) // (high - low)
 
     def plan(self, sharding: Sharding, with_largest: bool = True) -> ShardingPlan:
         """Predict one place for the frozen weights; `with_largest` looks for the largest micro-batch too."""

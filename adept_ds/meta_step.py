@@ -35,6 +35,10 @@ Purpose = Literal["activations", "logits", "dequantized"]
 """What a storage is for: the loss head's, a quantised weight in full precision, or all the rest."""
 
 
+_WITH_SCRATCH = {torch.ops.aten.logsumexp.default}
+"""Operations whose kernels allocate a tensor of the input's size within, which no dispatch mode sees."""
+
+
 @dataclass(frozen=True)
 class StepShape:
     """Sizes of one micro-batch."""
@@ -152,6 +156,8 @@ class _LiveBytes(TorchDispatchMode):
             values, (mask,) = args
             result = values.new_empty(self._labelled_rows, *values.shape[mask.dim() :])
         else:
+            if func in _WITH_SCRATCH:
+                self._add(torch.empty_like(args[0]).untyped_storage(), self.purpose)
             result = func(*args, **(kwargs or {}))
         purpose: Purpose = "dequantized" if func.namespace == "bitsandbytes" else self.purpose
         for tensor in tree_leaves(result):

@@ -1,0 +1,187 @@
+"""Predicted bytes of a step against those of a real one on the CPU, counted by hooks and by the allocator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, PreTrainedConfig, T5Config
+
+from adept_ds.config import RunConfig
+from adept_ds.loss import IGNORE_INDEX
+from adept_ds.meta_step import StepShape, StepTrace, meta_model, trace_step
+from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.quantization import Scheme, quantize_linears
+
+SHAPE = StepShape(micro_batch_size=3, input_length=120, label_length=40)
+VOCABULARY = 3_000
+
+
+def llama(**changes: Any) -> PreTrainedConfig:
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    return LlamaConfig(**{**sizes, **heads, **changes})
+
+
+def t5(**changes: Any) -> PreTrainedConfig:
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 160, "num_layers": 3, "num_heads": 4, "vocab_size": VOCABULARY}
+    return T5Config(**{**sizes, "dropout_rate": 0.0, "decoder_start_token_id": 0, **changes})
+
+
+def run_of(**sections: Any) -> RunConfig:
+    train = {"max_steps": 9, "warmup_steps": 0, **sections.pop("train", {})}
+    model = {"name_or_path": "random", "dtype": "fp32", **sections.pop("model", {})}
+    return RunConfig.model_validate({"model": model, "train": train, **sections})
+
+
+def real_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
+    """The model of `meta_model` with random values."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+    backbone = auto.from_config(architecture, attn_implementation=run.model.attn_implementation)
+    scheme = Scheme.of(run.model)
+    if scheme:
+        weights = {name: parameter.data for name, parameter in backbone.named_parameters()}
+        for name, layer in quantize_linears(backbone, scheme).items():
+            layer.weight.data = scheme.quantize(weights[name])
+    model = get_adept_model(backbone, run.method.model_copy(update={"prompt_init": "normal"})).train()
+    if run.train.activation_checkpointing:
+        model.checkpoint_activations()
+    return model
+
+
+def real_loss(model: AdaptedModel, shape: StepShape = SHAPE) -> Tensor:
+    """A batch of the traced shape, one row padded."""
+    ids = torch.randint(5, 90, (shape.micro_batch_size, shape.input_length - model.num_virtual_tokens))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    labels = ids[:, : shape.label_length].clone()
+    if not model.is_encoder_decoder:
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[:, -shape.label_length :] = 7
+    return model(ids, mask, labels=labels, reduction="sum").loss
+
+
+def measured_peak(model: AdaptedModel) -> int:
+    """Most bytes that the allocator had handed out in one forward and backward pass."""
+    for warm_up in (True, False):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            real_loss(model).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        if not warm_up:
+            alive = peak = 0
+            for event in profiler.profiler.kineto_results.events():
+                if event.name() == "[memory]":
+                    alive += event.nbytes()
+                    peak = max(peak, alive)
+    return peak
+
+
+@contextmanager
+def saved_bytes(model: AdaptedModel) -> Iterator[dict[int, int]]:
+    """Storage to bytes of all that autograd saves inside the block, parameters and buffers aside."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.append(tensor)  # so that no address is used twice
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def predict(run: RunConfig, architecture: PreTrainedConfig, shape: StepShape = SHAPE) -> StepTrace:
+    return trace_step(meta_model(run, architecture), shape, "cpu")
+
+
+RUNS = {
+    "llama": (run_of(), llama()),
+    "llama, tied": (run_of(), llama(tie_word_embeddings=True)),
+    "llama, eager attention": (run_of(model={"attn_implementation": "eager"}), llama()),
+    "llama, nf4": (run_of(model={"quantization": "nf4"}), llama()),
+    "llama, checkpointed": (run_of(train={"activation_checkpointing": True}), llama()),
+    "llama, nf4, checkpointed": (
+        run_of(model={"quantization": "nf4"}, train={"activation_checkpointing": True}),
+        llama(),
+    ),
+    "t5": (run_of(), t5()),
+    "t5, dropout": (run_of(), t5(dropout_rate=0.1)),
+    "t5, int8": (run_of(model={"quantization": "int8"}), t5()),
+    "t5, checkpointed": (run_of(train={"activation_checkpointing": True}), t5()),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_peak_of_a_real_step(name):
+    run, architecture = RUNS[name]
+    assert predict(run, architecture).peak_bytes == pytest.approx(measured_peak(real_model(run, architecture)), rel=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "checkpointed" not in name])
+def test_bytes_saved_for_the_backward_pass(name):
+    run, architecture = RUNS[name]
+    model = real_model(run, architecture)
+    with saved_bytes(model) as saved:
+        loss = real_loss(model)
+    assert loss.requires_grad
+    assert predict(run, architecture).held_bytes == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+def test_checkpointing_keeps_little_more_than_the_layers_inputs():
+    held = predict(*RUNS["llama, checkpointed"]).held_bytes
+    inputs = 4 * SHAPE.micro_batch_size * SHAPE.input_length * 64 * 4
+    assert inputs < held < 3 * inputs
+
+
+def test_bytes_are_linear_in_layers():
+    held = [predict(run_of(), llama(num_hidden_layers=layers)).held_bytes for layers in (2, 4, 6)]
+    assert held[2] - held[1] == held[1] - held[0]
+
+
+def test_fused_attention_keeps_no_scores():
+    growth = [
+        [predict(run_of(model={"attn_implementation": name}), llama(), shape).held_bytes for shape in shapes]
+        for name in ("sdpa", "eager")
+        for shapes in [(StepShape(1, 100, 8), StepShape(1, 200, 8))]
+    ]
+    (fused, fused_twice), (eager, eager_twice) = growth
+    assert fused_twice < 2.1 * fused
+    assert eager_twice > 2.5 * eager
+
+
+def test_a_dequantised_weight_is_counted_while_it_is_there():
+    trace = predict(*RUNS["llama, nf4"])
+    assert trace.dequantized_bytes == 160 * 64 * 4
+    assert predict(*RUNS["llama"]).dequantized_bytes == 0
+
+
+def test_logits_are_those_of_a_chunk():
+    few, many = (predict(run_of(), llama(), StepShape(1, 120, labels)).logits_bytes for labels in (20, 40))
+    assert 20 * VOCABULARY * 4 < few
+    assert many == pytest.approx(2 * few, rel=0.05)
+
+
+def test_a_real_70b_shape_from_its_config_alone(tmp_path: Path):
+    shape = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    shape |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    from adept_ds.backbone import load_architecture
+
+    run = run_of(model={"name_or_path": str(tmp_path), "dtype": "bf16"}, train={"activation_checkpointing": True})
+    trace = trace_step(meta_model(run, load_architecture(run.model)), StepShape(1, 512, 128))
+    inputs = 80 * 512 * 8192 * 2
+    assert inputs < trace.held_bytes < 1.5 * inputs
