@@ -21,7 +21,7 @@ from adept_ds.config_loader import LoadedConfig, config_hash, flatten
 from adept_ds.data import load_examples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.deepspeed_config import DeepSpeedPlan, complete
-from adept_ds.memory_plan import Cluster
+from adept_ds.memory_plan import Cluster, MemoryModel, with_sharding
 from adept_ds.memory_report import memory_text, plan_memory
 from adept_ds.meta_step import meta_model
 from adept_ds.optimizer import count_steps
@@ -105,6 +105,9 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
             warm-up does not fit into the run.
     """
     architecture, origin = resolve_architecture(run.model)
+    if run.train.sharding == "auto":
+        sharding, _ = MemoryModel(run, architecture, Cluster.here(world_size)).choose()
+        run = with_sharding(run, sharding)
     deepspeed = complete(run, world_size, architecture.hidden_size)
     model = meta_model(run, architecture)
     trained, total = model.count_parameters()

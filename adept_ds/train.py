@@ -145,7 +145,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
         shard_group=node_group(ranks_by_node(world)) if run.train.sharding == "node" else None,
         show_progress=world.is_main,
     )
-    model = get_adept_model(backbone, run.method, tokenizer, run.train.seed).train()
+    model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
     if checkpoint:

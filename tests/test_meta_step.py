@@ -51,7 +51,7 @@ def real_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
     if scheme:
         weights = {name: parameter.data for name, parameter in backbone.named_parameters()}
         for name, layer in quantize_linears(backbone, scheme).items():
-            layer.weight.data = scheme.quantize(weights[name])
+            layer.weight.data = scheme.quantize(weights[name], torch.device("cpu"), torch.float32)
     model = get_adept_model(backbone, run.method.model_copy(update={"prompt_init": "normal"})).train()
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
@@ -171,7 +171,7 @@ def test_a_dequantised_weight_is_counted_while_it_is_there():
 
 def test_logits_are_those_of_a_chunk():
     few, many = (predict(run_of(), llama(), StepShape(1, 120, labels)).logits_bytes for labels in (20, 40))
-    assert 20 * VOCABULARY * 4 < few
+    assert few > 20 * VOCABULARY * 4
     assert many == pytest.approx(2 * few, rel=0.05)
 
 

@@ -134,3 +134,14 @@ def test_text_of_the_llama3_recipe():
     assert "1,220 = 10 epochs x 122" in text
     assert "500 steps, then linear decay to zero" in text
     assert "0.001 (train.learning_rate.soft_prompt) for soft_prompt [7, 4096]" in text
+
+
+def test_the_dry_run_tells_the_memory_of_this_machines_ranks():
+    text = dry_run(load_config(FOLDER / "smollm2_135m.json"), world_size=2)
+    for line in ("frozen weights", "gathered weights in flight", "global *", "largest micro-batch"):
+        assert line in text
+
+
+def test_the_dry_run_decides_where_the_weights_go():
+    stageless = ("deepspeed={}", "train.sharding=auto")
+    assert "replicate *" in dry_run(load_config(FOLDER / "smollm2_135m.json", stageless), world_size=2)

@@ -1,0 +1,81 @@
+"""Predicted shards, gathers and traffic against those of real ZeRO-3 ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from adept_ds.backbone import load_architecture
+from adept_ds.config import RunConfig
+from adept_ds.memory_plan import Cluster, MemoryModel
+
+from .conftest import VOCABULARY, Launch, run_settings, save
+
+pytestmark = pytest.mark.slow
+
+TIGHT = {"stage3_prefetch_bucket_size": 20_000, "stage3_max_live_parameters": 60_000}
+TIGHT |= {"stage3_max_reuse_distance": 50_000, "stage3_param_persistence_threshold": 200}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "defaults": ("llama", {}, {}, {}),
+    "tight, nf4, checkpointed": ("llama", {"quantization": "nf4"}, {"activation_checkpointing": True}, TIGHT),
+    "t5, tight": ("t5", {}, {}, TIGHT),
+}
+
+
+@pytest.fixture(scope="module")
+def backbones(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models with enough layers for gathers to come and go."""
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    t5 = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=160,
+        num_layers=4,
+        num_heads=4,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    models = {"llama": LlamaForCausalLM(llama), "t5": T5ForConditionalGeneration(t5)}
+    return {name: save(model, tiny_tokenizer, tmp_path_factory.mktemp(name)) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_hold_and_gather_what_was_planned(
+    case: str, backbones: dict[str, Path], launch: Launch, tmp_path: Path
+) -> None:
+    name, model, train, zero = CASES[case]
+    settings = run_settings(backbones[name], tmp_path / "run", max_steps=5, warmup_steps=0, **train)
+    settings["model"] |= model
+    settings["eval"] = {"every_steps": 5, "max_examples": 2}
+    settings["deepspeed"]["zero_optimization"] |= zero
+    out = tmp_path / "measured.json"
+    result = launch(2, "tests/distributed/zero3_meter.py", settings, "--out", str(out))
+    assert result.returncode == 0, result.stdout
+    measured = json.loads(out.read_text())
+
+    run = RunConfig.model_validate(settings)
+    memory = MemoryModel(run, load_architecture(run.model), Cluster(1, 2, 2**30, "cpu"))
+    plan = memory.plan("global", with_largest=False)
+    step = measured["steps"][3]
+    assert plan.memory.backbone == pytest.approx(measured["shard"], rel=0.1)
+    assert plan.memory.gathered == pytest.approx(step["peak"], rel=0.1)
+    assert plan.gather_traffic == pytest.approx(step["gathered"], rel=0.1)
