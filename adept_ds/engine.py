@@ -21,10 +21,11 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from adept_ds.distributed import World
+from adept_ds.deepspeed_config import SHARDED_STAGE
+from adept_ds.distributed import World, ranks_by_node
 from adept_ds.errors import UserError
 from adept_ds.model import AdaptedModel
-from adept_ds.sharding import full_shape
+from adept_ds.sharding import full_shape, node_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter, beside its step count."""
@@ -47,6 +48,14 @@ def check_offload(config: dict[str, Any]) -> None:
                 "extension; that needs a C++ compiler and libaio with its headers (Debian's libaio-dev), which are not "
                 "here; expected 'cpu', or install them"
             )
+
+
+def shard_options(config: dict[str, Any], sharding: str | None, world: World) -> dict[str, Any]:
+    """What `load_backbone` needs to split the weights as a completed section and `train.sharding` say. Collective."""
+    return {
+        "deepspeed_config": config if config["zero_optimization"]["stage"] == SHARDED_STAGE else None,
+        "shard_group": node_group(ranks_by_node(world)) if sharding == "node" else None,
+    }
 
 
 def prepare_deepspeed(world: World) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from adept_ds.backbone import DTYPES
 from adept_ds.config import RunConfig
 from adept_ds.deepspeed_config import DEFAULT_STAGE, complete
+from adept_ds.distributed import World, on_main_rank, ranks_by_node
 from adept_ds.meta_step import StepShape, StepTrace, meta_model, trace_step
 from adept_ds.zero3_gathers import Gathers, GatherSettings, ShardedParameter, simulate_gathers
 
@@ -295,6 +296,26 @@ def choose_sharding(
     """
     cluster = Cluster(world_size // ranks_per_node, ranks_per_node, memory_bytes, device_type)
     return MemoryModel(run, architecture, cluster).choose()
+
+
+def decide_sharding(run: RunConfig, architecture: PreTrainedConfig, world: World) -> RunConfig:
+    """Return the run with `train.sharding: auto` replaced by what `choose_sharding` says on rank 0. Collective.
+
+    Raises:
+        UserError: The global batch does not divide over the ranks, or the nodes have different numbers of them.
+    """
+    if run.train.sharding != "auto":
+        return run
+    nodes = ranks_by_node(world)
+    memory = Cluster.here(len(nodes[0])).memory_bytes
+    device_type: DeviceType = "cuda" if world.device.type == "cuda" else "cpu"
+
+    def choose() -> Sharding:
+        sharding, reason = choose_sharding(run, architecture, world.world_size, len(nodes[0]), memory, device_type)
+        print(f"train.sharding auto is {reason}")
+        return sharding
+
+    return with_sharding(run, on_main_rank(choose, world))
 
 
 def configured_sharding(run: RunConfig) -> Sharding | None:

@@ -46,18 +46,18 @@ from adept_ds.data import (
     load_problems,
     rank_micro_batches,
 )
-from adept_ds.deepspeed_config import SHARDED_STAGE, BatchArithmetic, complete
-from adept_ds.distributed import init_world, on_main_rank, ranks_by_node, sum_over_ranks
-from adept_ds.engine import Engine, check_offload, prepare_deepspeed
+from adept_ds.deepspeed_config import BatchArithmetic, complete
+from adept_ds.distributed import init_world, on_main_rank, sum_over_ranks
+from adept_ds.engine import Engine, check_offload, prepare_deepspeed, shard_options
 from adept_ds.entry_point import is_main_rank
 from adept_ds.errors import UserError
 from adept_ds.generate import generate_samples
 from adept_ds.loss import IGNORE_INDEX
+from adept_ds.memory_plan import decide_sharding
 from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, count_steps, learning_rate_factor, set_learning_rates
 from adept_ds.run_folder import RunFolder
 from adept_ds.scoring import score_samples
-from adept_ds.sharding import node_group
 from adept_ds.tracking import MetricsLog, check_trackers
 
 
@@ -113,7 +113,8 @@ def train(run: RunConfig, resume: str = "never") -> None:
     # Ranks, batches, steps.
     world = init_world()
     say = print if world.is_main else (lambda *words: None)
-    plan = complete(run, world.world_size, architecture.hidden_size)
+    decided = decide_sharding(run, architecture, world)
+    plan = complete(decided, world.world_size, architecture.hidden_size)
     batches = plan.batch
     epoch_steps = math.ceil(len(train_set) / batches.global_batch_size)
     total_steps = count_steps(run.train, len(train_set))
@@ -137,14 +138,8 @@ def train(run: RunConfig, resume: str = "never") -> None:
     # Model, optimizer, engine.
     prepare_deepspeed(world)
     check_offload(plan.config)
-    is_sharded = plan.config["zero_optimization"]["stage"] == SHARDED_STAGE
-    backbone = load_backbone(
-        run.model,
-        world.device,
-        deepspeed_config=plan.config if is_sharded else None,
-        shard_group=node_group(ranks_by_node(world)) if run.train.sharding == "node" else None,
-        show_progress=world.is_main,
-    )
+    shards = shard_options(plan.config, decided.train.sharding, world)
+    backbone = load_backbone(run.model, world.device, show_progress=world.is_main, **shards)
     model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
     if run.train.activation_checkpointing:
         model.checkpoint_activations()

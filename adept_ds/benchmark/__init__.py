@@ -29,6 +29,7 @@ from adept_ds.benchmark.work import Work, build_work
 from adept_ds.config import RunConfig
 from adept_ds.deepspeed_config import batch_arithmetic, complete
 from adept_ds.distributed import World, gather_objects, init_world
+from adept_ds.memory_plan import decide_sharding
 from adept_ds.plan import resolve_architecture
 
 __all__ = ["Options", "benchmark", "text_report"]
@@ -79,6 +80,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
 
         world = init_world()
         device, is_main = world.device, world.is_main
+        run = decide_sharding(run, architecture, world)
         plan = complete(run, world.world_size, architecture.hidden_size)
         work = build_work(run, architecture, options.steps, options.synthetic, plan.batch, world.rank)
         contenders = [engine_contender(run, architecture, work, plan, options.random_init, world)]

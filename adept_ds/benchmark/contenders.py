@@ -204,7 +204,7 @@ def _backbones(
     for backbone in filter(None, (own, stock)):
         backbone.config.use_cache = False
         if run.train.activation_checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.activation_checkpointing_enable({"use_reentrant": False})
     return own, stock
 
 

@@ -11,12 +11,11 @@ from adept_ds.backbone import load_backbone, random_backbone
 from adept_ds.benchmark.contenders import OURS, Contender
 from adept_ds.benchmark.work import Work, padded_tokens
 from adept_ds.config import RunConfig
-from adept_ds.deepspeed_config import SHARDED_STAGE, DeepSpeedPlan
-from adept_ds.distributed import World, ranks_by_node
-from adept_ds.engine import Engine, prepare_deepspeed
+from adept_ds.deepspeed_config import DeepSpeedPlan
+from adept_ds.distributed import World
+from adept_ds.engine import Engine, prepare_deepspeed, shard_options
 from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, set_learning_rates
-from adept_ds.sharding import node_group
 
 
 class EngineContender(Contender):
@@ -58,17 +57,14 @@ def engine_contender(
         UserError: As `load_backbone`.
     """
     prepare_deepspeed(world)
-    shards: dict[str, Any] = {
-        "deepspeed_config": plan.config if plan.config["zero_optimization"]["stage"] == SHARDED_STAGE else None,
-        "shard_group": node_group(ranks_by_node(world)) if run.train.sharding == "node" else None,
-    }
+    shards = shard_options(plan.config, run.train.sharding, world)
     if random_init:
         backbone = random_backbone(run.model, architecture, world.device, **shards)
     else:
         backbone = load_backbone(run.model, world.device, show_progress=world.is_main, **shards)
-    if run.train.activation_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_adept_model(backbone, run.method, work.tokenizer, run.train.seed)
+    if run.train.activation_checkpointing:
+        model.checkpoint_activations()
     engine = Engine(model, build_optimizer(model, run.train), plan.config, world)
     set_learning_rates(engine.optimizer, 1.0)
     model.train()

@@ -24,7 +24,7 @@ def main() -> None:
 
         CPU_Accelerator.is_fp16_supported = lambda self: True
     for settings in json.loads(parser.parse_args().runs.read_text()):
-        train(RunConfig.model_validate(settings))
+        train(RunConfig.model_validate(settings), resume="auto")
 
 
 if __name__ == "__main__":

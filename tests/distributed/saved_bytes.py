@@ -70,11 +70,11 @@ def sharded(path: str, quantization: str | None, checkpointing: bool, own_linear
     prepare_deepspeed(world)
     settings = ModelConfig.model_validate({"name_or_path": path, "dtype": "fp32", "quantization": quantization})
     backbone = load_backbone(settings, world.device, deepspeed_config=DEEPSPEED, show_progress=False)
-    if checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
     replace = adept_model.replace_frozen_linears if own_linears else lambda model: 0
     with mock.patch.object(adept_model, "replace_frozen_linears", replace):
         model = adept_model.get_adept_model(backbone, AdeptConfig(num_virtual_tokens=0))
+    if checkpointing:
+        model.checkpoint_activations()
     model.train()
     engine = Engine(model, torch.optim.AdamW(model.trainable_parameters().values()), DEEPSPEED, world)
     ids = torch.arange(TOKENS)[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +72,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "llama-global": {"train": {"sharding": "global"}},
         "llama-node": {"train": {"sharding": "node"}},
         "llama-replicate": {"train": {"sharding": "replicate"}},
+        "llama-auto": {"train": {"sharding": "auto"}},
         "llama-nf4-node": {"train": {"sharding": "node"}, "model": {"quantization": "nf4"}},
         "t5-node": {"train": {"sharding": "node", "activation_checkpointing": True}},
     },
@@ -102,7 +104,7 @@ def run_dirs(
         model, data = (
             (tiny_t5, {"format": "jsonl", "path": str(t5_data)}) if name.startswith("t5") else (tiny_llama, {})
         )
-        train = {"max_steps": STEPS, "save_every": STEPS, "keep_checkpoints": 1, **wanted.get("train", {})}
+        train = {"max_steps": STEPS, "save_every": STEPS // 2, **wanted.get("train", {})}
         made = run_settings(model, root / f"{ranks}-{name}", **train)
         made["data"] = data
         made["model"] |= wanted.get("model", {})
@@ -207,8 +209,7 @@ def runs(*, having: str = "", lacking: tuple[str, ...] = ()) -> list[tuple[int, 
 
 
 def parameters(run_dir: Path) -> dict[str, Tensor]:
-    (checkpoint,) = (run_dir / "checkpoints").iterdir()
-    return load_file(checkpoint / "adapter_model.safetensors")
+    return load_file(run_dir / "checkpoints" / f"step-{STEPS:08d}" / "adapter_model.safetensors")
 
 
 def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -257,8 +258,46 @@ def test_lower_precision_follows_fp32(
 def test_fp16_scales_the_loss_and_trains(name: str, run_dirs: Callable[[int], Path], plain: dict[str, Plain]) -> None:
     curve, expected = losses(run_dirs(2) / f"2-{name}"), plain["llama"].losses
     assert curve == pytest.approx(expected, rel=1e-2)
-    (checkpoint,) = (run_dirs(2) / f"2-{name}" / "checkpoints").iterdir()
-    states = load_file(checkpoint / "optimizer.safetensors")
+    states = load_file(run_dirs(2) / f"2-{name}" / "checkpoints" / f"step-{STEPS:08d}" / "optimizer.safetensors")
     adam_steps, scale, seen, *_ = states["loss_scaler"].tolist()
     assert (seen, scale > 1) == (STEPS, True)
     assert STEPS - 3 <= adam_steps <= STEPS
+
+
+RESUMED = {
+    "llama-stage2": ("global", 1e-5),
+    "llama-nf4-stage3": ("node", 1e-5),
+    "llama-bf16-stage3": ("replicate", 1e-3),
+    "llama-fp16-stage3": ("global", 1e-3),
+    "t5-stage3": ("node", 1e-5),
+}
+"""Runs of two ranks that go on from the middle on four, with other sharding; and the tolerance of their losses."""
+
+
+@pytest.fixture(scope="module")
+def resumed_dirs(
+    run_dirs: Callable[[int], Path], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    root = tmp_path_factory.mktemp("resumed")
+    configs = []
+    for name, (sharding, _) in RESUMED.items():
+        copy = shutil.copytree(run_dirs(2) / f"2-{name}", root / name, symlinks=True)
+        shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:08d}")
+        (copy / "status.json").unlink()
+        settings = json.loads((copy / "config.json").read_text())
+        settings["logging"]["run_dir"] = str(copy)
+        settings["train"]["sharding"] = sharding
+        del settings["deepspeed"]["zero_optimization"]["stage"]
+        configs.append(settings)
+    (root / "runs.json").write_text(json.dumps(configs))
+    start_ranks(4, root / "runs.json", environment | {"ADEPT_DS_TEST_FP16": "1"})
+    return root
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_with_other_sharding_and_other_ranks(
+    name: str, run_dirs: Callable[[int], Path], resumed_dirs: Path
+) -> None:
+    resumed, whole = losses(resumed_dirs / name), losses(run_dirs(2) / f"2-{name}")
+    assert resumed[: STEPS // 2] == whole[: STEPS // 2]
+    assert resumed == pytest.approx(whole, rel=RESUMED[name][1])
