@@ -13,11 +13,14 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor
 
@@ -25,7 +28,7 @@ from adept_ds.deepspeed_config import SHARDED_STAGE
 from adept_ds.distributed import World, ranks_by_node
 from adept_ds.errors import UserError
 from adept_ds.model import AdaptedModel
-from adept_ds.sharding import full_shape, node_group
+from adept_ds.sharding import full_shape, is_sharded, node_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter, beside its step count."""
@@ -170,13 +173,9 @@ class Engine:
             for field, value in zip(_SCALER_FIELDS, fields, strict=True):
                 setattr(self._scaler, field, value if field == "cur_scale" else int(value))
         for name, parameter in self.model.trainable_parameters().items():
-            safe_set_full_fp32_param(parameter, values[name].to(self.world.device))
+            self._set_master(parameter, values[name].to(self.world.device))
             for moment in MOMENTS:
-                state = states[f"{name}.{moment}"].to(self.world.device)
-                if parameter in self.optimizer.state:
-                    self.optimizer.state[parameter][moment].copy_(state)
-                else:
-                    safe_set_full_optimizer_state(parameter, state, moment)
+                self._set_moment(parameter, moment, states[f"{name}.{moment}"].to(self.world.device))
         for state in self.optimizer.state.values():
             state["step"].fill_(steps)
 
@@ -201,6 +200,26 @@ class Engine:
         # Without ZeRO and in fp32 the parameter is its own master.
         master = safe_get_full_fp32_param(parameter)
         return (parameter.detach() if master is None else master).float().view(full_shape(parameter))
+
+    def _set_master(self, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        if is_sharded(parameter):
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+        else:
+            safe_set_full_fp32_param(parameter, value)
+
+    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: Tensor) -> None:
+        if parameter in self.optimizer.state:
+            self.optimizer.state[parameter][moment].copy_(value)
+        elif is_sharded(parameter):
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), moment)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _own_part(self, parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a value, padded as DeepSpeed pads it; its own setters fail where that is needed."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = F.pad(value.flatten(), (0, size * self.world.world_size - value.numel()))
+        return padded[self.world.rank * size : (self.world.rank + 1) * size]
 
     def _moment(self, parameter: torch.nn.Parameter, moment: str) -> Tensor:
         if parameter in self.optimizer.state:
