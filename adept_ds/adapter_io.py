@@ -104,7 +104,9 @@ def load_adapter(folder: str | Path) -> Adapter:
     config_path, tensors_path = folder / CONFIG_NAME, folder / TENSORS_NAME
     for path in (config_path, tensors_path):
         if not path.is_file():
-            raise UserError(f"{folder} is not an adapter folder: it has no {path.name}")
+            is_model = (folder / "config.json").is_file()
+            hint = "; it is a whole model, to be given as model.name_or_path" if is_model else ""
+            raise UserError(f"{folder} is not an adapter folder: it has no {path.name}{hint}")
     try:
         facts = json.loads(config_path.read_text(encoding="utf-8"))
         written_as = facts.pop("format")

@@ -1,13 +1,21 @@
-"""Exact resume: one small folder a checkpoint, whole or not there.
+"""Exact resume: one folder a checkpoint, whole or not there.
 
     checkpoints/step-00000120/
+        state.json                                       step, best figure so far, number of ranks
+        rng.safetensors                                  every rank's random-number states
+        manifest.json                                    sha256 of each file, of DeepSpeed's the size
+
+and, where the result is an adapter, small files with whole tensors, which any number of ranks goes on with:
+
         adapter_model.safetensors  adapter_config.json   the trained values in fp32, usable as an adapter
         optimizer.safetensors                            AdamW's two moments of each trained parameter, fp32
-        rng.safetensors                                  every rank's random-number states
-        state.json                                       step, epoch, best figure so far, world size
-        manifest.json                                    sha256 of each file above
 
-The backbone is never written. A folder is filled under a temporary name and renamed when all of it is on the disk.
+or, where the backbone is trained, each rank's own part of it all, for the same number of ranks:
+
+        deepspeed/                                       DeepSpeed's own checkpoint
+
+A frozen backbone is never written. A folder is filled under a temporary name and renamed when all of it is on the disk.
+Where every rank writes, all of them must see the folder.
 """
 
 from __future__ import annotations
@@ -26,12 +34,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adept_ds import adapter_io
-from adept_ds.distributed import World, gather_objects
+from adept_ds.distributed import World, gather_objects, on_main_rank
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
+OPTIMIZER_NAME = "optimizer.safetensors"
+SHARDED = "deepspeed"
+"""Folder of DeepSpeed's own checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,13 @@ class TrainerState:
     step: int
     """Optimizer steps taken; also the position in the data and in the schedule."""
     best_step: int | None = None
-    """Step of the best adapter so far."""
+    """Step of the best result so far."""
     best_value: float | None = None
     """Its figure (loss or pass@1)."""
     world_size: int = 1
     """Number of ranks that wrote the checkpoint."""
+    zero_stage: int | None = None
+    """ZeRO stage by which the tensors are split over the ranks; None if they are whole."""
 
 
 @dataclass(frozen=True)
@@ -54,58 +66,105 @@ class Checkpoint:
 
     folder: Path
     state: TrainerState
-    values: dict[str, Tensor]
-    optimizer_states: dict[str, Tensor]
     rng: dict[str, Tensor]
+    values: dict[str, Tensor]
+    """Trained values; empty if each rank reads its own part from DeepSpeed's checkpoint."""
+    optimizer_states: dict[str, Tensor]
+    """AdamW's moments; empty as above."""
+
+    def check_ranks(self, world_size: int, stage: int) -> None:
+        """Refuse to go on where the parts of the tensors are not those of the ranks.
+
+        Raises:
+            UserError: The checkpoint is split, over another number of ranks or at another ZeRO stage.
+        """
+        written = self.state
+        if written.zero_stage is not None and (written.world_size, written.zero_stage) != (world_size, stage):
+            raise UserError(
+                f"{self.folder} holds weights and optimizer states split over {written.world_size} ranks at ZeRO stage "
+                f"{written.zero_stage}, which DeepSpeed cannot split anew; this run has {world_size} ranks at stage "
+                f"{stage}. Go on with {written.world_size} ranks and deepspeed.zero_optimization.stage "
+                f"{written.zero_stage}, or start another run from the best model so far (model.name_or_path)"
+            )
 
 
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Make `folder` with what `fill` writes, under a temporary name first; a folder that is there is replaced."""
+def replace_folder(folder: Path, fill: Callable[[Path], None], world: World) -> None:
+    """Make `folder` with what `fill` writes, under a temporary name first; a folder that is there is replaced.
+
+    Collective: every rank calls `fill` with the same path.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    # A process that was killed may have left it.
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+
+    def clear() -> None:
+        # A process that was killed may have left it.
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        for path in [*temporary.rglob("*"), temporary]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+    on_main_rank(clear, world)
     try:
         fill(temporary)
     except BaseException:
-        shutil.rmtree(temporary)
+        if world.is_main:
+            shutil.rmtree(temporary)
         raise
-    for path in [*temporary.iterdir(), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    on_main_rank(put_in_place, world)
 
 
 def save_checkpoint(
     root: Path,
     state: TrainerState,
-    save_adapter: Callable[[Path], None],
-    optimizer_states: Mapping[str, Tensor],
+    write_states: Callable[[Path], None],
     rng: Mapping[str, Tensor],
     keep: int,
+    world: World,
 ) -> Path:
-    """Write a checkpoint below `root` and remove all but the newest `keep`. For rank 0 alone.
+    """Write a checkpoint below `root` and remove all but the newest `keep`. Collective.
 
     Checkpoints of later steps go too: the run went back to before them, and they belong to steps that it takes anew.
+
+    Args:
+        root: Folder of the checkpoints.
+        state: Where the run stands.
+        write_states: Called on every rank with the folder, to write parameters and optimizer states into.
+        rng: As `collect_rng` returns it.
+        keep: Number of checkpoints to keep.
+        world: This rank.
     """
+    folder = root / f"{PREFIX}{state.step:08d}"
 
     def fill(folder: Path) -> None:
-        save_adapter(folder)
-        (folder / "optimizer.safetensors").write_bytes(save(dict(optimizer_states)))
-        (folder / "rng.safetensors").write_bytes(save(dict(rng)))
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-        digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-        (folder / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        write_states(folder)
+        on_main_rank(lambda: complete(folder), world)
 
-    folder = root / f"{PREFIX}{state.step:08d}"
-    replace_folder(folder, fill)
-    checkpoints = list_checkpoints(root)
-    at = checkpoints.index(folder) + 1
-    for other in checkpoints[: max(0, at - keep)] + checkpoints[at:]:
-        shutil.rmtree(other)
+    def complete(folder: Path) -> None:
+        write_tensors(folder / "rng.safetensors", rng)
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        proofs = {name: _proof(folder, name) for name in names}
+        (folder / MANIFEST).write_text(json.dumps(proofs, indent=2) + "\n", encoding="utf-8")
+
+    def prune() -> None:
+        checkpoints = list_checkpoints(root)
+        at = checkpoints.index(folder) + 1
+        for other in checkpoints[: max(0, at - keep)] + checkpoints[at:]:
+            shutil.rmtree(other)
+
+    replace_folder(folder, fill, world)
+    on_main_rank(prune, world)
     return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write whole tensors as safetensors."""
+    path.write_bytes(save(dict(tensors)))
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -123,18 +182,20 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not manifest.is_file():
         raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
     try:
-        digests: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))
-        damaged = [name for name, digest in digests.items() if not _is_intact(folder / name, digest)]
+        proofs: dict[str, str | int] = json.loads(manifest.read_text(encoding="utf-8"))
+        damaged = [name for name, proof in proofs.items() if not _is_intact(folder, name, proof)]
     except (ValueError, AttributeError) as error:
         raise UserError(f"{manifest} is damaged: {error}") from error
     if damaged:
         raise UserError(f"{folder} is damaged: {', '.join(damaged)} missing or changed since it was written")
+    state = TrainerState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    is_whole = state.zero_stage is None
     return Checkpoint(
         folder=folder,
-        state=TrainerState(**json.loads((folder / "state.json").read_text(encoding="utf-8"))),
-        values=adapter_io.load_adapter(folder).tensors,
-        optimizer_states=load_file(folder / "optimizer.safetensors"),
+        state=state,
         rng=load_file(folder / "rng.safetensors"),
+        values=adapter_io.load_adapter(folder).tensors if is_whole else {},
+        optimizer_states=load_file(folder / OPTIMIZER_NAME) if is_whole else {},
     )
 
 
@@ -148,24 +209,24 @@ def newest_checkpoint(root: Path, warn: Callable[[str], Any]) -> Checkpoint | No
     return None
 
 
-def publish_adapter(link: Path, name: str, save_adapter: Callable[[Path], None]) -> None:
-    """Write an adapter folder `name` beside `link` and point `link` at it in one atomic step; the old one goes."""
-    old = link.resolve() if link.is_symlink() else None
+def publish(link: Path, name: str, fill: Callable[[Path], None], world: World) -> None:
+    """Make a folder `name` beside `link` as `replace_folder` does, and point `link` at it in one atomic step.
+
+    The folder that it pointed at goes. Collective.
+    """
     folder = link.with_name(name)
-    replace_folder(folder, save_adapter)
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    temporary.replace(link)
-    if old is not None and old != folder.resolve():
-        shutil.rmtree(old, ignore_errors=True)
+    replace_folder(folder, fill, world)
 
+    def point() -> None:
+        old = link.resolve() if link.is_symlink() else None
+        temporary = link.with_name(f".{link.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        temporary.replace(link)
+        if old is not None and old != folder.resolve():
+            shutil.rmtree(old, ignore_errors=True)
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+    on_main_rank(point, world)
 
 
 def collect_rng(world: World) -> dict[str, Tensor]:
@@ -191,9 +252,12 @@ def restore_rng(checkpoint: Checkpoint, world: World, seed: int) -> None:
         torch.cuda.set_rng_state(checkpoint.rng[f"{world.rank}.cuda"], world.device)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _proof(folder: Path, name: str) -> str | int:
+    """What a file is recognised by: its sha256, or its size for those of DeepSpeed, which hold the model several times
+    over and would take minutes to read."""
+    path = folder / name
+    return path.stat().st_size if name.startswith(f"{SHARDED}/") else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _is_intact(path: Path, digest: str) -> bool:
-    return path.is_file() and _sha256(path) == digest
+def _is_intact(folder: Path, name: str, proof: str | int) -> bool:
+    return (folder / name).is_file() and _proof(folder, name) == proof

@@ -310,4 +310,9 @@ class RunConfig(Section):
             )
         if self.eval.metric == "pass@1" and self.data.format in ("jsonl", "tasks"):
             raise ValueError(f"eval.metric pass@1 needs problems with tests; data.format {self.data.format} has none")
+        if self.train.sharding == "node" and self.method.trains_backbone:
+            raise ValueError(
+                f"train.sharding node is for frozen weights, and method.name {self.method.name} trains them; expected "
+                "global or replicate"
+            )
         return self

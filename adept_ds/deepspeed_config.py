@@ -215,7 +215,8 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
     # The optimizer is torch's own AdamW, also where its states are offloaded to the CPU.
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
-    # The gradients are those of the trained parameters only, a few tens of kilobytes: fp32 costs nothing.
+    # An adapter's gradients are a few tens of kilobytes. Where the backbone is trained, fp32 doubles their traffic and
+    # is right all the same: a sum over many ranks in bf16 loses every gradient below 1/256 of it.
     config.setdefault("communication_data_type", "fp32")
     if zero.get("stage", 0) > 0:
         # Without ZeRO, DeepSpeed cannot accumulate in another precision than the model's.

@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -22,11 +25,13 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from adept_ds.deepspeed_config import SHARDED_STAGE
 from adept_ds.distributed import World, ranks_by_node
 from adept_ds.errors import UserError
+from adept_ds.methods.base import attribute_set
 from adept_ds.model import AdaptedModel
 from adept_ds.sharding import full_shape, is_sharded, node_group
 
@@ -34,7 +39,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter, beside its step count."""
 LOSS_SCALER = "loss_scaler"
 """Name among the optimizer's states under which fp16 keeps AdamW's own count of steps and the fields below."""
+_TAG = "states"
+"""DeepSpeed's name for the one checkpoint in a folder."""
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _load_tensors(path: str, map_location: Any = None) -> Any:
+    """Read one of DeepSpeed's files as DeepSpeed does, but without running code that a pickle may hold."""
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 def check_offload(config: dict[str, Any]) -> None:
@@ -95,6 +108,7 @@ class Engine:
         # Its states are keyed by the tensors that DeepSpeed steps: the parameters without ZeRO, its own shards with it.
         self.optimizer = optimizer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.zero_stage = int(self.deepspeed.zero_optimization_stage())
 
     def forward_backward(self, micro_batches: list[dict[str, Tensor]], label_tokens: float) -> Tensor:
         """Accumulate gradients over this rank's micro-batches of one step; return their summed loss.
@@ -178,6 +192,15 @@ class Engine:
                 self._set_moment(parameter, moment, states[f"{name}.{moment}"].to(self.world.device))
         for state in self.optimizer.state.values():
             state["step"].fill_(steps)
+
+    def save_sharded(self, folder: Path) -> None:
+        """Write each rank's own part of parameters, masters and optimizer states, by DeepSpeed's checkpoint."""
+        self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load_sharded(self, folder: Path) -> None:
+        """Read what `save_sharded` wrote, on as many ranks at the same ZeRO stage."""
+        with attribute_set(self.deepspeed.checkpoint_engine, "load", _load_tensors):
+            self.deepspeed.load_checkpoint(str(folder), tag=_TAG)
 
     @property
     def _scaler(self) -> Any:

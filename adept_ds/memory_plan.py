@@ -260,8 +260,9 @@ class MemoryModel:
     def choose(self) -> tuple[Sharding, str]:
         """Return the first of `SHARDINGS` that fits, and why in one line."""
         cluster = self.cluster
-        # With one node, sharding within the node is sharding over all ranks.
-        candidates = [sharding for sharding in SHARDINGS if cluster.nodes > 1 or sharding != "node"]
+        # With one node, sharding within the node is sharding over all ranks; and it is for frozen weights alone.
+        has_node = cluster.nodes > 1 and not self.run.method.trains_backbone
+        candidates = [sharding for sharding in SHARDINGS if has_node or sharding != "node"]
         sizes = f"the {gigabytes(cluster.memory_bytes)} of a rank"
         too_large: list[str] = []
         for sharding in candidates:

@@ -22,6 +22,10 @@ class MethodSettings(Section):
 
     works_quantized: ClassVar[bool] = True
     """Whether the backbone may be quantised, since none of the weights that are trained would be."""
+    trains_backbone: ClassVar[bool] = False
+    """Whether weights of the backbone's own are trained, so that what ZeRO does for frozen ones alone is not for it."""
+    saves_model: ClassVar[bool] = False
+    """Whether the result is a whole model in the hub's format (`adept_ds.model_io`) and not an adapter."""
 
 
 class PromptlessSettings(MethodSettings):
@@ -66,9 +70,13 @@ class FullConfig(PromptlessSettings):
     """Full fine-tuning: every weight of the backbone is trained, at the rate `train.learning_rate.backbone`."""
 
     works_quantized: ClassVar[bool] = False
+    trains_backbone: ClassVar[bool] = True
+    saves_model: ClassVar[bool] = True
 
     name: Literal["full"] = "full"
     """The method."""
+    max_file_gb: PositiveFloat = 1.0
+    """Largest weight file of the saved model, in GB; while saving, rank 0 holds as much in its host memory."""
 
 
 def _named(section: Any) -> Any:

@@ -15,10 +15,10 @@ Use, on a backbone as it is:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_outputs import ModelOutput
 
-from adept_ds import adapter_io
+from adept_ds import adapter_io, model_io
+from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.frozen_linear import replace_frozen_linears
 from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
-from adept_ds.method_config import MethodConfig
+from adept_ds.method_config import FullConfig, MethodConfig
 from adept_ds.methods import Method, create_method
 from adept_ds.methods.base import attribute_set
 from adept_ds.sharding import full_numel
@@ -269,11 +270,28 @@ class AdaptedModel(nn.Module):
             yield
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors` (fp32); `facts` go into the former."""
-        values = {name: parameter.detach().float().cpu() for name, parameter in self.trainable_parameters().items()}
+        """Write `adapter_config.json` and `adapter_model.safetensors` (fp32); `facts` go into the former. A method that
+        trains the whole backbone writes a model folder; see `adept_ds.model_io`."""
         if self.method.config is None:
             raise UserError("the backbone as it is has no adapter to save")
+        if self.method.config.saves_model:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.save_backbone(Path(folder), None, facts)
+            return
+        values = {name: parameter.detach().float().cpu() for name, parameter in self.trainable_parameters().items()}
         adapter_io.save_adapter(folder, self.method.config, values, self.backbone_facts, facts)
+
+    def save_backbone(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        facts: Mapping[str, Any],
+        world: World | None = None,
+    ) -> None:
+        """Write the fully tuned backbone into an existing folder; see `model_io.save_model`. Collective."""
+        config = cast(FullConfig, self.method.config)
+        size = int(config.max_file_gb * 1e9)
+        model_io.save_model(folder, self.backbone, tokenizer, config, self.backbone_facts, facts, size, world)
 
     @classmethod
     def from_pretrained(cls, backbone: PreTrainedModel, folder: str | Path) -> AdaptedModel:

@@ -40,8 +40,8 @@ class Plan:
     """Where the backbone's config is from."""
     backbone_parameters: int
     trained_parameters: int
-    adapter_bytes: int
-    """Size of adapter_model.safetensors."""
+    result_bytes: int
+    """Size of adapter_model.safetensors, or of the weights of a whole model where that is the result."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of each trained parameter by name."""
     learning_rate_groups: dict[str, list[str]]
@@ -64,17 +64,21 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
     run, plan = loaded.run, make_plan(loaded.run, world_size)
     architecture, _ = resolve_architecture(run.model)
     dtype, batch, train = DTYPES[run.model.dtype], plan.deepspeed.batch, run.train
-    total = plan.backbone_parameters + plan.trained_parameters
+    full = run.method.saves_model
+    total = plan.backbone_parameters if full else plan.backbone_parameters + plan.trained_parameters
     zero = plan.deepspeed.config["zero_optimization"]
     lines = [
         f"config         {loaded.path} (sha256 of the resolved config: {config_hash(run)[:12]}...)",
         f"backbone       {run.model.name_or_path} ({plan.architecture_origin})",
-        f"               {plan.backbone_parameters:,} parameters, frozen; {run.model.dtype}, "
-        f"{plan.backbone_parameters * dtype.itemsize / 1e9:.2f} GB",
+        f"               {plan.backbone_parameters:,} parameters, {'all trained' if full else 'frozen'}; "
+        f"{run.model.dtype}, {plan.backbone_parameters * dtype.itemsize / 1e9:.2f} GB",
         f"method         {run.method.name}: {plan.trained_parameters:,} trainable parameters "
         f"({100 * plan.trained_parameters / total:.4f} % of all)",
-        f"adapter        {plan.adapter_bytes:,} bytes (fp32, adapter_model.safetensors)",
     ]
+    if full:
+        lines.append(f"result         a model folder with {plan.result_bytes:,} bytes of weights")
+    else:
+        lines.append(f"adapter        {plan.result_bytes:,} bytes (fp32, adapter_model.safetensors)")
     for group, names in plan.learning_rate_groups.items():
         shapes = ", ".join(f"{name} {list(plan.shapes[name])}" for name in names[:SHOWN_SHAPES])
         if len(names) > SHOWN_SHAPES:
@@ -112,13 +116,17 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     model = meta_model(run, architecture)
     trained, total = model.count_parameters()
     parameters = model.trainable_parameters()
-    tensors = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
+    if run.method.saves_model:
+        result_bytes = total * DTYPES[run.model.dtype].itemsize
+    else:
+        tensors = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
+        result_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     examples, note = count_training_examples(run.data)
     return Plan(
         architecture_origin=origin,
-        backbone_parameters=total - trained,
+        backbone_parameters=total if run.method.saves_model else total - trained,
         trained_parameters=trained,
-        adapter_bytes=len(safetensors.torch.save(tensors, metadata={"format": "pt"})),
+        result_bytes=result_bytes,
         shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
         learning_rate_groups=model.learning_rate_groups(),
         deepspeed=deepspeed,

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from adept_ds.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, write_json
+from adept_ds.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from adept_ds.config_loader import flatten
 from adept_ds.errors import UserError
+from adept_ds.files import write_json
 
 CONFIG_NAME = "config.json"
 STATUS_NAME = "status.json"
+CHECKPOINTS_NAME = "checkpoints"
 
 MAY_CHANGE = (
     "_about",
@@ -47,7 +49,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS_NAME
         path.mkdir(parents=True, exist_ok=True)
         self._lock: IO[str] = (path / ".lock").open("w")
         try:

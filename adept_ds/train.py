@@ -6,7 +6,9 @@ A run folder then holds:
 
     config.json      the resolved config             metrics.jsonl   one line a logging step or evaluation
     status.json      how the last try ended          checkpoints/    for exact resume
-    best             the adapter to use (a link)     tensorboard/    and other trackers' files
+    best             the result to use (a link)      tensorboard/    and other trackers' files
+
+The result is an adapter folder, or, where the method trains the backbone, a model folder.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +31,15 @@ from transformers import PreTrainedTokenizerBase
 from adept_ds import adapter_io
 from adept_ds.backbone import load_architecture, load_backbone, load_tokenizer
 from adept_ds.checkpoint import (
+    OPTIMIZER_NAME,
+    SHARDED,
     Checkpoint,
     TrainerState,
     collect_rng,
-    publish_adapter,
+    publish,
     restore_rng,
     save_checkpoint,
+    write_tensors,
 )
 from adept_ds.config import RunConfig
 from adept_ds.config_loader import config_hash, flatten
@@ -56,7 +61,7 @@ from adept_ds.loss import IGNORE_INDEX
 from adept_ds.memory_plan import decide_sharding
 from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, count_steps, learning_rate_factor, set_learning_rates
-from adept_ds.run_folder import RunFolder
+from adept_ds.run_folder import CHECKPOINTS_NAME, RunFolder
 from adept_ds.scoring import score_samples
 from adept_ds.tracking import MetricsLog, check_trackers
 
@@ -135,6 +140,10 @@ def train(run: RunConfig, resume: str = "never") -> None:
         say(f"{run.logging.run_dir} is finished ({status['step']} steps); nothing to do")
         return
 
+    stage = plan.config["zero_optimization"]["stage"]
+    if checkpoint:
+        checkpoint.check_ranks(world.world_size, stage)
+
     # Model, optimizer, engine.
     prepare_deepspeed(world)
     check_offload(plan.config)
@@ -143,7 +152,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
     model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
-    if checkpoint:
+    if checkpoint and not run.method.saves_model:
         model.load_trained(checkpoint.values)
     if world.is_main:
         model.print_trainable_parameters()
@@ -188,15 +197,22 @@ class Trainer:
         self.folder = folder
         self.stop = stop
         self.metrics: MetricsLog | None = None
-        self.state = TrainerState(step=0, world_size=self.world.world_size)
+        self.state = TrainerState(
+            step=0,
+            world_size=self.world.world_size,
+            zero_stage=engine.zero_stage if run.method.saves_model else None,
+        )
 
     def run_from(self, checkpoint: Checkpoint | None) -> None:
         """Take all steps after the checkpoint's, or all of them."""
         torch.manual_seed(self.run.train.seed + self.world.rank)
         self.engine.model.train()  # `transformers` loads models for inference: without dropout and checkpointing
         if checkpoint:
-            dummy = self._collate([])
-            self.engine.restore(checkpoint.values, checkpoint.optimizer_states, checkpoint.state.step, dummy)
+            if self.run.method.saves_model:
+                self.engine.load_sharded(checkpoint.folder / SHARDED)
+            else:
+                dummy = self._collate([])
+                self.engine.restore(checkpoint.values, checkpoint.optimizer_states, checkpoint.state.step, dummy)
             restore_rng(checkpoint, self.world, self.run.train.seed)
             self.state = replace(checkpoint.state, world_size=self.world.world_size)
             self._say(f"going on from {checkpoint.folder}")
@@ -288,7 +304,7 @@ class Trainer:
         self.metrics.write(self.state.step, values)
 
     def _evaluate(self) -> None:
-        """Measure on the validation set, and keep the adapter if it is the best so far."""
+        """Measure on the validation set, and keep the result if it is the best so far."""
         metric = self.run.eval.metric
         values = {}
         if self.validation_set:
@@ -306,14 +322,8 @@ class Trainer:
             self._say(f"{figures}{' (best)' if is_best else ''}")
         if is_best:
             self.state = replace(self.state, best_step=self.state.step, best_value=value)
-            save_adapter, folder = self._adapter_writer(), self.folder
             name = f"best-step-{self.state.step:08d}"
-
-            def publish() -> None:
-                if folder:
-                    publish_adapter(folder.path / "best", name, save_adapter)
-
-            on_main_rank(publish, self.world)
+            publish(Path(self.run.logging.run_dir) / "best", name, self._write_result, self.world)
 
     def _validation_loss(self, examples: EncodedDataset) -> float:
         """Loss per label token."""
@@ -340,23 +350,31 @@ class Trainer:
         )
         return on_main_rank(lambda: score_samples(problems, samples, run.eval.sandbox).pass_at_k[1].mean, self.world)
 
-    def _adapter_writer(self) -> Callable[[Path], None]:
-        """Gather the trained values; the result writes them as an adapter folder."""
-        return partial(
-            adapter_io.save_adapter,
-            method=self.run.method,
-            tensors=self.engine.trained_values(),
-            backbone=self.engine.model.backbone_facts,
-            facts={"step": self.state.step, "config_sha256": config_hash(self.run)},
-        )
+    def _write_result(self, folder: Path) -> None:
+        """Write what evaluations take: an adapter folder, or the whole model."""
+        facts = {"step": self.state.step, "config_sha256": config_hash(self.run)}
+        model, method = self.engine.model, self.run.method
+        if method.saves_model:
+            model.save_backbone(folder, self.tokenizer, facts, self.world)
+        else:
+            values = self.engine.trained_values()
+            on_main_rank(
+                lambda: adapter_io.save_adapter(folder, method, values, model.backbone_facts, facts), self.world
+            )
+
+    def _write_states(self, folder: Path) -> None:
+        """Write parameters and optimizer states for exact resume."""
+        if self.run.method.saves_model:
+            self.engine.save_sharded(folder / SHARDED)
+        else:
+            self._write_result(folder)
+            states = self.engine.optimizer_states()
+            on_main_rank(lambda: write_tensors(folder / OPTIMIZER_NAME, states), self.world)
 
     def _save(self) -> None:
-        save_adapter, states, rng = self._adapter_writer(), self.engine.optimizer_states(), collect_rng(self.world)
-        folder, keep = self.folder, self.run.train.keep_checkpoints
-        on_main_rank(
-            lambda: folder and save_checkpoint(folder.checkpoints, self.state, save_adapter, states, rng, keep),
-            self.world,
-        )
+        root = Path(self.run.logging.run_dir) / CHECKPOINTS_NAME
+        rng = collect_rng(self.world)
+        save_checkpoint(root, self.state, self._write_states, rng, self.run.train.keep_checkpoints, self.world)
 
     def _finish(self, status: str) -> None:
         if self.folder and self.metrics:

@@ -41,7 +41,10 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags beside --config and the settings."""
     add_common_flags(parser, split="test")
     parser.add_argument(
-        "--adapter", type=Path, metavar="FOLDER", help="adapter to evaluate (default: the backbone alone)"
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="adapter or fully tuned model to evaluate (default: the backbone alone)",
     )
 
 

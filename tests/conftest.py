@@ -32,6 +32,8 @@ VOCABULARY = 99
 PAD = 0
 EOS = 1
 WIDTH = 32
+WORLD = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+"""This process alone; collective operations need the fixture `world` too."""
 
 
 # Matrices of these sizes are slower on several threads, and tests run beside one another.
@@ -168,5 +170,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def world() -> Iterator[World]:
     """A process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    yield WORLD
     dist.destroy_process_group()

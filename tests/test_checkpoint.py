@@ -11,32 +11,38 @@ import torch
 
 from adept_ds import adapter_io
 from adept_ds.checkpoint import (
+    OPTIMIZER_NAME,
+    SHARDED,
     Checkpoint,
     TrainerState,
     collect_rng,
     list_checkpoints,
     load_checkpoint,
     newest_checkpoint,
-    publish_adapter,
+    publish,
     replace_folder,
     restore_rng,
     save_checkpoint,
+    write_tensors,
 )
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.method_config import AdeptConfig
+from tests.conftest import WORLD
 
+pytestmark = pytest.mark.usefixtures("world")
 VALUES = {"soft_prompt": torch.tensor([[0.1, 1e-30], [3.0, -7.7]]), "network.b1": torch.tensor([2.5])}
 MOMENTS = {"soft_prompt.exp_avg": torch.tensor([[1e-9, 2.0], [3.0, 4.0]]), "network.b1.exp_avg_sq": torch.tensor([0.3])}
 
 
-def write_adapter(folder: Path) -> None:
+def write_states(folder: Path) -> None:
     adapter_io.save_adapter(folder, AdeptConfig(num_virtual_tokens=2), VALUES, {"name_or_path": "tiny"}, {})
+    write_tensors(folder / OPTIMIZER_NAME, MOMENTS)
 
 
-def save(root: Path, step: int, keep: int = 10, writer: Callable[[Path], None] = write_adapter) -> Path:
+def save(root: Path, step: int, keep: int = 10, writer: Callable[[Path], None] = write_states) -> Path:
     state = TrainerState(step=step, best_step=1, best_value=0.1 + 0.2, world_size=1)
-    return save_checkpoint(root, state, writer, MOMENTS, {"0.cpu": torch.get_rng_state()}, keep)
+    return save_checkpoint(root, state, writer, {"0.cpu": torch.get_rng_state()}, keep, WORLD)
 
 
 def steps(root: Path) -> list[int]:
@@ -125,7 +131,7 @@ def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path):
 
 
 def crash_after_a_file(folder: Path) -> None:
-    write_adapter(folder)
+    write_states(folder)
     raise KeyboardInterrupt
 
 
@@ -176,46 +182,46 @@ def test_a_run_that_went_back_drops_the_checkpoints_of_later_steps(tmp_path):
 
 
 def test_replace_folder_replaces_all_of_it(tmp_path):
-    replace_folder(tmp_path / "a", lambda folder: (folder / "old").touch())
-    replace_folder(tmp_path / "a", lambda folder: (folder / "new").touch())
+    replace_folder(tmp_path / "a", lambda folder: (folder / "old").touch(), WORLD)
+    replace_folder(tmp_path / "a", lambda folder: (folder / "new").touch(), WORLD)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]
 
 
-def publish(root: Path, name: str, content: str) -> None:
-    publish_adapter(root / "best", name, lambda folder: (folder / "file").write_text(content) and None)
+def publish_text(root: Path, name: str, content: str) -> None:
+    publish(root / "best", name, lambda folder: (folder / "file").write_text(content) and None, WORLD)
 
 
 def test_best_points_at_the_published_adapter_and_the_old_one_goes(tmp_path):
-    publish(tmp_path, "best-1", "one")
-    publish(tmp_path, "best-2", "two")
+    publish_text(tmp_path, "best-1", "one")
+    publish_text(tmp_path, "best-2", "two")
     assert (tmp_path / "best" / "file").read_text() == "two"
     assert (tmp_path / "best").readlink() == Path("best-2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best-2"]
 
 
 def test_publishing_the_same_name_again_keeps_it(tmp_path):
-    publish(tmp_path, "best-1", "one")
-    publish(tmp_path, "best-1", "again")
+    publish_text(tmp_path, "best-1", "one")
+    publish_text(tmp_path, "best-1", "again")
     assert (tmp_path / "best" / "file").read_text() == "again"
 
 
 def test_a_crash_while_publishing_leaves_the_old_best(tmp_path):
-    publish(tmp_path, "best-1", "one")
+    publish_text(tmp_path, "best-1", "one")
     with pytest.raises(KeyboardInterrupt):
-        publish_adapter(tmp_path / "best", "best-2", crash_after_a_file)
+        publish(tmp_path / "best", "best-2", crash_after_a_file, WORLD)
     assert (tmp_path / "best" / "file").read_text() == "one"
 
 
 def test_a_run_folder_can_be_moved_with_its_best(tmp_path):
     (tmp_path / "run").mkdir()
-    publish(tmp_path / "run", "best-1", "one")
+    publish_text(tmp_path / "run", "best-1", "one")
     (tmp_path / "run").rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "best" / "file").read_text() == "one"
 
 
 def with_rng(tmp_path: Path, rng: dict[str, torch.Tensor], world_size: int = 1) -> Checkpoint:
     state = TrainerState(step=3, world_size=world_size)
-    return load_checkpoint(save_checkpoint(tmp_path, state, write_adapter, MOMENTS, rng, 1))
+    return load_checkpoint(save_checkpoint(tmp_path, state, write_states, rng, 1, WORLD))
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path, world: World):
@@ -242,3 +248,39 @@ def test_the_manifest_names_every_other_file(tmp_path):
     folder = save(tmp_path, 10)
     names = {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert json.loads((folder / "manifest.json").read_text()).keys() == names
+
+
+def write_parts(folder: Path) -> None:
+    (folder / SHARDED).mkdir()
+    (folder / SHARDED / "part.pt").write_bytes(b"0123456789")
+
+
+def save_sharded(root: Path, step: int, world_size: int = 2) -> Path:
+    state = TrainerState(step=step, world_size=world_size, zero_stage=3)
+    return save_checkpoint(root, state, write_parts, {"0.cpu": torch.get_rng_state()}, 9, WORLD)
+
+
+def test_a_sharded_checkpoint_is_read_without_its_tensors(tmp_path):
+    checkpoint = load_checkpoint(save_sharded(tmp_path, 5))
+    assert (checkpoint.state.zero_stage, checkpoint.values, checkpoint.optimizer_states) == (3, {}, {})
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_part_of_a_sharded_checkpoint_is_noticed(tmp_path, damage):
+    part = save_sharded(tmp_path, 5) / SHARDED / "part.pt"
+    part.unlink() if damage == "missing" else part.write_bytes(b"01234")
+    checkpoint, warnings = newest(tmp_path)
+    assert checkpoint is None
+    assert "deepspeed/part.pt missing or changed" in warnings[0]
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(4, 3), (1, 3), (2, 2)])
+def test_a_sharded_checkpoint_is_for_its_ranks_and_stage_only(tmp_path, world_size, stage):
+    checkpoint = load_checkpoint(save_sharded(tmp_path, 5))
+    checkpoint.check_ranks(2, 3)
+    with pytest.raises(UserError, match="split over 2 ranks at ZeRO stage 3, which DeepSpeed cannot split anew"):
+        checkpoint.check_ranks(world_size, stage)
+
+
+def test_a_checkpoint_of_whole_tensors_is_for_any_number_of_ranks(tmp_path):
+    load_checkpoint(save(tmp_path, 5)).check_ranks(7, 1)

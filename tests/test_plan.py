@@ -57,7 +57,7 @@ def test_adapter_size_is_that_of_the_file(tmp_path):
     result = plan("codegen_350m")
     tensors = {name: torch.ones(shape) for name, shape in result.shapes.items()}
     safetensors.torch.save_file(tensors, tmp_path / "adapter.safetensors", metadata={"format": "pt"})
-    assert result.adapter_bytes == (tmp_path / "adapter.safetensors").stat().st_size
+    assert result.result_bytes == (tmp_path / "adapter.safetensors").stat().st_size
 
 
 def test_each_group_drives_its_parameters():

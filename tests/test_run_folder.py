@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from adept_ds import adapter_io
-from adept_ds.checkpoint import TrainerState, save_checkpoint
+from adept_ds.checkpoint import OPTIMIZER_NAME, TrainerState, save_checkpoint, write_tensors
 from adept_ds.config import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.method_config import AdeptConfig
 from adept_ds.run_folder import RunFolder
+from tests.conftest import WORLD
+
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def resolved(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -32,11 +35,13 @@ def start(path: Path, config: dict[str, Any], resume: str = "never") -> Any:
 
 
 def write_checkpoint(root: Path, step: int) -> Path:
-    def write_adapter(folder: Path) -> None:
-        adapter_io.save_adapter(folder, AdeptConfig(), {"soft_prompt": torch.ones(1)}, {}, {})
-
     tensors = {"x": torch.ones(1)}
-    return save_checkpoint(root, TrainerState(step=step), write_adapter, tensors, tensors, keep=9)
+
+    def write_states(folder: Path) -> None:
+        adapter_io.save_adapter(folder, AdeptConfig(), {"soft_prompt": torch.ones(1)}, {}, {})
+        write_tensors(folder / OPTIMIZER_NAME, tensors)
+
+    return save_checkpoint(root, TrainerState(step=step), write_states, tensors, 9, WORLD)
 
 
 def test_a_second_writer_is_refused(tmp_path):

@@ -130,7 +130,7 @@ Launch = Callable[..., subprocess.CompletedProcess]
 def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Start an entry point on so many ranks of the real `deepspeed` launcher; on 0 ranks with plain python."""
 
-    def start_ranks(ranks: int, script: str, settings: dict[str, Any], *arguments: str) -> subprocess.Popen:
+    def start_ranks(ranks: int, script: str, settings: Any, *arguments: str) -> subprocess.Popen:
         config = tmp_path_factory.mktemp("config") / "run.json"
         config.write_text(json.dumps(settings))
         launcher = (
@@ -153,7 +153,7 @@ def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 def launch(start: Start) -> Launch:
     """As `start`, and wait for the end."""
 
-    def launch_ranks(ranks: int, script: str, settings: dict[str, Any], *arguments: str) -> subprocess.CompletedProcess:
+    def launch_ranks(ranks: int, script: str, settings: Any, *arguments: str) -> subprocess.CompletedProcess:
         process = start(ranks, script, settings, *arguments)
         try:
             output, _ = process.communicate(timeout=300)

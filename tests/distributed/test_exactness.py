@@ -128,7 +128,7 @@ def run_dirs(
 def start_ranks(ranks: int, runs: Path, environment: dict[str, str]) -> None:
     """As a batch system starts tasks; of four ranks each pair is a node."""
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "tests/distributed/run_all.py", str(runs)]
+    command = [sys.executable, "tests/distributed/run_all.py", "--config", str(runs)]
     processes = [
         subprocess.Popen(
             command,
