@@ -28,7 +28,7 @@ from adept_ds.optimizer import count_steps
 
 RELEASED_TRAIN_SIZES = {"mbpp-paper": 487, "mbpp": 374, "mbpp-instruct": 374}
 """Training examples by `data.format` in the released MBPP files, for a plan made before they are there."""
-SHOWN_SHAPES = 8
+SHOWN_SHAPES = 4
 """Trained parameters of one learning rate that are told with their shapes."""
 
 

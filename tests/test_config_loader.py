@@ -144,6 +144,11 @@ BAD_SECTIONS = [
         "method.name full trains weights of the backbone",
         'model.quantization = "nf4"',
     ),
+    (
+        {"method": {"name": "full"}, "train": {"epochs": 3, "sharding": "node"}},
+        "train.sharding node is for frozen weights",
+        'train.sharding = "node"',
+    ),
     ({"method": {"prompt_init": "text"}}, "method: prompt_init_text goes with", 'method.prompt_init = "text"'),
     ({"method": {"num_virtual_tokens": 400}}, "method.num_virtual_tokens = 400", "data.max_prompt_length = 325"),
     ({"data": {"format": "mbbp"}}, 'data.format = "mbbp"', "did you mean 'mbpp'?"),

@@ -145,3 +145,12 @@ def test_the_dry_run_tells_the_memory_of_this_machines_ranks():
 def test_the_dry_run_decides_where_the_weights_go():
     stageless = ("deepspeed={}", "train.sharding=auto")
     assert "replicate *" in dry_run(load_config(FOLDER / "smollm2_135m.json", stageless), world_size=2)
+
+
+def test_full_fine_tuning_trains_the_whole_backbone_and_leaves_a_model():
+    text = dry_run(load_config(FOLDER / "llama3_8b.json", ["method.name=full"]), world_size=4)
+    assert "8,030,261,248 parameters, all trained" in text
+    assert "full: 8,030,261,248 trainable parameters (100.0000 % of all)" in text
+    assert "a model folder with 16,060,522,496 bytes of weights" in text
+    assert "5e-05 (train.learning_rate.backbone) for model.embed_tokens.weight [128256, 4096]" in text
+    assert "and 287 more" in text
