@@ -14,22 +14,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from adept_ds.adapter_io import load_adapter
-from adept_ds.backbone import load_backbone, load_tokenizer
-from adept_ds.config import DataConfig, ModelConfig, RunConfig, SandboxConfig
-from adept_ds.config_loader import config_hash
+from adept_ds.config import DataConfig, RunConfig, SandboxConfig
 from adept_ds.data import Problem, Sample, load_problems, read_problems, read_samples, repair_indentation
-from adept_ds.distributed import World, init_world, on_main_rank
+from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
 from adept_ds.generate import generate_samples
-from adept_ds.methods import Untuned
 from adept_ds.metrics import Estimate
-from adept_ds.model import AdaptedModel
-from adept_ds.model_io import is_model_folder
 from adept_ds.scoring import Score, score_samples, write_score
+from adept_ds.tuned import load_tuned, tuned_facts
 
 SAMPLES_NAME = "samples.jsonl"
 PROBLEM_FORMATS = ("mbpp-paper", "mbpp", "mbpp-instruct", "humaneval")
@@ -74,12 +67,7 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
         }
         facts = {
             "name": out.name,
-            "adapter": str(adapter) if adapter else None,
-            "adapter_sha256": None
-            if adapter is None or is_model_folder(adapter)
-            else load_adapter(adapter).facts["tensors_sha256"],
-            "backbone": model.backbone_facts,
-            "config_sha256": config_hash(run),
+            **tuned_facts(run, model, adapter),
             "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
             "problems_sha256": _digest(problems),
             "protocol": protocol,
@@ -87,30 +75,6 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
         score_to_folder(problems, samples, run.eval.sandbox, out, ks, paper, facts)
 
     on_main_rank(write_and_score, world)
-
-
-def load_tuned(config: ModelConfig, result: Path | None, world: World) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
-    """Return what a run left (its `best`, for example), whole on every rank, with its tokenizer. Collective.
-
-    Args:
-        config: The backbone of the run.
-        result: An adapter folder, or a model folder, whose weights and tokenizer then take the backbone's place; None
-            for the backbone alone.
-        world: This rank.
-
-    Raises:
-        UserError: The adapter is damaged or belongs to another backbone, or a model cannot be loaded.
-    """
-    adapter = None
-    if result and is_model_folder(result):
-        config = config.model_copy(update={"name_or_path": str(result), "revision": None})
-    elif result:
-        adapter = load_adapter(result)  # A damaged adapter is told before the weights are loaded.
-    tokenizer = load_tokenizer(config)
-    backbone = load_backbone(config, world.device, show_progress=world.is_main)
-    if adapter:
-        return AdaptedModel.from_pretrained(backbone, adapter.folder), tokenizer
-    return AdaptedModel(backbone, Untuned()), tokenizer
 
 
 def score_file(

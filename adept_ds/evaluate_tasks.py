@@ -15,17 +15,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from adept_ds.adapter_io import load_adapter
-from adept_ds.backbone import load_backbone, load_tokenizer
 from adept_ds.config import DataConfig, GenerationConfig, RunConfig
-from adept_ds.config_loader import config_hash
 from adept_ds.data.tasks import Part, Task, TaskExamples, cut_references, load_task_examples
 from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
 from adept_ds.generate import generate_samples
-from adept_ds.methods import Untuned
-from adept_ds.model import AdaptedModel
+from adept_ds.tuned import load_tuned, tuned_facts
 
 PREDICTIONS_NAME = "predictions.jsonl"
 SUMMARY_NAME = "summary.json"
@@ -39,7 +35,8 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
 
     Args:
         run: Model, data and batch size.
-        adapter: Adapter folder; None evaluates the backbone alone.
+        adapter: Adapter folder, or the folder of a fully tuned model, which takes the backbone's place; None evaluates
+            the backbone alone.
         out: Where the files go, in a folder a task.
         part: Which examples; the first `eval.max_examples` of each task, if that is set.
 
@@ -47,19 +44,9 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
         UserError: The adapter does not belong to the backbone, or a task or its data is not there.
     """
     examples = {name: _examples(run, name, part) for name in run.data.tasks}
-    if adapter:
-        load_adapter(adapter)  # A damaged adapter is told before the weights are loaded.
-    tokenizer = load_tokenizer(run.model)
     world = init_world()
-    backbone = load_backbone(run.model, world.device, show_progress=world.is_main)
-    model = AdaptedModel.from_pretrained(backbone, adapter) if adapter else AdaptedModel(backbone, Untuned())
-    facts = {
-        "name": out.name,
-        "adapter": str(adapter) if adapter else None,
-        "adapter_sha256": load_adapter(adapter).facts["tensors_sha256"] if adapter else None,
-        "backbone": model.backbone_facts,
-        "config_sha256": config_hash(run),
-    }
+    model, tokenizer = load_tuned(run.model, adapter, world)
+    facts = {"name": out.name, **tuned_facts(run, model, adapter)}
     for of_task in examples.values():
         task = of_task[0].task
         decoding = greedy(task, tokenizer, run.eval.generation)

@@ -44,7 +44,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         type=Path,
         metavar="FOLDER",
-        help="adapter or fully tuned model to evaluate (default: the backbone alone)",
+        help="adapter, or fully tuned model, to evaluate (default: the backbone alone)",
     )
 
 

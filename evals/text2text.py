@@ -23,7 +23,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags beside --config and the settings."""
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where predictions and scores go")
     parser.add_argument(
-        "--adapter", type=Path, metavar="FOLDER", help="adapter to evaluate (default: the backbone alone)"
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="adapter, or fully tuned model, to evaluate (default: the backbone alone)",
     )
     parser.add_argument("--task", nargs="+", metavar="TASK", help="tasks to evaluate (default: data.tasks)")
     parser.add_argument(

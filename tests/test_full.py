@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from adept_ds.adapter_io import load_adapter
 from adept_ds.config import ModelConfig
 from adept_ds.errors import UserError
-from adept_ds.evaluate import load_tuned
 from adept_ds.method_config import FullConfig
 from adept_ds.model import get_adept_model
 from adept_ds.model_io import save_model
+from adept_ds.tuned import load_tuned
 from tests.conftest import VOCABULARY, WORLD
 
 Make = Callable[[str], PreTrainedModel]
