@@ -133,6 +133,8 @@ class DeepSpeedPlan:
     """Dotted key in `config` to the setting or rule that it follows from."""
 
 
+ADAPTER_BUCKET_ELEMENTS = 1_000_000
+"""`reduce_bucket_size` where an adapter is trained and the section names none."""
 SHARDED_STAGE = 3
 """ZeRO stage that splits the weights."""
 DEFAULT_STAGE = 1
@@ -211,6 +213,9 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
             zero[key] = sizes[HIDDEN_SIZE_KEYS.index(key)]
             derived[f"zero_optimization.{key}"] = f"hidden size {hidden_size}"
 
+    if not run.method.saves_model:
+        # DeepSpeed allocates the whole bucket, 2 GB by its default, for gradients of some hundred kilobytes.
+        zero.setdefault("reduce_bucket_size", ADAPTER_BUCKET_ELEMENTS)
     config.setdefault("steps_per_print", STEPS_PER_PRINT)
     # The optimizer is torch's own AdamW, also where its states are offloaded to the CPU.
     config.setdefault("zero_allow_untested_optimizer", True)

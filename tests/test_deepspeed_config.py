@@ -83,7 +83,7 @@ def test_completed_section_states_every_value_that_matters():
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"]["enabled"] is True
     assert config["fp16"]["enabled"] is False
-    assert config["zero_optimization"] == {"stage": 3}
+    assert config["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 1_000_000}
     assert config["zero_allow_untested_optimizer"] is True
     assert config["zero_force_ds_cpu_optimizer"] is False
     assert config["data_types"]["grad_accum_dtype"] == "fp32"

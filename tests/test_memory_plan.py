@@ -195,7 +195,7 @@ def test_advice_makes_the_run_fit():
 
 
 def test_buckets_for_nothing_are_pointed_out():
-    run = run_of(deepspeed={"zero_optimization": {"stage": 3}})
+    run = run_of(deepspeed={"zero_optimization": {"stage": 3, "reduce_bucket_size": 500_000_000}})
     assert "reduce_bucket_size" in plan_memory(run, LLAMA, Cluster(1, 4, 80 * GIB)).advice[0]
 
 
