@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from adept_ds.distributed import World, on_main_rank
-from adept_ds.files import write_json
+from adept_ds.files import usual_mode, write_json
 from adept_ds.method_config import MethodConfig
 from adept_ds.sharding import full_numel, gathered
 
@@ -75,7 +75,7 @@ def save_model(
             with gathered([tensors[member]]):
                 if is_writer:
                     held[member] = tensors[member].detach().to("cpu", copy=True).contiguous()
-        on_writer(partial(save_file, held, folder / name, metadata={"format": "pt"}))
+        on_writer(partial(_write_file, folder / name, held))
 
     def write_rest() -> None:
         config = copy.deepcopy(backbone.config)
@@ -112,6 +112,11 @@ def _weights_once(backbone: PreTrainedModel) -> dict[str, Tensor]:
             seen.add(id(tensor))
             once[name] = tensor
     return once
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(usual_mode())
 
 
 def _call(function: Callable[[], None]) -> None:

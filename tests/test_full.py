@@ -73,6 +73,7 @@ def test_a_saved_model_loads_with_equal_logits(make_backbone: Make, tmp_path: Pa
     assert torch.equal(loaded(input_ids=ids, **decoder).logits, model(ids, **decoder).logits)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert (files == ["model.safetensors"]) == (size == 1.0)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # not for this user alone
     largest = max(parameter.nbytes for parameter in loaded.parameters())
     sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / file).values()) for file in files]
     assert max(sizes) <= max(size * 1e9, largest)
