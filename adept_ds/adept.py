@@ -1,13 +1,11 @@
-"""ADePT itself (https://arxiv.org/abs/2501.03291, eq. 3 and 4): the soft prompt and the token-shared offset network.
+"""ADePT itself (https://arxiv.org/abs/2501.03291, eq. 3 and 4): the token-shared offset network beside a soft prompt.
 
 With token embeddings E [B, S, d], prompt length l, bottleneck r and vocabulary size V:
 
     f(E) = ReLU(E W_down + b1) W_up + b2        W_down [d, r]   b1 [r]   W_up [r, d]   b2 [d]
     in   = concat(P, E + f(E))                  P [l, d]
 
-The concatenation is done on token ids: prompt token i has the id V + i, and `AdeptEmbedding` returns P[i] for it. So
-attention masks, positions, padding, beams and the KV cache are the backbone's stock code, and a generated token gets
-its offset the same way a read one does.
+The concatenation is done on token ids, see `adept_ds.soft_prompt`.
 """
 
 from __future__ import annotations
@@ -18,20 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SAMPLED_VOCABULARY = 5_000
-"""`prompt_init: tokens` draws among so many first ids, which are the frequent tokens of most vocabularies."""
-
-
-class SoftPrompt(nn.Module):
-    """The trained prompt P: `weight` [l, d]."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, index: Tensor) -> Tensor:
-        """Return P[index] in fp32: integer [...] to [..., d]."""
-        return F.embedding(index, self.weight.float())
+from adept_ds.soft_prompt import PromptedEmbedding
 
 
 class TokenSharedNetwork(nn.Module):
@@ -68,39 +53,21 @@ def down_projection_bound(rule: str, width: int, bottleneck: int) -> float:
     return 1 / math.sqrt({"published": bottleneck, "linear": width}[rule])
 
 
-class AdeptEmbedding(nn.Module):
-    """Input embedding with ADePT: ids [B, S] to [B, S, d] in the dtype of the frozen table.
+class AdeptEmbedding(PromptedEmbedding):
+    """Input embedding with ADePT: an id v below V gives E[v] + f(E[v]), an id V + i gives P[i]."""
 
-    An id v below V gives E[v] + f(E[v]), an id V + i gives P[i]. The sum is computed in fp32 and cast once: in bf16
-    arithmetic throughout, two of five elements would come out differently.
-
-    All three submodules are called for every input, whether it has prompt ids or not: under ZeRO-3 each call gathers
-    parameters from all ranks, so all ranks must make the same calls.
-    """
-
-    def __init__(self, table: nn.Embedding, soft_prompt: SoftPrompt | None, network: TokenSharedNetwork) -> None:
-        super().__init__()
-        self.table = table
-        self.soft_prompt = soft_prompt
+    def __init__(
+        self,
+        table: nn.Embedding,
+        soft_prompt: nn.Module | None,
+        network: TokenSharedNetwork,
+        offset_in_evaluation: bool = True,
+    ) -> None:
+        super().__init__(table, soft_prompt, offset_in_evaluation)
         self.network = network
-        self.num_embeddings = table.num_embeddings
-        self.embedding_dim = table.embedding_dim
-        self.enabled = True
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Embed ids in [0, V + l)."""
-        if not self.enabled:
-            return self.table(input_ids)
-        is_prompt = input_ids >= self.num_embeddings
-        tokens = self.table(input_ids.masked_fill(is_prompt, 0))
-        embeddings = self._add_offset(tokens)
-        if self.soft_prompt is not None:
-            prompt = self.soft_prompt((input_ids - self.num_embeddings).clamp(min=0))
-            embeddings = torch.where(is_prompt.unsqueeze(-1), prompt, embeddings)
-        return embeddings.to(tokens.dtype)
-
-    def _add_offset(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.float()
+    def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
+        """See `PromptedEmbedding.add_offset`; the ids are not looked at."""
         return tokens + self.network(tokens)
 
     @torch.no_grad()
@@ -111,4 +78,8 @@ class AdeptEmbedding(nn.Module):
         backbone costs with l more tokens. The table must not be sharded.
         """
         weight = self.table.weight
-        return torch.cat([self._add_offset(part).to(weight.dtype) for part in weight.split(rows)])
+        parts = []
+        for part in weight.split(rows):
+            tokens = part.float()
+            parts.append((tokens + self.network(tokens)).to(weight.dtype))
+        return torch.cat(parts)

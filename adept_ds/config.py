@@ -308,6 +308,11 @@ class RunConfig(Section):
                 f"method.name {self.method.name} trains weights of the backbone, which have no gradients in the form "
                 "that model.quantization gives them; leave model.quantization out, or choose another method"
             )
+        if self.train.activation_checkpointing and not self.method.works_checkpointed:
+            raise ValueError(
+                f"method.name {self.method.name} puts keys and values into the layers' caches, which they do not read "
+                "where train.activation_checkpointing recomputes them; set one of the two otherwise"
+            )
         if self.eval.metric == "pass@1" and self.data.format in ("jsonl", "tasks"):
             raise ValueError(f"eval.metric pass@1 needs problems with tests; data.format {self.data.format} has none")
         if self.train.sharding == "node" and self.method.trains_backbone:

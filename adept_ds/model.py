@@ -32,7 +32,7 @@ from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.frozen_linear import replace_frozen_linears
 from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
-from adept_ds.method_config import FullConfig, MethodConfig
+from adept_ds.method_config import AdapterSettings, FullConfig, MethodConfig
 from adept_ds.methods import Method, create_method
 from adept_ds.methods.base import attribute_set
 from adept_ds.sharding import full_numel
@@ -294,15 +294,22 @@ class AdaptedModel(nn.Module):
         model_io.save_model(folder, self.backbone, tokenizer, config, self.backbone_facts, facts, size, world)
 
     @classmethod
-    def from_pretrained(cls, backbone: PreTrainedModel, folder: str | Path) -> AdaptedModel:
+    def from_pretrained(cls, backbone: PreTrainedModel, folder: str | Path, **changed: Any) -> AdaptedModel:
         """Inject the method of a saved adapter into `backbone` and load its values.
+
+        Args:
+            backbone: The backbone it was trained on.
+            folder: The adapter folder.
+            **changed: Settings of the method to use in place of the saved ones, such as `offset_in_evaluation=False`.
 
         Raises:
             UserError: The folder holds no whole adapter, or one for another backbone.
+            pydantic.ValidationError: The method has no such setting.
         """
         adapter = adapter_io.load_adapter(folder)
         adapter_io.check_backbone(adapter, adapter_io.backbone_facts(backbone))
-        model = cls(backbone, create_method(adapter.method), seed=None)
+        settings = type(adapter.method).model_validate(adapter.method.model_dump() | changed)
+        model = cls(backbone, create_method(settings), seed=None)
         model.load_trained(adapter.tensors)
         return model
 
@@ -325,5 +332,20 @@ def get_adept_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> AdaptedModel:
-    """Inject the method that `config` describes into `backbone`; see `AdaptedModel`."""
-    return AdaptedModel(backbone, create_method(config), tokenizer, seed)
+    """Inject the method that `config` describes into `backbone`, and start from the values of its `init_from`.
+
+    Raises:
+        UserError: As `AdaptedModel`; or the adapter of `init_from` is not whole, is of another method, of other sizes,
+            or of another backbone.
+    """
+    model = AdaptedModel(backbone, create_method(config), tokenizer, seed)
+    if isinstance(config, AdapterSettings) and config.init_from is not None:
+        source = adapter_io.load_adapter(config.init_from)
+        adapter_io.check_backbone(source, model.backbone_facts)
+        if source.method.name != config.name:
+            raise UserError(
+                f"method.init_from is {config.init_from!r}, an adapter of method {source.method.name!r}; expected one "
+                f"of method {config.name!r}"
+            )
+        model.load_trained(source.tensors)
+    return model

@@ -7,10 +7,30 @@ from typing import Any
 from adept_ds.method_config import MethodConfig
 from adept_ds.methods.adept import Adept
 from adept_ds.methods.base import Method
+from adept_ds.methods.bitfit import BitFit
+from adept_ds.methods.bottleneck import Bottleneck
+from adept_ds.methods.dept import Dept
 from adept_ds.methods.full import Full
+from adept_ds.methods.p_tuning import PTuning
+from adept_ds.methods.peft_layers import Ia3, Lora
+from adept_ds.methods.prefix import PrefixTuning
+from adept_ds.methods.prompt_tuning import PromptEmbedding, PromptTuning
 from adept_ds.methods.untuned import Untuned
 
-_METHODS: dict[str, Any] = {"adept": Adept, "full": Full}
+_METHODS: dict[str, Any] = {
+    "adept": Adept,
+    "pt": PromptTuning,
+    "dept": Dept,
+    "pt_embedding": PromptEmbedding,
+    "p_tuning": PTuning,
+    "prefix": PrefixTuning,
+    "lora": Lora,
+    "ia3": Ia3,
+    "adapter": Bottleneck,
+    "adapter_drop": Bottleneck,
+    "bitfit": BitFit,
+    "full": Full,
+}
 """Class of each method, made from its settings."""
 
 

@@ -1,0 +1,102 @@
+"""Prefix tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190) with HF PEFT's prefix encoder.
+
+Each decoder layer attends to l trained keys and values in front of those of its input. They are put into the layer's
+cache when it is empty, so reading on, beams and padding are the backbone's stock code: the decoder just finds l more
+entries in its cache, in front of any padding.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from adept_ds.method_config import PrefixTuningConfig
+from adept_ds.methods.base import attribute_set, seeded
+
+
+class PrefixTuning:
+    """Keys and values in front of each decoder layer's; made from a `PrefixTuningConfig`.
+
+    Parameters: 2 l x layers x width of a layer's keys, without a projection.
+    """
+
+    num_virtual_tokens = 0
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        self.config = config
+        self.enabled = True
+
+    def inject(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
+    ) -> None:
+        """See `Method.inject`."""
+        architecture, length = backbone.config, self.config.prefix_length
+        table = cast(nn.Embedding, backbone.get_input_embeddings())
+        heads: int = architecture.num_attention_heads
+        width = getattr(architecture, "d_kv", None) or getattr(architecture, "head_dim", None)
+        self._head_width: int = width or architecture.hidden_size // heads
+        self._heads: int = getattr(architecture, "num_key_value_heads", None) or heads
+        self._layers: int = getattr(architecture, "num_decoder_layers", None) or architecture.num_hidden_layers
+        settings = peft.PrefixTuningConfig(
+            num_virtual_tokens=length,
+            token_dim=self._heads * self._head_width,
+            num_layers=self._layers,
+            encoder_hidden_size=self.config.hidden_size or architecture.hidden_size,
+            prefix_projection=self.config.projection,
+        )
+        with seeded(generator):
+            self.encoder = peft.PrefixEncoder(settings).to(table.weight.device)
+        backbone.prefix_encoder = self.encoder
+        self._is_encoder_decoder = architecture.is_encoder_decoder
+        self._dtype = table.weight.dtype
+        backbone.get_decoder().register_forward_pre_hook(self._put_before, with_kwargs=True)
+
+    def _put_before(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Add the prefix to the decoder's cache, mask and positions."""
+        if not self.enabled:
+            return None
+        ids = args[0] if args else kwargs["input_ids"]
+        length, cache = self.config.prefix_length, kwargs.get("past_key_values")
+        kwargs = dict(kwargs)
+        if cache is None:
+            cache = DynamicCache()
+            if self._is_encoder_decoder:
+                cache = EncoderDecoderCache(cache, DynamicCache())
+            kwargs["past_key_values"] = cache
+        if cache.get_seq_length() == 0:
+            self._fill(cache, ids)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + length
+        return args, kwargs
+
+    def _fill(self, cache: Cache, ids: Tensor) -> None:
+        """Put the prefix into an empty cache of as many rows as `ids` [B, S] has."""
+        prefix = self.encoder(torch.arange(self.config.prefix_length, device=ids.device)[None]).to(self._dtype)
+        # [l, layers, 2, heads, width] -> layers x 2 x [B, heads, l, width]
+        prefix = prefix.view(-1, self._layers, 2, self._heads, self._head_width).permute(1, 2, 3, 0, 4)
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        for layer, (keys, values) in enumerate(prefix):
+            rows = ids.shape[0]
+            own.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """See `Method.trained_parameters`."""
+        return {f"prefix_encoder.{name}": parameter for name, parameter in self.encoder.named_parameters()}
+
+    def learning_rate_group(self, name: str) -> str:
+        """See `Method.learning_rate_group`."""
+        return "soft_prompt"
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """See `Method.disabled`."""
+        return attribute_set(self, "enabled", False)

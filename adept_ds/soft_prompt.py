@@ -1,0 +1,71 @@
+"""The soft prompt, and the input embedding that reads it: only torch.
+
+Prompt token i has the id V + i, where V is the vocabulary size, and the embedding returns P[i] for it. So attention
+masks, positions, padding, beams and the KV cache are the backbone's stock code, and what changes a token's embedding
+changes that of a generated token the same way as that of one that was read.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SAMPLED_VOCABULARY = 5_000
+"""`prompt_init: tokens` draws among so many first ids, which are the frequent tokens of most vocabularies."""
+
+
+class SoftPrompt(nn.Module):
+    """The trained prompt P: `weight` [l, d]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return P[index] in fp32: integer [...] to [..., d]."""
+        return F.embedding(index, self.weight.float())
+
+
+class PromptedEmbedding(nn.Module):
+    """Input embedding with a soft prompt: ids [B, S] to [B, S, d] in the dtype of the frozen table.
+
+    An id v below V gives E[v] + offset, an id V + i gives P[i]. The sum is computed in fp32 and cast once: in bf16
+    arithmetic throughout, two of five elements would come out differently.
+
+    All submodules are called for every input, whether it has prompt ids or not: under ZeRO-3 each call gathers
+    parameters from all ranks, so all ranks must make the same calls.
+
+    Args:
+        table: The backbone's embedding.
+        soft_prompt: Module that returns P[index] [..., d] in fp32 for an index [...]; None for no prompt.
+        offset_in_evaluation: False leaves the offset out in evaluation mode.
+    """
+
+    def __init__(self, table: nn.Embedding, soft_prompt: nn.Module | None, offset_in_evaluation: bool = True) -> None:
+        super().__init__()
+        self.table = table
+        self.soft_prompt = soft_prompt
+        self.num_embeddings = table.num_embeddings
+        self.embedding_dim = table.embedding_dim
+        self.offset_in_evaluation = offset_in_evaluation
+        self.enabled = True
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed ids in [0, V + l)."""
+        if not self.enabled:
+            return self.table(input_ids)
+        is_prompt = input_ids >= self.num_embeddings
+        token_ids = input_ids.masked_fill(is_prompt, 0)
+        tokens = self.table(token_ids)
+        embeddings = tokens.float()
+        if self.training or self.offset_in_evaluation:
+            embeddings = self.add_offset(embeddings, token_ids)
+        if self.soft_prompt is not None:
+            prompt = self.soft_prompt((input_ids - self.num_embeddings).clamp(min=0))
+            embeddings = torch.where(is_prompt.unsqueeze(-1), prompt, embeddings)
+        return embeddings.to(tokens.dtype)
+
+    def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
+        """Return fp32 token embeddings [B, S, d] of the ids [B, S] with their offsets; here there are none."""
+        return tokens

@@ -1,0 +1,351 @@
+"""What every method must do: train, count, save and load, give the backbone back, work on 4 bits, generate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from adept_ds.config import ModelConfig, RunConfig, TrainConfig
+from adept_ds.errors import UserError
+from adept_ds.frozen_linear import FrozenLinear
+from adept_ds.method_config import (
+    AdapterConfig,
+    AdapterDropConfig,
+    AdeptConfig,
+    BitFitConfig,
+    DeptConfig,
+    Ia3Config,
+    LoraConfig,
+    MethodConfig,
+    PrefixTuningConfig,
+    PromptEmbeddingConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+)
+from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.plan import meta_model
+from adept_ds.quantization import Scheme, quantize_linears
+from tests.conftest import EOS, PAD, VOCABULARY
+
+Make = Callable[[str], PreTrainedModel]
+
+METHODS: dict[str, MethodConfig] = {
+    "adept": AdeptConfig(num_virtual_tokens=4, bottleneck=3),
+    "pt": PromptTuningConfig(num_virtual_tokens=5),
+    "dept": DeptConfig(num_virtual_tokens=3, rank=2, max_positions=12),
+    "pt_embedding": PromptEmbeddingConfig(num_virtual_tokens=3),
+    "p_tuning": PTuningConfig(num_virtual_tokens=4, hidden_size=8),
+    "p_tuning-lstm": PTuningConfig(num_virtual_tokens=4, hidden_size=8, reparameterization="lstm"),
+    "prefix": PrefixTuningConfig(prefix_length=4),
+    "prefix-projected": PrefixTuningConfig(prefix_length=4, projection=True, hidden_size=8),
+    "lora": LoraConfig(rank=3, dropout=0.0),
+    "ia3": Ia3Config(),
+    "ia3-feed-forward": Ia3Config(feed_forward=True),
+    "adapter": AdapterConfig(bottleneck=3),
+    "adapter_drop": AdapterDropConfig(bottleneck=3, dropped_layers=1),
+    "bitfit": BitFitConfig(),
+}
+BACKBONES = ("llama", "codegen", "gpt2", "t5-tied")
+MAIN = ("llama", "t5-tied")
+
+
+def random_ids(rows: int, columns: int, seed: int = 4) -> Tensor:
+    return torch.randint(3, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(model: AdaptedModel, rows: int = 2, columns: int = 7) -> dict[str, Tensor]:
+    ids = random_ids(rows, columns)
+    return {"input_ids": ids, "labels": random_ids(rows, 4, seed=5) if model.is_encoder_decoder else ids}
+
+
+def far_from_start(model: AdaptedModel) -> AdaptedModel:
+    """Move every trained value, so that the method has an effect."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def logits(model: AdaptedModel | PreTrainedModel, columns: int = 7, pads: int = 0) -> Tensor:
+    """Logits of the last tokens that are read."""
+    backbone = model.backbone if isinstance(model, AdaptedModel) else model
+    ids = torch.cat([torch.full((2, pads), PAD), random_ids(2, columns)], 1)
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(pads + columns) >= pads).long().expand(2, -1)}
+    if backbone.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = random_ids(2, 4, seed=5)
+        columns = 4
+    elif model is backbone:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return model(**inputs).logits[:, -columns:]
+
+
+def quantized(make_backbone: Make, name: str) -> PreTrainedModel:
+    backbone, scheme = make_backbone(name).requires_grad_(False), Scheme("nf4")
+    weights = {key: value.detach().clone() for key, value in backbone.named_parameters()}
+    for key, layer in quantize_linears(backbone, scheme).items():
+        layer.weight.copy_(scheme.quantize(weights[key], torch.device("cpu"), torch.float32))
+    return backbone
+
+
+def take_steps(model: AdaptedModel, steps: int = 25) -> list[float]:
+    data = batch(model)
+    rates = {"soft_prompt": 0.1, "network": 0.03, "adapter": 0.03}
+    named = model.trainable_parameters()
+    groups = model.learning_rate_groups().items()
+    optimizer = torch.optim.Adam([{"params": [named[n] for n in names], "lr": rates[g]} for g, names in groups])
+    losses = []
+    for _ in range(steps):
+        loss = model(**data).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls_and_nothing_else_changes(make_backbone: Make, name: str, method: str) -> None:
+    model = get_adept_model(make_backbone(name), METHODS[method]).train()
+    trained = {id(parameter) for parameter in model.trainable_parameters().values()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+    frozen = {key: p.clone() for key, p in model.named_parameters() if id(p) not in trained}
+    losses = take_steps(model)
+    assert losses[-1] < 0.9 * losses[0]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[key], value) for key, value in frozen.items())
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls_on_a_4_bit_backbone(make_backbone: Make, name: str, method: str) -> None:
+    losses = take_steps(get_adept_model(quantized(make_backbone, name), METHODS[method]).train())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bf16_backbone_is_followed_in_its_precision(make_backbone: Make, name: str, method: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name).bfloat16(), METHODS[method]))
+    assert {parameter.dtype for parameter in model.trainable_parameters().values()} == {torch.float32}
+    exact = far_from_start(get_adept_model(make_backbone(name).bfloat16().float(), METHODS[method]))
+    expected, actual = logits(exact), logits(model)
+    assert actual.dtype == torch.bfloat16
+    assert float((actual - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_adapter_gives_the_same_logits(make_backbone: Make, tmp_path: Path, name: str, method: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    model.save_pretrained(tmp_path)
+    loaded = AdaptedModel.from_pretrained(make_backbone(name), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    tuned = logits(model)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-5)
+    assert torch.equal(logits(model), tuned)
+    assert {parameter.requires_grad for parameter in model.trainable_parameters().values()} == {True}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith(("p", "adept", "dept"))])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_methods_without_a_prompt_start_as_the_backbone(make_backbone: Make, name: str, method: str) -> None:
+    model = get_adept_model(make_backbone(name), METHODS[method]).eval()
+    assert torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_on_the_left_changes_nothing(make_backbone: Make, name: str, method: str) -> None:
+    if name == "t5-tied":
+        pytest.skip("T5 reads positions relative to one another, padding included, and is padded on the right")
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    assert torch.allclose(logits(model, pads=5), logits(model), atol=2e-4)
+
+
+def greedy(model: AdaptedModel, ids: Tensor, mask: Tensor, **options: object) -> Tensor:
+    # The end is never drawn, so that every row has as many tokens.
+    options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [EOS, PAD], "pad_token_id": PAD} | options
+    return model.generate(input_ids=ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_is_that_without_a_cache(make_backbone: Make, name: str, method: str) -> None:
+    """Every generated token is the likeliest one by a full pass over what stands before it."""
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    if name != "t5-tied":
+        mask[0, :3] = 0
+    out = greedy(model, ids, mask)
+    with torch.no_grad():
+        if model.is_encoder_decoder:
+            scores = model(ids, mask, decoder_input_ids=out[:, :-1]).logits
+            new = out[:, 1:]
+        else:
+            scores = model(out[:, :-1], torch.cat([mask, mask.new_ones(2, 5)], 1)).logits[:, -6:]
+            new = out[:, 7:]
+    scores[..., [EOS, PAD]] = -torch.inf
+    assert torch.equal(scores.argmax(-1), new)
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+def test_beams_run_and_leave_the_prompt_out(make_backbone: Make, name: str, method: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    out = greedy(model, random_ids(2, 7), torch.ones(2, 7, dtype=torch.long), num_beams=3)
+    assert int(out.max()) < VOCABULARY
+    assert out.shape == (2, 7 if model.is_encoder_decoder else 13)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_start_values_are_a_function_of_the_seed(make_backbone: Make, method: str) -> None:
+    def values(seed: int) -> list[Tensor]:
+        torch.manual_seed(torch.seed())
+        return list(get_adept_model(make_backbone("llama"), METHODS[method], seed=seed).trainable_parameters().values())
+
+    assert all(torch.equal(a, b) for a, b in zip(values(1), values(1), strict=True))
+
+
+# Parameter counts
+
+SHAPES = {"t5-base": "t5-base", "t5-3b": "t5-3b", "codegen": "codegen-350m-mono", "llama3": "meta-llama-3-8b"}
+
+COUNTS: list[tuple[MethodConfig, str, int, str]] = [
+    (AdeptConfig(num_virtual_tokens=60, bottleneck=19), "t5-base", 76_051, "76.1K"),
+    (AdeptConfig(num_virtual_tokens=60, bottleneck=19), "t5-3b", 101_395, "101.4K"),
+    (AdeptConfig(), "codegen", 10_241, "10.2K"),
+    (AdeptConfig(), "llama3", 40_961, "41.0K"),
+    (AdeptConfig(num_virtual_tokens=0, bottleneck=49), "t5-base", 76_081, "76.1K"),
+    (PromptTuningConfig(num_virtual_tokens=100), "t5-base", 76_800, "76.8K"),
+    (PromptTuningConfig(num_virtual_tokens=100), "t5-3b", 102_400, "102.4K"),
+    (PromptTuningConfig(), "codegen", 10_240, "10.2K"),
+    (PromptTuningConfig(), "llama3", 40_960, "41.0K"),
+    (DeptConfig(num_virtual_tokens=40, rank=45, max_positions=256), "t5-base", 76_800, "76.8K"),
+    (DeptConfig(num_virtual_tokens=60, rank=26, max_positions=512), "t5-3b", 101_376, "101.4K"),
+    (DeptConfig(rank=2), "codegen", 10_378, "10.4K"),
+    (DeptConfig(), "llama3", 42_703, "42.7K"),
+    (PromptEmbeddingConfig(num_virtual_tokens=100), "t5-base", 24_751_104, "24.8M"),
+    (LoraConfig(rank=34), "t5-base", 3_760_128, "3.8M"),
+    (LoraConfig(rank=35), "t5-3b", 25_804_800, "25.8M"),
+    (LoraConfig(), "codegen", 1_310_720, "1.3M"),
+    (LoraConfig(), "llama3", 9_437_184, "9.4M"),
+    (Ia3Config(), "t5-base", 55_296, "55.3K"),
+    (AdapterConfig(), "t5-base", 1_855_104, "1.9M"),
+    (AdapterDropConfig(), "t5-base", 1_101_984, "1.1M"),
+    (BitFitConfig(), "t5-base", 280_960, "281.0K"),
+]
+
+
+@pytest.mark.parametrize(("method", "shape", "count", "figure"), COUNTS, ids=lambda value: getattr(value, "name", None))
+def test_counts_are_the_papers(method: MethodConfig, shape: str, count: int, figure: str) -> None:
+    file = resources.files("adept_ds") / "architectures" / f"{SHAPES[shape]}.json"
+    architecture = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
+    run = RunConfig(
+        model=ModelConfig(name_or_path=shape), method=method, train=TrainConfig(max_steps=1, warmup_steps=0)
+    )
+    trained, _ = meta_model(run, architecture).count_parameters()
+    assert trained == count
+    assert figure == (f"{trained / 1e3:.1f}K" if trained < 1e6 else f"{trained / 1e6:.1f}M")
+
+
+# What only some do
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("make", [Make, None], ids=["plain", "nf4"])
+def test_frozen_layers_below_lora_keep_nothing_for_the_backward_pass(make_backbone: Make, name: str, make) -> None:
+    backbone = make_backbone(name) if make else quantized(make_backbone, name)
+    model = get_adept_model(backbone, METHODS["lora"])
+    plain = [key for key, module in model.named_modules() if type(module) is nn.Linear]
+    assert all(".lora_" in key for key in plain)
+    bases = [module for key, module in model.named_modules() if key.endswith(".base_layer")]
+    assert bases and all(isinstance(module, FrozenLinear) for module in bases)
+
+
+def test_lora_layers_of_another_name_are_refused(make_backbone: Make) -> None:
+    with pytest.raises(UserError, match=r"method\.target_modules does not fit"):
+        get_adept_model(make_backbone("llama"), LoraConfig(target_modules=("query",)))
+
+
+def test_dept_offset_is_by_position_behind_the_prompt(make_backbone: Make) -> None:
+    model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["dept"]))
+    embedding, values = model.method.embedding, model.trainable_parameters()
+    seen: list[Tensor] = []
+    embedding.register_forward_hook(lambda module, args, out: seen.append(out))
+    logits(model, columns=14, pads=2)
+    offsets = torch.zeros(14, 32)
+    offsets[:12] = 8 / 2**0.5 * values["offset.a"] @ values["offset.b"]
+    expected = embedding.table.weight[random_ids(2, 14)] + offsets
+    torch.testing.assert_close(seen[0][:, 5:], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dept_offsets_can_be_shifted_cyclically(make_backbone: Make, tmp_path: Path) -> None:
+    model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["dept"]))
+    model.save_pretrained(tmp_path)
+    shifted = AdaptedModel.from_pretrained(make_backbone("llama"), tmp_path, cyclic_shift=5)
+    positions = torch.arange(12)
+    expected = model.method.embedding.offset(positions).roll(-5, 0)
+    assert torch.equal(shifted.method.embedding.offset(positions), expected)
+
+
+@pytest.mark.parametrize("method", ["adept", "dept"])
+def test_without_its_offset_in_evaluation_a_method_is_its_prompt(
+    make_backbone: Make, tmp_path: Path, method: str
+) -> None:
+    model = far_from_start(get_adept_model(make_backbone("llama"), METHODS[method]))
+    model.save_pretrained(tmp_path)
+    changed = AdaptedModel.from_pretrained(make_backbone("llama"), tmp_path, offset_in_evaluation=False)
+    prompt = model.trainable_parameters()["soft_prompt"]
+    pt = get_adept_model(make_backbone("llama"), PromptTuningConfig(num_virtual_tokens=len(prompt))).eval()
+    pt.load_trained({"soft_prompt": prompt})
+    assert torch.equal(logits(changed.eval()), logits(pt))
+    assert not torch.equal(logits(changed.train()), logits(pt))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_starts_from_an_adapter_of_a_source_task(make_backbone: Make, tmp_path: Path, method: str) -> None:
+    source = far_from_start(get_adept_model(make_backbone("t5-tied"), METHODS[method]))
+    source.save_pretrained(tmp_path)
+    config = METHODS[method].model_copy(update={"init_from": str(tmp_path)})
+    assert torch.equal(logits(get_adept_model(make_backbone("t5-tied"), config).eval()), logits(source))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=3), r"method\.init_from is .* of method 'pt'; expected .* 'adept'"),
+        (AdeptConfig(num_virtual_tokens=3), r"soft_prompt has shape \(3, 32\), expected \(4, 32\)"),
+    ],
+)
+def test_a_source_of_another_kind_is_refused(make_backbone: Make, tmp_path: Path, config, message) -> None:
+    get_adept_model(make_backbone("llama"), config).save_pretrained(tmp_path)
+    wanted = METHODS["adept"].model_copy(update={"init_from": str(tmp_path)})
+    with pytest.raises(UserError, match=message):
+        get_adept_model(make_backbone("llama"), wanted)
+
+
+def test_a_prefix_and_recomputed_layers_exclude_one_another() -> None:
+    with pytest.raises(ValueError, match=r"method\.name prefix .* train\.activation_checkpointing"):
+        RunConfig(
+            model=ModelConfig(name_or_path="x"),
+            method=PrefixTuningConfig(),
+            train=TrainConfig(max_steps=1, warmup_steps=0, activation_checkpointing=True),
+        )
