@@ -103,7 +103,7 @@ class LossHead(nn.Module):
         """Return logits or summed loss, see the class."""
         if self._targets is None:
             logits = matmul(hidden, self.weight.t())
-            return logits if self.bias is None else logits + self.bias
+            return logits if self.bias is None else (logits + self.bias).to(logits.dtype)
         labelled = self._targets != IGNORE_INDEX
         rows = hidden[labelled]
         loss = _ChunkedCrossEntropy.apply(rows, self._targets[labelled], self.weight, self.bias).view(1, 1, 1)

@@ -20,6 +20,9 @@ class MethodSettings(Section):
     """Base of every method's settings. Those of a method with a soft prompt have a field `num_virtual_tokens`, all
     others are a `PromptlessSettings`."""
 
+    name: str
+    """The method."""
+
     works_quantized: ClassVar[bool] = True
     """Whether the backbone may be quantised, since none of the weights that are trained would be."""
     trains_backbone: ClassVar[bool] = False

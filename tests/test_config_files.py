@@ -26,7 +26,17 @@ def test_the_schema_is_fresh():
 
 
 def test_all_recipes_are_there():
-    assert FILES == ["codegen_350m", "llama3_8b", "smollm2_135m", "smollm2_135m_demo", "t5_3b", "t5_base"]
+    assert FILES == [
+        "codegen_350m",
+        "llama3_8b",
+        "smollm2_135m",
+        "smollm2_135m_demo",
+        "smollm2_135m_dept",
+        "smollm2_135m_lora",
+        "smollm2_135m_pt",
+        "t5_3b",
+        "t5_base",
+    ]
 
 
 @pytest.mark.parametrize("name", FILES)

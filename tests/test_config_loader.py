@@ -132,12 +132,16 @@ BAD_SECTIONS = [
     (
         {"method": {"name": "adetp"}},
         'method.name = "adetp"',
-        "\"full\"; did you mean 'adept'?",
+        "did you mean 'adept'?",
     ),
-    ({"method": {"name": 3}}, "method.name = 3", 'expected one of "adept", "full"'),
-    ({"method": "full"}, 'method = "full"', "expected an object with the keys name, num_virtual_tokens"),
+    ({"method": {"name": 3}}, "method.name = 3", 'expected one of "adapter", "adapter_drop", "adept", "bitfit"'),
+    ({"method": "full"}, 'method = "full"', "expected an object with the keys name, init_from, num_virtual_tokens"),
     ({"method": {"botleneck": 2}}, "method.botleneck = 2", "unknown key of method 'adept'; did you mean method.bott"),
-    ({"method": {"name": "full", "bottleneck": 2}}, "method.bottleneck = 2", "'full' (method.name 'adept' has it)"),
+    (
+        {"method": {"name": "full", "bottleneck": 2}},
+        "method.bottleneck = 2",
+        "'full' (method.name 'adapter' or 'adapter_drop' or 'adept' has it)",
+    ),
     ({"method": {"bottleneck": 0}}, "method.bottleneck = 0", "expected integer >= 1"),
     (
         {"method": {"name": "full"}, "model": {"name_or_path": "x", "quantization": "nf4"}},
