@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from adept_ds.config import ModelConfig, RunConfig, TrainConfig
 from adept_ds.errors import UserError
 from adept_ds.frozen_linear import FrozenLinear
+from adept_ds.meta_step import meta_model
 from adept_ds.method_config import (
     AdapterConfig,
     AdapterDropConfig,
@@ -30,7 +31,6 @@ from adept_ds.method_config import (
     PTuningConfig,
 )
 from adept_ds.model import AdaptedModel, get_adept_model
-from adept_ds.plan import meta_model
 from adept_ds.quantization import Scheme, quantize_linears
 from tests.conftest import EOS, PAD, VOCABULARY
 
