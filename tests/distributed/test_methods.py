@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 STEPS, SAVED = 6, 3
 
 METHODS: dict[str, dict[str, Any]] = {
-    "adept": {"num_virtual_tokens": 4, "bottleneck": 2},
+    "adept": {"num_virtual_tokens": 4, "bottleneck": 3},
     "pt": {"num_virtual_tokens": 5},
     "dept": {"num_virtual_tokens": 3, "rank": 2, "max_positions": 40},
     "pt_embedding": {"num_virtual_tokens": 3},
@@ -33,8 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"prefix_length": 4, "projection": True, "hidden_size": 8},
     "lora": {"rank": 3, "dropout": 0.0},
     "ia3": {"feed_forward": True},
-    "adapter": {"bottleneck": 2},
-    "adapter_drop": {"bottleneck": 2, "dropped_layers": 1},
+    "adapter": {"bottleneck": 3},
+    "adapter_drop": {"bottleneck": 3, "dropped_layers": 1},
     "bitfit": {},
 }
 RUNS = [(model, method) for model in ("llama-nf4", "t5") for method in METHODS]
