@@ -252,8 +252,9 @@ class EvalConfig(Section):
 
     every_steps: Count | None = None
     """Steps between evaluations; once an epoch if not given. The last step is evaluated always."""
-    metric: Literal["loss", "pass@1"] = "loss"
-    """What the best checkpoint is chosen by."""
+    metric: Literal["loss", "pass@1", "task"] = "loss"
+    """What the best checkpoint is chosen by; `task` is the metric by which each of `data.tasks` chooses (accuracy, F1,
+    exact match, ...), averaged over the tasks, of answers that are decoded greedily."""
     max_examples: Count | None = None
     """Evaluate on the first so many validation examples only."""
     batch_size: Count = 8
@@ -320,4 +321,6 @@ class RunConfig(Section):
                 f"train.sharding node is for frozen weights, and method.name {self.method.name} trains them; expected "
                 "global or replicate"
             )
+        if self.eval.metric == "task" and not is_tasks:
+            raise ValueError(f"eval.metric task needs data.format: tasks; data.format {self.data.format} has no metric")
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from adept_ds.config import DataConfig, GenerationConfig, RunConfig
 from adept_ds.data.tasks import Part, Task, TaskExamples, cut_references, load_task_examples
-from adept_ds.distributed import init_world, on_main_rank
+from adept_ds.distributed import World, init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
 from adept_ds.generate import generate_samples
+from adept_ds.model import AdaptedModel
 from adept_ds.tuned import load_tuned, tuned_facts
 
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -62,6 +64,42 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
         }
         about = {**facts, "protocol": protocol}
         on_main_rank(partial(score_to_folder, of_task, generated, tokenizer, out / task.name, about), world)
+
+
+def validation_metrics(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: TaskExamples,
+    run: RunConfig,
+    world: World,
+) -> dict[str, float]:
+    """Generate answers to validation examples of one or several tasks and measure them. Collective.
+
+    Returns:
+        `TASK/METRIC` to its value, and `task`: the mean over tasks of what each task's checkpoints are chosen by.
+    """
+    values: dict[str, float] = {}
+    chosen_by = []
+    for of_task in examples.by_task():
+        task = of_task[0].task
+        samples = generate_samples(
+            model, tokenizer, of_task, greedy(task, tokenizer, run.eval.generation), run.data, world
+        )
+        measure = partial(_measure, of_task, [sample.completion for sample in samples], tokenizer)
+        # One rank computes: a last bit that differs between machines would make ranks disagree about the best.
+        metrics = on_main_rank(measure, world)
+        values |= {f"{task.name}/{name}": value for name, value in metrics.items()}
+        chosen_by.append(metrics[task.chosen_by])
+    return values | {"task": math.fsum(chosen_by) / len(chosen_by)}
+
+
+def _measure(examples: TaskExamples, generated: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    # As in `score_to_folder`.
+    from adept_ds.data.tasks.metrics import evaluate
+
+    task = examples[0].task
+    references = [cut_references(task, example.references, tokenizer) for example in examples]
+    return evaluate(task, generated, references, tuple(dict.fromkeys((*task.metrics, task.chosen_by))))
 
 
 def greedy(task: Task, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> GenerationConfig:

@@ -1,4 +1,4 @@
-"""The picture of a run: losses, graded evaluations and learning rates over the optimizer steps."""
+"""The picture of a run: losses, graded evaluations and learning rates over the optimizer steps; and of many runs."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 RAW, SMOOTH, EVALUATION = "#b8c4d6", "#1f4e8c", "#c2571a"
+GRADED = {"eval/pass@1": "pass@1 in %", "eval/task": "task metric in %"}
+"""Evaluation that has a panel of its own to the panel's label."""
 RATES = ("#1f4e8c", "#2f8f6b", "#8a5a9e")
 
 
 def learning_curve(metrics: Sequence[dict[str, Any]], title: str) -> bytes:
     """PNG of training loss (raw and smoothed), evaluations and learning rates over the steps."""
     rates = sorted({key for line in metrics for key in line if key.startswith("learning_rate/")})
-    graded = any("eval/pass@1" in line for line in metrics)
-    heights = [3.0] + [1.2] * graded + [1.2] * bool(rates)
+    graded = next((key for key in GRADED if any(key in line for line in metrics)), None)
+    heights = [3.0] + [1.2] * bool(graded) + [1.2] * bool(rates)
     figure = Figure(figsize=(8.5, 1.3 + sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     figure.suptitle(title, fontsize=13, fontweight="bold")
     _draw_loss(panels[0], metrics)
     if graded:
-        steps, scores = series(metrics, "eval/pass@1")
+        steps, scores = series(metrics, graded)
         panels[1].plot(steps, [100 * score for score in scores], "o-", color=EVALUATION, markersize=4)
-        panels[1].set_ylabel("pass@1 in %")
+        panels[1].set_ylabel(GRADED[graded])
     if rates:
         peaks = []
         for key, colour in zip(rates, RATES, strict=False):
@@ -47,6 +50,36 @@ def learning_curve(metrics: Sequence[dict[str, Any]], title: str) -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("optimizer step")
     figure.align_ylabels(panels)
+    return _png(figure)
+
+
+def compare_curves(curves: Sequence[tuple[str, Sequence[dict[str, Any]]]], title: str) -> bytes:
+    """PNG of several runs: smoothed training loss, validation loss and graded evaluations over the steps.
+
+    Args:
+        curves: Label and metrics of each run; runs of one label share a colour.
+        title: Heading of the picture.
+    """
+    panels = {"loss": "training loss, smoothed", "eval/loss": "validation loss", **GRADED}
+    shown = [key for key in panels if any(key in line for _, metrics in curves for line in metrics)]
+    figure = Figure(figsize=(1 + 4.6 * len(shown), 4), layout="constrained")
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    labels = list(dict.fromkeys(label for label, _ in curves))
+    for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for label, metrics in curves:
+            steps, values = series(metrics, key)
+            values = smooth(values) if key == "loss" else [100 * v for v in values] if key in GRADED else values
+            axes.plot(steps, values, color=f"C{labels.index(label)}", linewidth=1.4, alpha=0.85)
+        axes.set_title(panels[key], fontsize=10)
+        axes.set_xlabel("optimizer step")
+        axes.grid(color="#e8e8e8", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    lines = [Line2D([], [], color=f"C{number}") for number in range(len(labels))]
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()

@@ -8,9 +8,10 @@ figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -18,8 +19,11 @@ from scipy.stats import bootstrap
 from adept_ds.errors import UserError
 
 # Half-width of a 95 % interval in standard errors.
-Z95 = NormalDist().inv_cdf(0.975)
+CONFIDENCE = 0.95
+Z95 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 RESAMPLES = 10_000
+BATCH_ELEMENTS = 10_000_000
+"""Indices that the bootstrap holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +140,39 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
     )
 
 
-def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over problems, whatever their order; the values must not be all the same."""
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float],
+    n: int,
+    method: Literal["BCa", "percentile"],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a statistic of `n` units, two at least.
+
+    Args:
+        statistic: Takes the indices of units, some perhaps several times. For BCa it must not be the same for all.
+        n: Number of units.
+        method: BCa corrects bias and skew, and asks for the statistic without each unit in turn as well.
+        resamples: How many samples of n units are drawn with replacement.
+        seed: Another seed draws others.
+    """
     interval = bootstrap(
-        (np.sort(values),), np.mean, n_resamples=RESAMPLES, batch=500, method="BCa", rng=np.random.default_rng(0)
+        (np.arange(n),),
+        statistic,
+        vectorized=False,
+        n_resamples=resamples,
+        batch=max(1, BATCH_ELEMENTS // n),
+        confidence_level=CONFIDENCE,
+        method=method,
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean over problems, whatever their order; the values must not be all the same."""
+    ordered = np.sort(values)
+    return bootstrap_interval(lambda chosen: float(ordered[chosen].mean()), len(ordered), "BCa")
 
 
 def _agresti_min(differences: Sequence[float]) -> tuple[float, float]:

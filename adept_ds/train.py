@@ -51,11 +51,13 @@ from adept_ds.data import (
     load_problems,
     rank_micro_batches,
 )
+from adept_ds.data.tasks import load_task_examples
 from adept_ds.deepspeed_config import BatchArithmetic, complete
 from adept_ds.distributed import init_world, on_main_rank, sum_over_ranks
 from adept_ds.engine import Engine, check_offload, prepare_deepspeed, shard_options
 from adept_ds.entry_point import is_main_rank
 from adept_ds.errors import UserError
+from adept_ds.evaluate_tasks import validation_metrics
 from adept_ds.generate import generate_samples
 from adept_ds.loss import IGNORE_INDEX
 from adept_ds.memory_plan import decide_sharding
@@ -312,6 +314,8 @@ class Trainer:
             values["eval/loss"] = self._validation_loss(self.validation_set)
             if metric == "pass@1":
                 values["eval/pass@1"] = self._validation_pass_at_1()
+            if metric == "task":
+                values |= self._validation_task_metrics()
             self.engine.model.train()
             if self.metrics:
                 self.metrics.write(self.state.step, values)
@@ -349,6 +353,12 @@ class Trainer:
             self.engine.model, self.tokenizer, problems, run.eval.generation, run.data, self.world
         )
         return on_main_rank(lambda: score_samples(problems, samples, run.eval.sandbox).pass_at_k[1].mean, self.world)
+
+    def _validation_task_metrics(self) -> dict[str, float]:
+        """The tasks' own metrics on the examples of the validation loss, by greedy decoding."""
+        examples = load_task_examples(self.run.data, "validation")[: self.run.eval.max_examples]
+        metrics = validation_metrics(self.engine.model, self.tokenizer, examples, self.run, self.world)
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     def _write_result(self, folder: Path) -> None:
         """Write what evaluations take: an adapter folder, or the whole model."""

@@ -47,6 +47,7 @@ def tuned_facts(run: RunConfig, model: AdaptedModel, result: Path | None) -> dic
     return {
         "adapter": str(result) if result else None,
         "adapter_sha256": load_adapter(result).facts["tensors_sha256"] if result and is_adapter else None,
+        "method": model.method.config.model_dump(mode="json") if model.method.config else None,
         "backbone": model.backbone_facts,
         "config_sha256": config_hash(run),
     }

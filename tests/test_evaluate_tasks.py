@@ -13,7 +13,7 @@ from adept_ds.config import DataConfig, GenerationConfig, RunConfig
 from adept_ds.data.tasks import TaskExamples, load_task_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
-from adept_ds.evaluate_tasks import greedy, score_to_folder
+from adept_ds.evaluate_tasks import greedy, score_to_folder, validation_metrics
 from adept_ds.generate import generate_samples
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
@@ -69,6 +69,27 @@ def test_predictions_lie_beside_the_scores(
         "references": [right[0]],
     }
     assert "rte: accuracy 75.00" in capsys.readouterr().out
+
+
+def test_validation_averages_over_tasks_what_each_chooses_by(
+    make_backbone: Callable[[str], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, world: World
+) -> None:
+    for task, columns in {"rte": ("sentence1", "sentence2"), "cb": ("premise", "hypothesis")}.items():
+        (tmp_path / task).mkdir()
+        rows = [{**dict.fromkeys(columns, f"a{i}"), "label": i % 2} for i in range(12)]
+        (tmp_path / task / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_config(format="tasks", tasks=["rte", "cb"], path=str(tmp_path))
+    model = get_adept_model(make_backbone("t5-tied"), AdeptConfig(num_virtual_tokens=3, bottleneck=2))
+    examples = load_task_examples(run.data, "validation")
+    values = validation_metrics(model, tokenizer, examples, run, world)
+    assert values.keys() == {"rte/accuracy", "cb/accuracy", "cb/macro_f1", "task"}
+    assert values["task"] == pytest.approx((values["rte/accuracy"] + values["cb/macro_f1"]) / 2)
+
+
+def test_the_examples_of_each_task_are_told_apart(cfg: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / "mrpc").symlink_to(tmp_path / "rte")
+    both = load_task_examples(cfg.model_copy(update={"tasks": ("mrpc", "rte")}), "test")[:5]
+    assert [[example.task.name for example in part] for part in both.by_task()] == [["mrpc"] * 3, ["rte"] * 2]
 
 
 def run_config(**data: object) -> RunConfig:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_a_sweep_stops_cleanly_and_goes_on(tiny_llama: Path, start: Start, launc
     settings["eval"] = {"every_steps": STEPS}
     process = start(0, SWEEP, settings, "--grid", "train.seed=[1, 2]", "--launcher", "python")
     try:
-        second = wait_for_second_run(tmp_path / "sweep")
+        second = wait_for_second_run(tmp_path / "sweep", process)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=120)
     finally:
@@ -58,14 +59,15 @@ def test_a_member_that_fails_does_not_stop_the_others(tiny_llama: Path, launch: 
     assert "is nan" in result.stdout or "is inf" in result.stdout
 
 
-def wait_for_second_run(folder: Path) -> Path:
+def wait_for_second_run(folder: Path, process: Any) -> Path:
     """The run folder of the second member, once it has taken two steps."""
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and process.poll() is None:
         for metrics in folder.glob("*/metrics.jsonl"):
             status = json.loads((metrics.parent / "status.json").read_text())
-            if len(list(folder.glob("*/status.json"))) == 2 and status["state"] == "running":
-                if len(losses(metrics.parent)) >= 2:
-                    return metrics.parent
+            is_second = len(list(folder.glob("*/status.json"))) == 2 and status["state"] == "running"
+            if is_second and len(losses(metrics.parent)) >= 2:
+                return metrics.parent
         time.sleep(0.01)
-    raise AssertionError("the second run has not begun")
+    output = process.communicate()[0] if process.poll() is not None else "too slow"
+    raise AssertionError(f"the second run was not seen: {output}")

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from .conftest import Launch, losses, run_settings
+from adept_ds.model import AdaptedModel
+
+from .conftest import Launch, losses, run_settings, save
 
 pytestmark = pytest.mark.slow
 
@@ -71,3 +75,59 @@ def test_scores_do_not_depend_on_ranks(run: tuple[Path, dict[str, Any]], launch:
         right = sum(line["answer"] == line["references"][0] for line in lines)
         assert summary["metrics"]["accuracy"]["value"] == pytest.approx(right / 11)
         assert summary["protocol"]["variant"] == "fixed"
+
+
+@pytest.fixture(scope="module")
+def talkative_t5(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny T5 with weights that make it say something else to every input, half of its tokens ending an answer."""
+    folder = tmp_path_factory.mktemp("talkative")
+    torch.manual_seed(0)
+    config = T5Config.from_pretrained(tiny_t5, initializer_factor=2.0)
+    model = T5ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.shared.weight, std=0.3)
+    model.generation_config.eos_token_id = list(range(2, config.vocab_size, 2))
+    return save(model, AutoTokenizer.from_pretrained(tiny_t5), folder)
+
+
+def free_text_settings(model: Path, run_dir: Path, folder: Path) -> dict[str, Any]:
+    found = run_settings(model, run_dir, max_steps=6, learning_rate={"soft_prompt": 0.3, "network": 0.01})
+    found["data"] = {"format": "tasks", "tasks": [str(folder / "say.json")]}
+    found["eval"] = {"every_steps": 2, "metric": "task", "generation": {"batch_size": 1}}
+    return found
+
+
+@pytest.fixture(scope="module")
+def free_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of free text, so that answers have different lengths."""
+    folder = tmp_path_factory.mktemp("say")
+    task = {"files": {"train": "train.jsonl", "validation": "train.jsonl"}, "source": "{text}", "target": "answer"}
+    (folder / "say.json").write_text(json.dumps({**task, "metrics": ["token_f1", "exact_match"]}))
+    rows = [{"text": f"{'ab' * i} {i}", "answer": f"{chr(97 + i)} {i}"} for i in range(9)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_ranks_whose_answers_end_early_wait_for_the_others_and_the_best_has_the_best_metric(
+    talkative_t5: Path, free_text: Path, launch: Launch, tmp_path: Path
+) -> None:
+    evaluations = {}
+    for ranks in (2, 0):
+        run_dir = tmp_path / str(ranks)
+        result = launch(ranks, "launchers/train.py", free_text_settings(talkative_t5, run_dir, free_text))
+        assert result.returncode == 0, result.stdout
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        evaluations[ranks] = [line for line in lines if "eval/task" in line]
+    assert [line["step"] for line in evaluations[2]] == [2, 4, 6]
+    for two, one in zip(evaluations[2], evaluations[0], strict=True):
+        assert two["eval/task"] == two["eval/say/token_f1"]
+        assert two == pytest.approx(one, rel=1e-4)
+    status = json.loads((tmp_path / "2" / "status.json").read_text())
+    best = max(evaluations[2], key=lambda line: line["eval/task"])
+    assert (status["best_step"], status["best_value"]) == (best["step"], best["eval/task"])
+
+    backbone = T5ForConditionalGeneration.from_pretrained(talkative_t5)
+    model = AdaptedModel.from_pretrained(backbone, tmp_path / "2" / "best")
+    tokenizer = AutoTokenizer.from_pretrained(talkative_t5)
+    texts = [json.loads(line)["text"] for line in (free_text / "train.jsonl").read_text().splitlines()]
+    answers = [model.generate(tokenizer(text, return_tensors="pt").input_ids, max_new_tokens=20)[0] for text in texts]
+    assert len({len(answer) for answer in answers}) > 2

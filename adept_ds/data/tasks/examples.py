@@ -92,6 +92,11 @@ class TaskExamples(Sequence[TaskExample]):
         members, positions = np.unique(self.members, return_inverse=True)
         return TaskExamples(self.parts, members), positions
 
+    def by_task(self) -> list[TaskExamples]:
+        """Return the examples of each task that has any, in their order."""
+        part = self._part_of(self.members)
+        return [TaskExamples(self.parts, self.members[part == number]) for number in np.unique(part)]
+
     def _part_of(self, members: np.ndarray) -> np.ndarray:
         ends = np.cumsum([len(part) for part in self.parts])
         return np.searchsorted(ends, members, side="right")

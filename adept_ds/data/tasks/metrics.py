@@ -25,12 +25,10 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from adept_ds.data.tasks.task import MetricName, Task
 from adept_ds.errors import UserError
+from adept_ds.metrics import bootstrap_interval
 
 INVALID = -1
 """Code of a prediction that is no label word, and value of one that is no number."""
-CONFIDENCE = 0.95
-BATCH_ELEMENTS = 10_000_000
-"""Indices that the bootstrap holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -74,32 +72,13 @@ def evaluate_with_intervals(
         UserError: As `evaluate`.
     """
     samples = _statistics(task, predictions, references, task.metrics)
-    return {name: bootstrap(statistic, len(predictions), resamples, seed) for name, statistic in samples.items()}
-
-
-def bootstrap(statistic: Callable[[np.ndarray], float], n: int, resamples: int, seed: int) -> Interval:
-    """Return a statistic of all `n` examples, with its percentile bootstrap interval.
-
-    Args:
-        statistic: Takes indices of examples, some perhaps several times.
-        n: Number of examples.
-        resamples: How many samples of n examples are drawn with replacement.
-        seed: Another seed draws others.
-    """
-    value = statistic(np.arange(n))
-    if n == 1:
-        return Interval(value, value, value, n)
-    result = stats.bootstrap(
-        (np.arange(n),),
-        statistic,
-        vectorized=False,
-        n_resamples=resamples,
-        batch=max(1, BATCH_ELEMENTS // n),
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high), n)
+    n = len(predictions)
+    intervals = {}
+    for name, statistic in samples.items():
+        value = statistic(np.arange(n))
+        bounds = (value, value) if n == 1 else bootstrap_interval(statistic, n, "percentile", resamples, seed)
+        intervals[name] = Interval(value, *bounds, n)
+    return intervals
 
 
 def count_invalid(task: Task, predictions: Sequence[str]) -> int:

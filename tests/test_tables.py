@@ -1,0 +1,270 @@
+"""Tables of many runs: which runs make a figure, the paper's beside it, what counts as noise, what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from adept_ds.errors import UserError
+from adept_ds.paper import paper_figures
+from adept_ds.run_results import read_runs
+from adept_ds.tables import Table, build_tables
+from adept_ds.tables_report import markdown, write_csv
+from evals.report import main
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """A run folder with one evaluation of `right` of 100 test examples, interval 10 points to each side."""
+
+    def make(
+        name: str,
+        right: int,
+        method: dict[str, Any] | None = None,
+        *,
+        task: str = "rte",
+        metric: str = "accuracy",
+        validation: float = 0.5,
+        evaluated: dict[str, Any] | None = None,
+        split: str = "test",
+        adapter: str | None = "best",
+        **settings: Any,
+    ) -> Path:
+        run_dir = tmp_path / name
+        method = method or {"name": "adept", "num_virtual_tokens": 60, "bottleneck": 19}
+        config = {
+            "model": {"name_or_path": settings.pop("model", "google-t5/t5-base")},
+            "method": method,
+            "data": {"format": "tasks", "tasks": [task], "k_shot": settings.pop("k_shot", None)},
+            "train": {"seed": settings.pop("seed", 1), **settings},
+            "eval": {"metric": "task"},
+        }
+        folder = run_dir / "eval" / "test" / task
+        folder.mkdir(parents=True)
+        (run_dir / "best").mkdir()
+        save_file({"a": np.zeros((2, 3)), "b": np.zeros(5)}, run_dir / "best" / "adapter_model.safetensors")
+        (run_dir / "config.json").write_text(json.dumps(config))
+        (run_dir / "status.json").write_text(json.dumps({"state": "finished", "best_value": validation}))
+        lines = [{"step": step, "loss": 1 / step, "eval/task": step / 10} for step in range(1, 5)]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        share = right / 100
+        summary = {
+            "adapter": adapter,
+            "method": evaluated or (method if adapter else None),
+            "protocol": {"task": task, "variant": "fixed", "split": split},
+            "examples": 100,
+            "metrics": {metric: {"value": share, "low": share - 0.1, "high": share + 0.1, "n": 100}},
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        with (folder / "predictions.jsonl").open("w") as file:
+            for number in range(100):
+                line = {"task_id": f"{task}/test/{number}", "answer": str(int(number < right)), "references": ["1"]}
+                file.write(json.dumps(line) + "\n")
+        return run_dir
+
+    return make
+
+
+def tables_of(*runs: Path) -> list[Table]:
+    records, _ = read_runs(runs)
+    return build_tables([result for record in records for result in record.results], paper_figures())
+
+
+def cell(table: Table, row: str, column: str) -> Any:
+    (found,) = [one for one in table.rows if one.label == row]
+    return found.cells[table.columns.index(column)]
+
+
+def table_3(*runs: Path) -> Table:
+    return next(table for table in tables_of(*runs) if table.title.startswith("Table 3"))
+
+
+def test_seeds_are_averaged_and_compared_with_the_paper(make_run: MakeRun) -> None:
+    found = cell(table_3(*(make_run(f"s{n}", n, seed=n) for n in (70, 74, 78))), "ADePT", "RTE")
+    assert (found.ours.runs, found.our_mean, found.paper) == (3, 74, 82.0)
+    assert found.ours.deviation == pytest.approx(4.0)
+    assert found.difference == pytest.approx(-8.0)
+    example_error = 10 / 1.959964
+    error = math.hypot(example_error, 4 / math.sqrt(3))
+    assert found.ours.interval[1] == pytest.approx(74 + 1.959964 * error)
+    # The paper's figure: as many examples, and one run with our deviation.
+    assert found.noise == pytest.approx(1.959964 * math.hypot(error, example_error, 4.0))
+    assert found.exceeds_noise is False
+
+
+def test_a_large_difference_exceeds_the_noise(make_run: MakeRun) -> None:
+    assert cell(table_3(make_run("low", 40)), "ADePT", "RTE").exceeds_noise is True
+
+
+def test_one_run_has_its_own_interval_and_no_deviation(make_run: MakeRun) -> None:
+    ours = cell(table_3(make_run("one", 80)), "ADePT", "RTE").ours
+    assert ours.deviation is None
+    assert ours.interval == pytest.approx((70, 90))
+
+
+def test_a_deviation_that_the_paper_prints_is_over_three_runs(make_run: MakeRun) -> None:
+    (table,) = (
+        table for table in tables_of(make_run("one", 59, task="winogrande")) if table.title.startswith("Table 4")
+    )
+    found = cell(table, "ADePT", "WinoGrande")
+    assert found.noise == pytest.approx(1.959964 * math.hypot(10 / 1.96, 10 / 1.96, 0.9 / math.sqrt(3)), rel=1e-3)
+    assert found.is_other_task  # the paper's WinoGrande shows one option twice
+
+
+def test_validation_chooses_between_settings_and_test_figures_do_not(make_run: MakeRun) -> None:
+    good = make_run("good", 75, train_rate=1, validation=0.9)
+    lucky = make_run("lucky", 95, train_rate=2, validation=0.6)
+    found = cell(table_3(good, lucky), "ADePT", "RTE")
+    assert (found.our_mean, found.ours.settings_tried, found.ours.runs) == (75, 2, 1)
+
+
+def test_a_loss_chooses_the_lower(make_run: MakeRun) -> None:
+    runs = [make_run("a", 75, train_rate=1, validation=0.9), make_run("b", 95, train_rate=2, validation=0.6)]
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"eval": {"metric": "loss"}}))
+    assert cell(table_3(*runs), "ADePT", "RTE").our_mean == 95
+
+
+def test_methods_that_were_not_run_stand_as_quoted(make_run: MakeRun) -> None:
+    table = table_3(make_run("one", 80))
+    text = markdown([table], [], "the paper")
+    assert "HyperFormer (m) (quoted)" in text
+    assert "PT (quoted)" in text
+    assert "ADePT (paper)" in text
+    rows = {row.label: row for row in table.rows}
+    assert (rows["LST"].quoted_from, rows["ADePT"].quoted_from) == ("Sung et al. 2022", None)
+    assert [row.label for row in table.rows if row.is_run] == ["ADePT"]
+
+
+def test_a_mean_needs_all_of_its_columns(make_run: MakeRun) -> None:
+    tasks = {"multirc": "f1", "boolq": "accuracy", "wic": "accuracy", "wsc": "accuracy"}
+    runs = [make_run(task, 70, task=task, metric=metric) for task, metric in tasks.items()]
+    assert cell(table_3(*runs), "ADePT", "SuperGLUE mean").our_mean is None
+    found = cell(table_3(*runs, make_run("cb", 90, task="cb")), "ADePT", "SuperGLUE mean")
+    assert found.our_mean == pytest.approx(74)
+    assert found.difference == pytest.approx(74 - 77.4)
+
+
+def test_ablations_stand_in_their_own_tables(make_run: MakeRun) -> None:
+    runs = [
+        make_run(f"r{r}", 60 + r, {"name": "adept", "num_virtual_tokens": 60, "bottleneck": r}, validation=r / 100)
+        for r in (5, 10)
+    ]
+    tables = {table.title.partition(":")[0]: table for table in tables_of(*runs)}
+    assert cell(tables["Table 12 of the paper"], "ADePT", "r = 5").our_mean == 65
+    assert cell(tables["Table 12 of the paper"], "ADePT", "r = 10").our_mean == 70
+    assert cell(tables["Table 12 of the paper"], "ADePT", "r = 20").our_mean is None
+    assert cell(tables["Table 3 of the paper"], "ADePT", "RTE").our_mean == 70
+
+
+def test_an_evaluation_counts_with_the_settings_it_was_made_with(make_run: MakeRun) -> None:
+    dept = {"name": "dept", "num_virtual_tokens": 40, "cyclic_shift": 0}
+    runs = [make_run("plain", 79, dept), make_run("shifted", 60, dept, evaluated=dept | {"cyclic_shift": 50})]
+    tables = {table.title.partition(":")[0]: table for table in tables_of(*runs)}
+    assert cell(tables["Table 1 of the paper"], "DePT (0)", "RTE").our_mean == 79
+    assert cell(tables["Table 1 of the paper"], "DePT (50)", "RTE").our_mean == 60
+
+
+def test_few_shot_runs_are_apart_from_full_ones(make_run: MakeRun) -> None:
+    tables = tables_of(make_run("few", 55, task="boolq", k_shot=16), make_run("all", 80, task="boolq"))
+    few = next(table for table in tables if table.title.startswith("Table 15"))
+    assert cell(few, "ADePT", "BoolQ, k = 16").our_mean == pytest.approx(55)
+    full = next(table for table in tables if table.title.startswith("Table 3"))
+    assert cell(full, "ADePT", "BoolQ").our_mean == 80
+
+
+def test_other_backbones_have_a_table_without_the_paper(make_run: MakeRun) -> None:
+    runs = [make_run("a", 60, model="models/tiny"), make_run("b", 30, {"name": "pt"}, model="models/tiny")]
+    base = make_run("c", 10, model="models/tiny", adapter=None)
+    (table,) = tables_of(*runs, base)
+    assert (table.title, table.has_paper) == ("tiny", False)
+    assert [row.label for row in table.rows] == ["untuned", "adept", "pt"]
+    assert [row.parameters for row in table.rows] == [(0,), (11,), (11,)]
+
+
+def test_methods_are_compared_example_by_example(make_run: MakeRun) -> None:
+    runs = [make_run("a", 60), make_run("b", 62, seed=2), make_run("c", 30, {"name": "pt"})]
+    (found,) = table_3(*runs).differences
+    assert (found.first, found.second, found.column) == ("ADePT", "PT", "RTE")
+    assert found.difference.mean == pytest.approx(0.30 - 0.61)
+    assert (found.difference.worse, found.difference.better) == (32, 0)
+    assert found.difference.high < 0
+
+
+def test_other_splits_and_unfinished_runs_are_noted(make_run: MakeRun) -> None:
+    run = make_run("a", 60, split="validation")
+    (run / "status.json").write_text(json.dumps({"state": "interrupted"}))
+    records, notes = read_runs([run])
+    assert records[0].results == []
+    assert "is of the split 'validation' and is left out" in " ".join(notes)
+    assert "is not finished (interrupted)" in " ".join(notes)
+
+
+def test_bundled_problems_are_not_mbpp(make_run: MakeRun) -> None:
+    run = make_run("a", 60, model="codegen-350M-mono")
+    score = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    for path, name in (("bundled", "demo"), ("mbxp.jsonl", "mbpp")):
+        folder = run / "eval" / name
+        folder.mkdir()
+        protocol = {"format": "mbpp-paper", "path": path, "split": "test"}
+        summary = {"adapter": "best", "protocol": protocol, "pass@1": score, "problems": 40}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    seventh, own = tables_of(run)
+    assert cell(seventh, "ADePT", "MBPP").our_mean == pytest.approx(20)
+    assert cell(seventh, "ADePT", "MBPP").difference == pytest.approx(20 - 17.86)
+    assert "bundled problems pass@1" in own.columns
+
+
+def test_the_csv_has_a_line_for_every_figure(make_run: MakeRun, tmp_path: Path) -> None:
+    write_csv([table_3(make_run("one", 80))], tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    (ours,) = [line for line in lines if line["mean"]]
+    assert (ours["method"], ours["task"], ours["paper"], ours["parameters"]) == ("ADePT", "rte", "82.0", "11")
+    assert len(lines) == 18 * 15 - 6  # LST has no figures on SuperGLUE
+
+
+def test_the_entry_point_writes_all_files_for_a_folder_of_runs(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run("sweep/a", 60)
+    make_run("sweep/b", 70, seed=2)
+    main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("report.md", "report.csv", "report.html", "learning_curves-t5_base_on_rte.png")
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("https://arxiv.org", "")
+    shown = capsys.readouterr().out
+    assert "65.00 ± 7.07 (-17.00)" in shown
+
+
+def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder and holds none"):
+        read_runs([tmp_path])
+
+
+def test_the_papers_means_are_those_of_its_columns() -> None:
+    odd = []
+    for table in paper_figures().tables:
+        for row in table.rows:
+            figures = dict(zip((column.label for column in table.columns), row.values, strict=True))
+            for column in table.columns:
+                parts = [figures[label] for label in column.mean_of]
+                printed = figures[column.label]
+                is_known = bool(parts) and None not in parts and printed is not None
+                if is_known and abs(sum(parts) / len(parts) - printed) > 0.11:
+                    odd.append((table.number, row.label, column.label))
+    assert odd == [(3, "Full fine-tuning (m)", "SuperGLUE mean")]  # as printed
