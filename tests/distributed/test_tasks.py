@@ -90,7 +90,7 @@ def talkative_t5(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def free_text_settings(model: Path, run_dir: Path, folder: Path) -> dict[str, Any]:
-    found = run_settings(model, run_dir, max_steps=6, learning_rate={"soft_prompt": 0.3, "network": 0.01})
+    found = run_settings(model, run_dir, max_steps=6)
     found["data"] = {"format": "tasks", "tasks": [str(folder / "say.json")]}
     found["eval"] = {"every_steps": 2, "metric": "task", "generation": {"batch_size": 1}}
     return found
@@ -120,7 +120,7 @@ def test_ranks_whose_answers_end_early_wait_for_the_others_and_the_best_has_the_
     assert [line["step"] for line in evaluations[2]] == [2, 4, 6]
     for two, one in zip(evaluations[2], evaluations[0], strict=True):
         assert two["eval/task"] == two["eval/say/token_f1"]
-        assert two == pytest.approx(one, rel=1e-4)
+        assert two == pytest.approx(one, rel=1e-3)
     status = json.loads((tmp_path / "2" / "status.json").read_text())
     best = max(evaluations[2], key=lambda line: line["eval/task"])
     assert (status["best_step"], status["best_value"]) == (best["step"], best["eval/task"])
