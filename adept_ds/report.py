@@ -6,6 +6,7 @@ Reads what the run folder holds and says what it lacks:
     metrics.jsonl               lines with "step" and "loss", "learning_rate/<group>", "tokens_per_second", "eval/loss"
     eval/<name>/summary.json    one evaluation (`Summary`); the one without an adapter is the baseline of the others
     eval/<name>/results.jsonl   its samples: {"task_id", "completion", "program", "status", "kind"}
+    eval/<name>/<task>/summary.json    one evaluation on a text-to-text task (`TaskSummary`)
 
 Writes `learning_curve.png` and `report.html` beside them.
 """
@@ -20,18 +21,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, read_json
 from adept_ds.learning_curve import learning_curve, series
 from adept_ds.metrics import PairedDifference, paired_difference, problem_scores
 from adept_ds.tracking import METRICS_NAME, read_metrics
 
 SHOWN_PROBLEMS = 6
+AnySummary = TypeVar("AnySummary", bound=BaseModel)
 
 
 class Interval(BaseModel):
@@ -61,6 +63,31 @@ class Summary(BaseModel):
     """Which problems, prompt, decoding and extraction."""
     isolation: Any = None
     """What kept the programs apart from the machine."""
+
+
+class TaskInterval(BaseModel):
+    """A metric with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class TaskSummary(BaseModel):
+    """`summary.json` of a text-to-text task; further keys are not looked at."""
+
+    name: str
+    protocol: dict[str, Any]
+    examples: int
+    invalid: int
+    """Answers that are no label word, or no number where one is asked for."""
+    metrics: dict[str, TaskInterval]
+
+    @property
+    def task(self) -> str:
+        """The task and, unless it is the test split, the split."""
+        split = self.protocol["split"]
+        return self.protocol["task"] + ("" if split == "test" else f" ({split})")
 
 
 @dataclass(frozen=True)
@@ -97,6 +124,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
+    tasks: list[TaskSummary] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be compared, one sentence each."""
 
@@ -111,7 +139,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: no such run folder")
     run = Run(path)
     if (path / "config.json").is_file():
-        run.config = _read_json(path / "config.json")
+        run.config = read_json(path / "config.json")
     else:
         run.notes.append("config.json is missing: the run's settings are not shown.")
     if (path / METRICS_NAME).is_file():
@@ -121,9 +149,10 @@ def read_run(path: Path) -> Run:
     for summary_path in sorted(path.glob("eval/*/summary.json")):
         run.evaluations.append(_read_evaluation(summary_path, run.notes))
     run.evaluations.sort(key=lambda evaluation: evaluation.summary.adapter is not None)
-    if not run.evaluations:
+    run.tasks = [_read_summary(path, TaskSummary) for path in sorted(path.glob("eval/*/*/summary.json"))]
+    if not (run.evaluations or run.tasks):
         run.notes.append("eval/ holds no summary.json: the run has not been graded.")
-    if not (run.config or run.metrics or run.evaluations):
+    if not (run.config or run.metrics or run.evaluations or run.tasks):
         raise UserError(f"{path} is not a run folder: it has no config.json, {METRICS_NAME} or eval/*/summary.json")
     _compare(run)
     return run
@@ -176,6 +205,12 @@ def text_report(run: Run) -> str:
             f"  {summary.name:{width}}{_percent(score.mean):>8}   {interval:^15}"
             f"{summary.problems:>10}{summary.samples:>9}{summary.verdicts.get('passed', 0):>8}"
         )
+    lines += [
+        f"  {summary.name}, {summary.task}: {metric} {_percent(score.value)} ({100 * score.low:.1f} to "
+        f"{100 * score.high:.1f}), {summary.examples} examples, {summary.invalid} invalid"
+        for summary in run.tasks
+        for metric, score in summary.metrics.items()
+    ]
     for comparison in run.comparisons:
         difference = comparison.difference
         lines.append(
@@ -214,6 +249,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "soft prompt length": "method.num_virtual_tokens",
         "bottleneck": "method.bottleneck",
         "data": "data.format",
+        "tasks": "data.tasks",
         "batch": "train.global_batch_size",
         "epochs": "train.epochs",
         "ZeRO stage": "deepspeed.zero_optimization.stage",
@@ -224,22 +260,20 @@ def run_facts(run: Run) -> dict[str, str]:
     for group in sorted(groups, reverse=True):
         settings[f"learning rate of the {group.replace('_', ' ')}"] = f"train.learning_rate.{group}"
     facts = {label: value for label, key in settings.items() if (value := _lookup(run.config, key)) is not None}
-    return {label: str(value) for label, value in facts.items()} | training_facts(run)
+    shown = {label: ", ".join(value) if isinstance(value, list) else str(value) for label, value in facts.items()}
+    return {label: text for label, text in shown.items() if text} | training_facts(run)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_summary(path: Path, kind: type[AnySummary]) -> AnySummary:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise UserError(f"{path}: {problems}") from error
 
 
 def _read_evaluation(summary_path: Path, notes: list[str]) -> Evaluation:
-    try:
-        summary = Summary.model_validate(_read_json(summary_path))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise UserError(f"{summary_path}: {problems}") from error
+    summary = _read_summary(summary_path, Summary)
     if summary.missing:
         notes.append(f"{summary.name}: problems without a sample, counted as failed: {len(summary.missing)}.")
     results_path = summary_path.with_name("results.jsonl")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.errors import UserError
+from adept_ds.files import read_json
 
 RESULTS_NAME = "results.jsonl"
 SUMMARY_NAME = "summary.json"
@@ -63,19 +64,8 @@ def read_results(path: Path) -> Results:
             except (ValueError, TypeError, KeyError) as error:
                 expected = "expected a JSON object with task_id, status and kind"
                 raise UserError(f"{path}:{number}: {expected} ({type(error).__name__}: {error})") from None
-    summary = _read_summary(path.with_name(SUMMARY_NAME))
+    summary_path = path.with_name(SUMMARY_NAME)
+    summary = read_json(summary_path) if summary_path.is_file() else {}
     drawn.update(dict.fromkeys(summary.get("missing", ()), 0))
     tallies = {task_id: (n, passed[task_id]) for task_id, n in drawn.items()}
     return Results(path, tallies, dict(verdicts), summary.get("problems_sha256"))
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return summary

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from adept_ds.config_loader import flatten
 from adept_ds.errors import UserError
+from adept_ds.files import read_json
 from adept_ds.metrics import problem_scores
 from adept_ds.results import RESULTS_NAME, SUMMARY_NAME, read_results
 from adept_ds.run_folder import CONFIG_NAME, MAY_CHANGE, STATUS_NAME
@@ -111,8 +112,8 @@ def _run_folders(given: Path) -> list[Path]:
 
 
 def _read_run(path: Path, notes: list[str]) -> RunRecord:
-    settings = flatten(_read_json(path / CONFIG_NAME))
-    status = _read_json(path / STATUS_NAME) if (path / STATUS_NAME).is_file() else {}
+    settings = flatten(read_json(path / CONFIG_NAME))
+    status = read_json(path / STATUS_NAME) if (path / STATUS_NAME).is_file() else {}
     if status.get("state") != "finished":
         notes.append(f"{path} is not finished ({status.get('state', 'no status.json')}).")
     metrics = read_metrics(path / METRICS_NAME) if (path / METRICS_NAME).is_file() else []
@@ -127,7 +128,7 @@ def _read_run(path: Path, notes: list[str]) -> RunRecord:
 def _read_summary(
     run: Path, path: Path, run_settings: dict[str, Any], validation: float | None, notes: list[str]
 ) -> list[Result]:
-    summary = _read_json(path)
+    summary = read_json(path)
     protocol = summary.get("protocol") or {}
     try:
         if protocol.get("split") not in COUNTED_SPLITS:
@@ -193,13 +194,3 @@ def example_scores(result: Result) -> dict[str, float] | None:
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     return {line["task_id"]: max(compare(line["answer"], right) for right in line["references"]) for line in lines}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value

@@ -32,7 +32,7 @@ from adept_ds.config import RunConfig
 from adept_ds.config_loader import COMMAND_LINE, LoadedConfig, flatten, load_config, resolved_json
 from adept_ds.config_schema import declared_settings, method_docs, unknown_key_message
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, read_json
 from adept_ds.run_folder import MAY_CHANGE, STATUS_NAME
 
 Grid = Mapping[str, Sequence[Any]]
@@ -267,7 +267,7 @@ def read_outcome(member: Member) -> Outcome:
     path = member.run_dir / STATUS_NAME
     if not path.is_file():
         return Outcome("waiting")
-    status = json.loads(path.read_text(encoding="utf-8"))
+    status = read_json(path)
     return Outcome(**{key: status[key] for key in Outcome.__dataclass_fields__ if key in status})
 
 

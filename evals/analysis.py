@@ -47,17 +47,15 @@ def sizes(arguments: Sequence[str]) -> None:
     if not flags.adapter:
         raise UserError("--adapter FOLDER is needed, for example runs/t5_base/best")
     from adept_ds.analysis import embedding_sizes
-    from adept_ds.backbone import load_backbone, load_tokenizer
     from adept_ds.data import EncodedDataset, load_examples
     from adept_ds.distributed import init_world
-    from adept_ds.model import AdaptedModel
+    from adept_ds.tuned import load_tuned
 
     run, world = loaded.run, init_world()
-    tokenizer = load_tokenizer(run.model)
     examples = load_examples(run.data, "train")
     print(f"{'':40}{'mean':>12}{'variance':>12}")
     for number, folder in enumerate(flags.adapter):
-        model = AdaptedModel.from_pretrained(load_backbone(run.model, world.device), folder)
+        model, tokenizer = load_tuned(run.model, folder, world)
         encoded = EncodedDataset(examples, tokenizer, run.data, model.num_virtual_tokens, model.is_encoder_decoder)
         plain, offsets = embedding_sizes(model, encoded, tokenizer.pad_token_id, world.device)
         if number == 0:
@@ -71,20 +69,17 @@ def speed(arguments: Sequence[str]) -> None:
     from statistics import median
 
     from adept_ds.analysis import samples_per_second
-    from adept_ds.backbone import load_backbone, load_tokenizer
     from adept_ds.data.tasks import load_task_examples
     from adept_ds.distributed import init_world
-    from adept_ds.methods import Untuned
-    from adept_ds.model import AdaptedModel
+    from adept_ds.tuned import load_tuned
 
     run = loaded.run
     if not run.data.tasks:
         raise UserError(f"data.format is {run.data.format!r}; speed is measured on a text-to-text task (data.tasks)")
     examples = load_task_examples(run.data, "test").by_task()[0][: run.eval.max_examples]
-    tokenizer, world = load_tokenizer(run.model), init_world()
+    world = init_world()
     for folder in [None, *flags.adapter]:
-        backbone = load_backbone(run.model, world.device, show_progress=world.is_main)
-        model = AdaptedModel.from_pretrained(backbone, folder) if folder else AdaptedModel(backbone, Untuned())
+        model, tokenizer = load_tuned(run.model, folder, world)
         rates = samples_per_second(model, tokenizer, examples, run, world, flags.rounds)
         if world.is_main:
             span = f"{min(rates):.1f} to {max(rates):.1f} over {len(rates)} rounds"

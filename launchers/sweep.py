@@ -13,7 +13,6 @@ current run save and ends the sweep; a second one kills the run. Status 0 means 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -27,7 +26,7 @@ from types import FrameType
 from adept_ds.command_line import parse_command_line
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, write_json
 from adept_ds.sweep import Member, members, read_grid, read_outcome, summary, write_config
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -120,8 +119,7 @@ def launcher_command(text: str) -> list[str]:
 def write_tables(found: Sequence[Member], folder: Path) -> str:
     """Write sweep.json and sweep.txt; return the latter's text."""
     as_json, text = summary(found)
-    with atomic_write(folder / "sweep.json") as file:
-        file.write(json.dumps(as_json, indent=2) + "\n")
+    write_json(folder / "sweep.json", as_json)
     with atomic_write(folder / "sweep.txt") as file:
         file.write(text)
     return text

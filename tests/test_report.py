@@ -136,6 +136,21 @@ def test_a_run_that_is_not_graded_yet_has_a_report(tmp_path: Path) -> None:
     assert "has not been graded" in text
 
 
+def test_text_to_text_tasks_are_shown_with_their_intervals(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"format": "tasks", "tasks": ["rte", "cola"]}}))
+    folder = tmp_path / "eval" / "adept" / "cola"
+    folder.mkdir(parents=True)
+    metrics = {"matthews": {"value": 0.25, "low": 0.125, "high": 0.375, "n": 8}}
+    summary = {"name": "adept", "protocol": {"task": "cola", "split": "test"}, "examples": 8, "invalid": 2}
+    (folder / "summary.json").write_text(json.dumps({**summary, "metrics": metrics}))
+    run = read_run(tmp_path)
+    assert "adept, cola: matthews 25.0 % (12.5 to 37.5), 8 examples, 2 invalid" in text_report(run)
+    page = write_report(run).read_text()
+    assert "<dd>rte, cola</dd>" in page
+    assert "12.5 % to 37.5 %" in page
+
+
 def test_runs_over_different_problems_are_not_compared(run_dir: Path) -> None:
     write_evaluation(run_dir, "short", [True], adapter="other")
     run = read_run(run_dir)
