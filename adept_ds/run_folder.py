@@ -36,6 +36,9 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may have other values of: none of them changes what is trained on which examples."""
 
+SEED_KEYS = ("train.seed", "data.k_shot_seed")
+"""Settings that only repeat a measurement: figures are averaged over them before anything is compared."""
+
 
 class RunFolder:
     """A run folder held by this process. For rank 0 alone.

@@ -33,7 +33,7 @@ from adept_ds.config_loader import COMMAND_LINE, LoadedConfig, flatten, load_con
 from adept_ds.config_schema import declared_settings, method_docs, unknown_key_message
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write, read_json
-from adept_ds.run_folder import MAY_CHANGE, STATUS_NAME
+from adept_ds.run_folder import MAY_CHANGE, SEED_KEYS, STATUS_NAME
 
 Grid = Mapping[str, Sequence[Any]]
 """Setting, or settings joined by commas, to its values or rows of values."""
@@ -42,8 +42,6 @@ ABOUT_KEY = "_about"
 NAMES_LENGTH = 120
 """Longest part of a member's name that shows its settings; the hash behind it tells members apart."""
 SHOWN_PROBLEMS = 5
-SEED_KEYS = ("train.seed", "data.k_shot_seed")
-"""Settings that only repeat a measurement: figures are averaged over them before settings are compared."""
 CONTEST_PREFIXES = ("model.", "data.", "eval.", "method.name")
 """Settings that make figures incomparable, or whose values are themselves compared: each combination has a best."""
 
@@ -359,6 +357,7 @@ def _table(found: Sequence[Member], outcomes: Mapping[str, Outcome], settings: S
         values = [_text(member.settings.get(key)) for key in keys]
         rows.append([outcome.state, step, _figure(outcome.best_value), *values, member.name])
     lines = _aligned(rows)
+    lines += [f"{name}: {outcome.error}" for name, outcome in outcomes.items() if outcome.error]
     keys = [key for key in keys if key not in SEED_KEYS]
     rows = [["best", "runs", metric, "deviation", *(_short(key, keys) for key in keys)]]
     for setting in settings:

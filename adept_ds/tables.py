@@ -9,7 +9,8 @@ not shrink with their number) and `s` the standard deviation over `n` seeds, a m
 
     sqrt(e^2 + s^2 / n)
 
-and its 95 % interval is 1.96 of these to each side (for one run, its own bootstrap interval). A figure of the paper is
+and its 95 % interval is 1.96 of these to each side, where examples give the two sides of the runs' bootstrap intervals
+(so for one run, that interval). A figure of the paper is
 taken to have the same `e`, its own `s` over three runs where the paper prints one, and otherwise one run with our `s`.
 A difference exceeds the noise if it is larger than 1.96 standard errors of a difference.
 """
@@ -25,6 +26,7 @@ from typing import Any
 from adept_ds.data.tasks.registry import TASKS
 from adept_ds.metrics import Z95, PairedDifference, paired_difference
 from adept_ds.paper import PaperColumn, PaperFigures, PaperRow, PaperTable
+from adept_ds.run_folder import SEED_KEYS
 from adept_ds.run_results import Result, example_scores
 
 PAPER_RUNS = 3
@@ -74,10 +76,10 @@ class Measurement:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the mean."""
-        if self.runs == 1:
-            return 100 * self.first.low, 100 * self.first.high
-        margin = Z95 * self.standard_error
-        return self.mean - margin, self.mean + margin
+        seeds = Z95 * (self.deviation or 0.0) / math.sqrt(self.runs)
+        below = mean(100 * (result.value - result.low) for result in self.results)
+        above = mean(100 * (result.high - result.value) for result in self.results)
+        return self.mean - math.hypot(below, seeds), self.mean + math.hypot(above, seeds)
 
     @property
     def validation(self) -> float:
@@ -196,13 +198,14 @@ def _place(result: Result) -> tuple[Any, ...]:
 
 
 def measurements(results: Iterable[Result]) -> list[Measurement]:
-    """Put repetitions together. Of two evaluations of one run, the one whose folder sorts last counts."""
+    """Put repetitions together. Of several evaluations with the same seeds, the last one counts: a run taken again is
+    no further sample."""
     groups: dict[tuple[Any, ...], dict[Any, Result]] = {}
     for result in results:
         key = (*_place(result), result.variant, result.group())
         # The backbone alone is the same whichever run it was evaluated beside.
-        run = None if result.method == "untuned" else result.run
-        groups.setdefault(key, {})[run] = result
+        seeds = None if result.method == "untuned" else tuple(result.settings.get(seed) for seed in SEED_KEYS)
+        groups.setdefault(key, {})[seeds] = result
     return [Measurement(tuple(group.values())) for group in groups.values()]
 
 
