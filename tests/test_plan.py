@@ -50,7 +50,7 @@ def jsonl(path: str) -> tuple[str, ...]:
         "prompt_field": "source",
         "target_field": "target",
     }
-    return (f"data={json.dumps(data)}",)
+    return (f"data={json.dumps(data)}", "eval.metric=loss")
 
 
 def test_adapter_size_is_that_of_the_file(tmp_path):
