@@ -173,8 +173,13 @@ T5 = T5Config(
 
 
 def step_peak(model: AdaptedModel, batch: int, inputs: int, labels: int) -> int:
-    """Growth of the allocator's bytes in one forward and backward pass, after a warm-up."""
+    """Growth of the allocator's bytes in one forward and backward pass, after a warm-up.
+
+    One row is padded: without padding `transformers` makes no attention mask, which the planner allows for.
+    """
     ids = torch.randint(5, 30_000, (batch, inputs - model.num_virtual_tokens), device=CUDA)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
     targets = ids[:, :labels].clone()
     if not model.is_encoder_decoder:
         targets = torch.full_like(ids, IGNORE_INDEX)
@@ -183,7 +188,7 @@ def step_peak(model: AdaptedModel, batch: int, inputs: int, labels: int) -> int:
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(ids, torch.ones_like(ids), labels=targets, reduction="sum").loss.backward()
+        model(ids, mask, labels=targets, reduction="sum").loss.backward()
         growth = torch.cuda.max_memory_allocated() - before
         for parameter in model.parameters():
             parameter.grad = None
