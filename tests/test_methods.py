@@ -279,7 +279,7 @@ COUNTS: list[tuple[MethodConfig, str, int, str]] = [
     # 77,668, which the papers that quote it print as 77.6K.
     (MptConfig(num_virtual_tokens=100), "t5-base", 77_668, "77.7K"),
     # Per task of eight that share what can be shared: 83,744 / 8 = 10.5K.
-    (MptConfig(num_virtual_tokens=100, tasks=tuple("abcdefgh")), "t5-base", 83_744, "83.7K"),
+    (MptConfig(num_virtual_tokens=100, tasks=("rte", *"abcdefg")), "t5-base", 83_744, "83.7K"),
     (AttemptConfig(num_virtual_tokens=100, sources=tuple("abcdef")), "t5-base", 231_936, "231.9K"),
     (Ia3Config(), "t5-base", 55_296, "55.3K"),
     (AdapterConfig(), "t5-base", 1_855_104, "1.9M"),
