@@ -37,6 +37,7 @@ from adept_ds.method_config import AdapterSettings, FullConfig, MethodConfig
 from adept_ds.methods import Method, create_method
 from adept_ds.methods.base import attribute_set
 from adept_ds.sharding import full_numel
+from adept_ds.soft_prompt import inserted
 
 
 class AdaptedModel(nn.Module):
@@ -141,7 +142,7 @@ class AdaptedModel(nn.Module):
         if prompts is not None:
             ids = ids + length * prompts[:, None]
         first = attention_mask.argmax(1, keepdim=True)
-        return _inserted(input_ids, ids, first), _inserted(attention_mask, torch.ones_like(ids), first)
+        return inserted(input_ids, ids, first), inserted(attention_mask, torch.ones_like(ids), first)
 
     def _row_prompts(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
         """Number of each row's prompt [B]."""
@@ -160,7 +161,7 @@ class AdaptedModel(nn.Module):
         elif labels is not None and not self.is_encoder_decoder:
             context = context & (labels == IGNORE_INDEX).cumprod(1).bool()
         outside = context.new_zeros(1, self.num_virtual_tokens)
-        return self.method.reading(_inserted(context, outside, attention_mask.argmax(1, keepdim=True)))
+        return self.method.reading(inserted(context, outside, attention_mask.argmax(1, keepdim=True)))
 
     def forward(
         self,
@@ -404,15 +405,3 @@ def get_adept_model(
             )
         model.load_trained(model.method.start_values(source))
     return model
-
-
-def _inserted(rows: Tensor, values: Tensor, first: Tensor) -> Tensor:
-    """Put values [B or 1, l] in front of column `first` [B, 1] of each row [B, S]; return [B, l + S]."""
-    (count, columns), length = rows.shape, values.shape[1]
-    if length == 0:
-        return rows
-    position = torch.arange(length + columns, device=rows.device).expand(count, -1)
-    inside = (position >= first) & (position < first + length)
-    source = torch.where(position < first, position, position - length).clamp(min=0)
-    inserted = values.expand(count, -1).gather(1, (position - first).clamp(0, length - 1))
-    return torch.where(inside, inserted, rows.gather(1, source))

@@ -77,3 +77,15 @@ class PromptedEmbedding(nn.Module):
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
         """Return fp32 token embeddings [B, S, d] of the ids [B, S] with their offsets; here there are none."""
         return tokens
+
+
+def inserted(rows: Tensor, values: Tensor, first: Tensor) -> Tensor:
+    """Put values [B or 1, l] in front of column `first` [B, 1] of each row [B, S]; return [B, l + S]."""
+    (count, columns), length = rows.shape, values.shape[1]
+    if length == 0:
+        return rows
+    position = torch.arange(length + columns, device=rows.device).expand(count, -1)
+    inside = (position >= first) & (position < first + length)
+    source = torch.where(position < first, position, position - length).clamp(min=0)
+    placed = values.expand(count, -1).gather(1, (position - first).clamp(0, length - 1))
+    return torch.where(inside, placed, rows.gather(1, source))
