@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from adept_ds.config import DataConfig
 from adept_ds.data.records import Example
-from adept_ds.data.tasks import TaskExample, TaskExamples
+from adept_ds.data.tasks import TaskExample, TaskExamples, longest_lengths
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.loss import IGNORE_INDEX
 
@@ -61,6 +61,15 @@ def encode_prompt(
     never twice. Raises UserError for a chat example if the tokenizer has no chat template.
     """
     return next(_encode_prompts([example], tokenizer, cfg, num_virtual_tokens, encoder_decoder))
+
+
+def longest_example(cfg: DataConfig, num_virtual_tokens: int, encoder_decoder: bool) -> tuple[int, int]:
+    """Return how many positions the backbone reads and how many labels there are, at most: the longest example that the
+    settings allow, soft prompt included. For encoder-decoder models the former are the encoder's."""
+    if cfg.format == "tasks":
+        source, target = longest_lengths(cfg)
+        return num_virtual_tokens + source + (0 if encoder_decoder else target), target
+    return cfg.max_prompt_length if encoder_decoder else cfg.max_length, cfg.max_length - cfg.max_prompt_length
 
 
 def encode(
