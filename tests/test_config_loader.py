@@ -134,13 +134,17 @@ BAD_SECTIONS = [
         'method.name = "adetp"',
         "did you mean 'adept'?",
     ),
-    ({"method": {"name": 3}}, "method.name = 3", 'expected one of "adapter", "adapter_drop", "adept", "bitfit"'),
+    (
+        {"method": {"name": 3}},
+        "method.name = 3",
+        'expected one of "adapter", "adapter_drop", "adept", "attempt", "bitfit"',
+    ),
     ({"method": "full"}, 'method = "full"', "expected an object with the keys name, init_from, num_virtual_tokens"),
     ({"method": {"botleneck": 2}}, "method.botleneck = 2", "unknown key of method 'adept'; did you mean method.bott"),
     (
         {"method": {"name": "full", "bottleneck": 2}},
         "method.bottleneck = 2",
-        "'full' (method.name 'adapter' or 'adapter_drop' or 'adept' has it)",
+        "'full' (method.name 'adapter' or 'adapter_drop' or 'adept' or 'attempt' has it)",
     ),
     ({"method": {"bottleneck": 0}}, "method.bottleneck = 0", "expected integer >= 1"),
     (

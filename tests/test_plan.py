@@ -137,14 +137,13 @@ def test_text_of_the_llama3_recipe():
 
 
 def test_the_dry_run_tells_the_memory_of_this_machines_ranks():
-    text = dry_run(load_config(FOLDER / "smollm2_135m.json"), world_size=2)
+    text = dry_run(load_config(FOLDER / "smollm2_135m.json", ["train.sharding=global"]), world_size=2)
     for line in ("frozen weights", "gathered weights in flight", "global *", "largest micro-batch"):
         assert line in text
 
 
 def test_the_dry_run_decides_where_the_weights_go():
-    stageless = ("deepspeed={}", "train.sharding=auto")
-    assert "replicate *" in dry_run(load_config(FOLDER / "smollm2_135m.json", stageless), world_size=2)
+    assert "replicate *" in dry_run(load_config(FOLDER / "smollm2_135m.json"), world_size=2)
 
 
 def test_full_fine_tuning_trains_the_whole_backbone_and_leaves_a_model():
