@@ -36,9 +36,9 @@ from torch import Tensor
 from adept_ds import adapter_io
 from adept_ds.distributed import World, gather_objects, on_main_rank
 from adept_ds.errors import UserError
+from adept_ds.run_folder import CHECKPOINT_PREFIX, list_checkpoints
 
 MANIFEST = "manifest.json"
-PREFIX = "step-"
 OPTIMIZER_NAME = "optimizer.safetensors"
 SHARDED = "deepspeed"
 """Folder of DeepSpeed's own checkpoint."""
@@ -138,7 +138,7 @@ def save_checkpoint(
         keep: Number of checkpoints to keep.
         world: This rank.
     """
-    folder = root / f"{PREFIX}{state.step:08d}"
+    folder = root / f"{CHECKPOINT_PREFIX}{state.step:08d}"
 
     def fill(folder: Path) -> None:
         write_states(folder)
@@ -165,11 +165,6 @@ def save_checkpoint(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write whole tensors as safetensors."""
     path.write_bytes(save(dict(tensors)))
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders below `root`, oldest first, whether whole or damaged."""
-    return sorted(root.glob(f"{PREFIX}*")) if root.is_dir() else []
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

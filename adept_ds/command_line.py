@@ -125,7 +125,7 @@ def parse_flags(
 
 def launcher_world_size() -> int:
     """Number of ranks that the launcher has set, or 1."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def _count(text: str) -> int:
