@@ -203,6 +203,8 @@ def _type_text(schema: dict[str, Any]) -> str:
         return f"list of {_type_text(schema['items'])}s"
     if schema["type"] == "boolean":
         return "true or false"
+    if isinstance(schema.get("additionalProperties"), dict):
+        return f"object of {_type_text(schema['additionalProperties'])}s"
     if schema.get("minLength"):
         return "non-empty string"
     symbols = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
