@@ -24,11 +24,11 @@ from adept_ds.errors import UserError
 from adept_ds.files import atomic_write, read_json, write_json
 from adept_ds.generate import generate_samples
 from adept_ds.metrics import Estimate
+from adept_ds.results import GENERATION_NAME
 from adept_ds.scoring import Score, score_samples, write_score
 from adept_ds.tuned import load_tuned, tuned_facts
 
 SAMPLES_NAME = "samples.jsonl"
-GENERATION_NAME = "generation.json"
 PROBLEM_FORMATS = ("mbpp-paper", "mbpp", "mbpp-instruct", "humaneval")
 
 

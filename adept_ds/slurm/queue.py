@@ -103,9 +103,9 @@ def submit(script: str, *options: str) -> str:
     return call("sbatch", "--parsable", *options, script).strip().partition(";")[0]
 
 
-def check_script(script: str) -> str | None:
+def check_script(text: str) -> str | None:
     """What SLURM has against a batch script, which is not submitted; None if nothing."""
-    done = _run(("sbatch", "--test-only", script))
+    done = _run(("sbatch", "--test-only"), text)
     if done.returncode == 0:
         return None
     lines = [line for line in done.stderr.strip().splitlines() if line]
@@ -129,12 +129,14 @@ def call(*command: str) -> str:
     return done.stdout
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
     # A submission from within a job must not inherit that job's sizes, and SBATCH_* would beat the script's own lines.
     foreign = re.compile(r"SBATCH_|SLURM_(?!CONF$|CLUSTERS$)|SRUN_|SQUEUE_|SINFO_|SACCT_|SCANCEL_")
     environment = {name: value for name, value in os.environ.items() if not foreign.match(name)}
     try:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        return subprocess.run(
+            command, env=environment, input=text, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+        )
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed here")
     except subprocess.TimeoutExpired:
