@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 

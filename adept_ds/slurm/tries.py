@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.command_line import parse_command_line
-from adept_ds.entry_point import run_entry_point
+from adept_ds.entry_point import USER_ERROR_STATUS, run_entry_point
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
 from adept_ds.run_folder import CONFIG_NAME, check_same_run, newest_step, read_status
@@ -38,6 +39,8 @@ STOPPED = 1
 REQUEUE = 75
 """Exit status of `end` when the job is to be requeued (EX_TEMPFAIL)."""
 DEFAULT_MAX_RESTARTS = 20
+NETWORK_ERROR = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|Broken pipe|NCCL|gloo|Dist\w+Error")
+TERMINATED = 128 + signal.SIGTERM
 IDLE_TRIES = 2
 """So many tries one after another that gain no step end a run: one alone may have been bad luck."""
 
@@ -128,8 +131,8 @@ def why_no_more(tries: Sequence[Try], restarts: int, max_restarts: int) -> tuple
     recent = [one for one in tries if one.key == tries[-1].key][-IDLE_TRIES:] if tries else []
     if len(recent) == IDLE_TRIES and all(one.to_step == one.from_step for one in recent):
         return "no progress", (
-            f"{IDLE_TRIES} tries one after another gained no step (both began and ended at {recent[-1].from_step}). Give "
-            "it more time (sbatch --time, and seconds of warning in --signal), or a smaller train.save_every"
+            f"{IDLE_TRIES} tries one after another gained no step (both began and ended at {recent[-1].from_step}). "
+            "Give it more time (sbatch --time, and seconds of warning in --signal), or a smaller train.save_every"
         )
     return None
 
@@ -214,6 +217,8 @@ def end(flags: argparse.Namespace, environment: Mapping[str, str]) -> int:
         if reason:
             _say(f"{run_dir} does not go on: {reason[1]}")
             this, exit_status = replace(this, ended_by=reason[0], requeued=False), STOPPED
+    if (this.ended_by, this.to_step) == (tries[-1].ended_by, tries[-1].to_step):
+        return exit_status  # told already, when the signal came
     write_history(run_dir, [*tries[:-1], this])
     what = f"job {_name(this)}, try {this.number}: {this.ended_by}, step {this.from_step} to {this.to_step}"
     _say(f"{what}{'; requeued' if this.requeued else ''}")
@@ -226,17 +231,22 @@ def _judge(this: Try, state: str | None, flags: argparse.Namespace) -> tuple[Try
     """Why the try ended, and the exit status that follows, before any cap."""
     job = dict(re.findall(r"(\w+)=(\S+)", flags.facts))
     if flags.cancelled:
-        if job.get("JobState", "CANCELLED").startswith("CANCELLED"):
-            return replace(this, ended_by="cancelled", requeued=False), 143
-        return replace(this, ended_by="requeued", requeued=True), 143  # SLURM has done it
+        # SLURM counts a restart as soon as it ends a job for one.
+        requeued = int(job.get("Restarts", "0")) > this.number
+        why = "cancelled" if not requeued else "node failure" if flags.lost else "requeued"
+        return replace(this, ended_by=why, requeued=requeued), TERMINATED
+    if flags.status and flags.lost:
+        error = f"no answer from {flags.lost}"
+        return replace(this, ended_by="node failure", requeued=True, error=error), REQUEUE
     if flags.status:
         logs = this_logs(flags.run_dir, this)
         return replace(this, ended_by="failed", requeued=False, error=first_failure(logs, flags.part)), flags.status
     if state == "finished":
         return replace(this, ended_by="finished", requeued=False), 0
-    if (flags.run_dir / STOP_NAME).exists() or not flags.warned:
-        return replace(this, ended_by="stopped", requeued=False), 0
+    # A cluster that warns of preemption by TERM sends it to the ranks alone.
     preempted = job.get("PreemptTime", "None") != "None"
+    if (flags.run_dir / STOP_NAME).exists() or not (flags.warned or preempted):
+        return replace(this, ended_by="stopped", requeued=False), 0
     return replace(this, ended_by="preempted" if preempted else "time limit", requeued=True), REQUEUE
 
 
@@ -246,29 +256,28 @@ def this_logs(run_dir: Path, one: Try) -> Path:
 
 
 def first_failure(logs: Path, part: str) -> str:
-    """Name the rank that failed first, with its node, error and log.
+    """Say what ended a step: the rank that failed first, with its node, error and log.
 
     Python errors are timed when they are raised; a bare exit status or a signal when the rank has ended. Where one rank
-    dies the others' collectives fail at once, so errors of the network come last.
+    dies the others' collectives fail at once, so errors of the network come last, as does the end that SLURM makes of
+    the other ranks.
     """
-    failures: list[tuple[bool, float, int, str, str]] = []
+    failures: list[tuple[bool, float, str]] = []
     for path in sorted(logs.glob(f"{part}-*.exit")):
-        rank = int(path.stem.removeprefix(f"{part}-"))
-        time, status, node = path.read_text().split()
+        rank = path.stem.removeprefix(f"{part}-")
+        ended, status, node = path.read_text().split()
         record = path.with_suffix(".error")
-        if record.exists():
-            facts: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-            message, moment = facts["error"], float(facts["time"])
-            failures.append((bool(NETWORK_ERROR.search(message)), moment, rank, node, message))
-        else:
-            failures.append((int(status) == 143, float(time), rank, node, _status_text(int(status))))
+        facts: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        error = facts.get("error") or _status_text(int(status))
+        is_consequence = bool(NETWORK_ERROR.search(error)) or (
+            not facts and int(status) in (TERMINATED, USER_ERROR_STATUS)
+        )
+        where = f"first to fail: rank {rank} on {node}: " if facts.get("of_rank", True) else ""
+        text = f"{where}{error} (log: {logs / f'{part}-{rank}.log'})"
+        failures.append((is_consequence, float(facts.get("time", ended)), text))
     if not failures:
-        return "no rank has left an error; the last lines above, and the ranks' logs, are all there is"
-    _, _, rank, node, message = min(failures)
-    return f"first to fail: rank {rank} on {node}: {message} (log: {logs / f'{part}-{rank}.log'})"
-
-
-NETWORK_ERROR = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|Broken pipe|NCCL|gloo|Dist\w+Error")
+        return f"no rank has left an error; all there is stands above, and in {logs}"
+    return min(failures)[-1]
 
 
 def _status_text(status: int) -> str:
@@ -298,6 +307,7 @@ def main(arguments: Sequence[str]) -> int | None:
     last.add_argument("--warned", type=int)
     last.add_argument("--cancelled", type=int)
     last.add_argument("--facts", help="the line of `scontrol -o show job`")
+    last.add_argument("--lost", default="", help="nodes of the job that do not answer")
     last.set_defaults(call=end)
     failure = commands.add_parser("failure")
     failure.add_argument("logs", type=Path)

@@ -24,6 +24,9 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 # A progress bar in a log is a line every so many seconds.
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30}
 
+# When a rank has ended well, the others have a minute to do so.
+srun_options=(--wait=60)
+
 # tool MODULE ARGUMENT..: a module of adept_ds.slurm, on this node.
 tool() { "${container[@]}" "$python" -m "adept_ds.slurm.$1" "${@:2}"; }
 
@@ -42,16 +45,15 @@ rank() {
     return "$status"
 }
 
-# run_ranks LOG ARGUMENT..: the interpreter with ARGUMENT.. as every task of the job. Sets
-# `status`. A warning that comes meanwhile is passed on, again and again until the step has ended; the ranks ignore all
-# but the first.
+# run_ranks LOG ARGUMENT..: the interpreter with ARGUMENT.. as every task of the job, or as the tasks that the array
+# `srun_options` says. Sets `status`. A warning that comes meanwhile is passed on by `forward`.
 run_ranks() {
     local log=$1 interrupted
     shift
     # srun itself starts with USR1 ignored, too: it takes the signal up once it can pass it on.
     (
         trap '' USR1
-        exec srun --label --kill-on-bad-exit=1 --wait=60 \
+        exec srun --label --kill-on-bad-exit=1 "${srun_options[@]}" \
             bash -c "$(declare -f rank); rank \"\$@\"" rank "$log" "${container[@]}" "$python" "$@"
     ) &
     step=$!
@@ -69,3 +71,12 @@ run_ranks() {
 # run_here ARGUMENT..: the interpreter with ARGUMENT.. as one task. Nothing passes signals on: these jobs start anew.
 run_here() { srun --ntasks=1 --label "${container[@]}" "$python" "$@"; }
 
+# Nodes of the job on which no process can be started within half a minute.
+silent_nodes() {
+    local answers
+    answers=$(timeout 30 srun --overlap --quiet --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+        printenv SLURMD_NODENAME 2>/dev/null)
+    # This node does answer; if it seems not to, the question was wrong.
+    grep -qxF "$SLURMD_NODENAME" <<<"$answers" || return
+    scontrol show hostnames | grep -vxF -e "$answers" | xargs
+}

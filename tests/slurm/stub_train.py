@@ -2,7 +2,7 @@
 
 STUB_STEP_SECONDS   time of a step (0.05)
 STUB_IMPORT_SECONDS time before the signal handlers are there
-STUB_FAIL           "RANK WHAT STEP": that rank does so at that step; raise, exit7, kill, save (dies within a save), hang
+STUB_FAIL           "RANK WHAT STEP": that rank does so at that step; raise, exit7, kill or hang
 STUB_NO_PROGRESS    nothing is saved
 """
 
