@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from adept_ds.config import DataConfig, RunConfig
+from adept_ds.config import RunConfig
 from adept_ds.config_base import parse_bytes
 from adept_ds.deepspeed_config import batch_arithmetic
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.hub import is_dataset_cached, is_local, missing_model_files
+from adept_ds.hub import hub_data_sets, is_dataset_cached, is_hub_data, is_local, missing_model_files
 from adept_ds.run_folder import CONFIG_NAME, check_same_run
 from adept_ds.slurm import queue
 from adept_ds.slurm.site import SiteConfig, parse_time
@@ -43,7 +43,7 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
     if tokenizer and is_local(tokenizer) and not Path(tokenizer).is_dir():
         yield f"model.tokenizer is {tokenizer!r}: no such folder"
     for key, path in (("data.path", data.path), ("data.validation_path", data.validation_path)):
-        if path is not None and not Path(path).exists() and not _is_hub_data(data, path):
+        if path is not None and not Path(path).exists() and not is_hub_data(data, path):
             folder = Path(path).parent
             near = did_you_mean(path, map(str, folder.iterdir())) if folder.is_dir() else ""
             yield f"{key} is {path!r}: no such file or folder{near}"
@@ -51,20 +51,6 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
         for name in hub_data_sets(data):
             if not is_dataset_cached(name):
                 yield f"the data set {name!r} is not in this machine's cache, and the nodes are offline; {PREFETCH}"
-
-
-def hub_data_sets(data: DataConfig) -> list[str]:
-    """Ids of the data sets that a run reads from the hub."""
-    if data.format == "tasks" and data.path is None:
-        from adept_ds.data.tasks import find_task
-        from adept_ds.data.tasks.sources import hub_id
-
-        tasks = [find_task(name) for name in data.tasks]
-        names = [hub_id(task, data.hub_ids) for task in tasks if task.dataset]
-        return list(dict.fromkeys(name for name in names if not is_local(name)))
-    if data.path is not None and not Path(data.path).exists() and _is_hub_data(data, data.path):
-        return [data.path]
-    return []
 
 
 def slurm_problems(site: SiteConfig, jobs: Sequence[Job]) -> list[str]:
@@ -133,9 +119,3 @@ def _not_there(key: str, source: str, missing: Sequence[str]) -> str:
         near = did_you_mean(source, map(str, path.parent.iterdir())) if path.parent.is_dir() else ""
         return f"{key} is {source!r}: no such folder{near}"
     return f"{key} is {source!r}, where {', '.join(missing)} is missing; expected a safetensors checkpoint"
-
-
-def _is_hub_data(data: DataConfig, path: str) -> bool:
-    from adept_ds.data.problems import is_hub_id
-
-    return data.format.startswith("mbpp") and is_hub_id(path)

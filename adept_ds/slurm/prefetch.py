@@ -14,8 +14,7 @@ from transformers import GenerationConfig
 from adept_ds.backbone import load_architecture, load_tokenizer, weight_files
 from adept_ds.config import DataConfig, ModelConfig, RunConfig
 from adept_ds.data import load_examples
-from adept_ds.hub import is_dataset_cached, is_local, missing_model_files
-from adept_ds.slurm.checks import hub_data_sets
+from adept_ds.hub import hub_data_sets, is_dataset_cached, is_local, missing_model_files
 
 SPLITS = {"humaneval": ("test",), "jsonl": ("train", "validation")}
 """Splits of formats that do not have all three."""

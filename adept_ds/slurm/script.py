@@ -74,7 +74,7 @@ def quote_variable(value: str) -> str:
     """Quote a value for bash so that $NAME and ${NAME} in it are variables and everything else stands for itself."""
     if "$" not in value:
         return shlex.quote(value)
-    escaped = re.sub(r'[\\"`]|\$(?!\w|\{\w+\})', lambda found: f"\\{found[0]}", value)
+    escaped = re.sub(r'[\\"`]|\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})', lambda found: f"\\{found[0]}", value)
     return f'"{escaped}"'
 
 

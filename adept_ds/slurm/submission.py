@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from adept_ds.config import RunConfig
 from adept_ds.config_loader import resolved_json
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write, read_json, write_json
+from adept_ds.hub import hub_data_sets
 from adept_ds.results import GENERATION_NAME, SUMMARY_NAME
 from adept_ds.run_folder import read_status
 from adept_ds.slurm import queue
@@ -172,7 +174,7 @@ def _job(
     site = cluster.site
     home = Path(os.path.expandvars(site.env.get("HF_HOME", "$HOME/.cache/huggingface")))
     more = {}
-    if site.offline and (run.data.tasks or "/" in (run.data.path or "")) and not Path(run.data.path or "").exists():
+    if site.offline and hub_data_sets(run.data):
         # Without the hub a data set is read from the cache in which it was prepared.
         more["HF_DATASETS_CACHE"] = str(home / "datasets")
     lines = site_lines(site, cluster.root, cluster.python, (cluster.root, cluster.cwd, folder, home), more)
@@ -230,13 +232,14 @@ def refuse_queued(folder: Path) -> None:
     Raises:
         UserError: Names the job.
     """
-    names = {job_name(folder, kind) for kind in KINDS}
-    for job in queue.queued_jobs():
-        if job.name in names:
-            raise UserError(
-                f"{folder} is in the queue already: job {job.label} ({job.name}) is {job.state}. See it by python "
-                f"launchers/status.py {folder}, end it by python launchers/submit.py stop {folder}"
-            )
+    order = [job_name(folder, kind) for kind in KINDS]
+    mine = sorted((job for job in queue.queued_jobs() if job.name in order), key=lambda job: order.index(job.name))
+    if mine:
+        job, shown = mine[0], shlex.quote(str(folder))
+        raise UserError(
+            f"{folder} is in the queue already: job {job.label} ({job.name}) is {job.state}. See it by python "
+            f"launchers/status.py {shown}, end it by python launchers/submit.py stop {shown}"
+        )
 
 
 def is_finished(run_dir: Path) -> bool:
