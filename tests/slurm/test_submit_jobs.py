@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from .conftest import REPOSITORY, Cluster, stub_root, wait_for, write_config
 pytestmark = [pytest.mark.slurm, pytest.mark.root]
 
 SUBMIT = REPOSITORY / "launchers" / "submit.py"
-PACKAGES = str(Path(pytest.__file__).resolve().parents[1])
+PACKAGES = f"{REPOSITORY}:{Path(pytest.__file__).resolve().parents[1]}"
 SMALL = ("--nodes", "1", "--gpus-per-node", "2", "--cpus-per-task", "1", "--score-cpus", "1")
 """Ranks of the stub, two on one node."""
 
@@ -69,11 +68,11 @@ class Submitter:
 
 
 @pytest.fixture
-def submitter(cluster: Cluster, tmp_path: Path) -> Iterator[Submitter]:
+def submitter(cluster: Cluster, tmp_path: Path) -> Submitter:
     """In a folder with a space in its name."""
     folder = tmp_path / "my work"
     folder.mkdir()
-    yield Submitter(cluster, folder)
+    return Submitter(cluster, folder)
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -157,7 +156,8 @@ def test_a_stopped_run_saves_and_goes_on_when_it_is_submitted_again(submitter: S
     (line,) = read_history(run_dir)
     assert line.ended_by == "stopped"
     step = line.to_step
-    assert step is not None and step >= 10
+    assert step is not None
+    assert step >= 10
     assert submitter.call("stop", "runs/x y").returncode == 2
 
     job = submitter.submit(*flags, STUB_STEP_SECONDS="0.001")["train"]
