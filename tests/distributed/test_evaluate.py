@@ -15,8 +15,7 @@ from adept_ds.config import DataConfig
 from adept_ds.data import load_problems
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
-
-from .conftest import REPOSITORY, Launch, run_settings
+from tests.real_runs import REPOSITORY, Launch, run_settings
 
 EVALUATE = "evals/mbpp.py"
 pytestmark = pytest.mark.slow

@@ -43,7 +43,7 @@ class Cluster:
 
     def sbatch(self, *arguments: str | Path, cwd: Path = REPOSITORY, user: str | None = None, **variables: str) -> str:
         """Submit; return the job's id."""
-        as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+        as_user = ["runuser", "-u", user, "--"] if user else []
         done = subprocess.run(
             [*as_user, "sbatch", "--parsable", *map(str, arguments)],
             cwd=cwd,
@@ -81,8 +81,9 @@ class Cluster:
     def cancel_all(self) -> None:
         """Cancel what is left of the jobs that were submitted here, and wait until the nodes are free."""
         if self.jobs:
+            jobs = ",".join(self.jobs)
             self.run("scancel", *self.jobs, check=False)
-            wait_for(lambda: not self.run("squeue", "-h"), 60, lambda: self.run("squeue"))
+            wait_for(lambda: not self.run("squeue", "-h", "-j", jobs), 60, lambda: self.run("squeue"))
             self.jobs.clear()
 
 
@@ -151,16 +152,10 @@ def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
     whole_cluster.cancel_all()
 
 
-@pytest.fixture
-def stub(cluster: Cluster, tmp_path: Path) -> StubRun:
-    """A run whose trainer is the stub."""
-    return StubRun(cluster, tmp_path)
-
-
 class StubRun:
     """A run folder, a config and a repository whose `launchers/train.py` is `stub_train.py`."""
 
-    HEADERS = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=2", "--time=10")
+    HEADERS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--time=10")
 
     def __init__(self, cluster: Cluster, folder: Path, name: str = "run") -> None:
         self.cluster = cluster
@@ -169,7 +164,7 @@ class StubRun:
         self.config = write_config(folder / f"{name}.json", self.run_dir)
         self.log = folder / f"{name}.log"
 
-    def submit(self, *headers: str, arguments: tuple[str, ...] = (), **variables: str) -> str:
+    def submit(self, *headers: str, arguments: tuple[str, ...] = (), user: str | None = None, **variables: str) -> str:
         """Submit `train.sbatch`; the variables are the stub's and the script's."""
         return self.cluster.sbatch(
             *self.HEADERS,
@@ -179,6 +174,7 @@ class StubRun:
             self.config,
             *arguments,
             cwd=self.root,
+            user=user,
             **{"ADEPT_DS_NODE_CHECK": "0", **variables},
         )
 
@@ -195,9 +191,19 @@ class StubRun:
         path = self.run_dir / "step"
         wait_for(lambda: path.exists() and int(path.read_text() or 0) >= step, timeout, self.last_words)
 
+    def seen(self, restarts: int = 0) -> list[dict[str, Any]]:
+        """The environment that each rank saw in a try, with its arguments and its model."""
+        return [json.loads(path.read_text()) for path in sorted((self.run_dir / "seen").glob(f"*-{restarts}-*.json"))]
+
     def last_words(self) -> str:
         """The job's log."""
         return self.log.read_text() if self.log.exists() else "no log"
+
+
+@pytest.fixture
+def stub(cluster: Cluster, tmp_path: Path) -> StubRun:
+    """A run whose trainer is the stub."""
+    return StubRun(cluster, tmp_path)
 
 
 def stub_root(folder: Path) -> Path:
