@@ -1,6 +1,6 @@
 """Submit runs to SLURM.
 
-    python launchers/submit.py train --config ds_configs/llama3_8b.json --nodes 4 --then-eval mbpp
+    python launchers/submit.py train --config ds_configs/llama3_8b.json --gpus-per-node 4 --then-eval mbpp
     python launchers/submit.py eval --config ds_configs/llama3_8b.json --adapter runs/llama3_8b/best
     python launchers/submit.py sweep --config ds_configs/t5_base.json --grid 'train.seed=[1, 2, 3]' --concurrent 2
     python launchers/submit.py prefetch --config ds_configs/llama3_8b.json

@@ -66,7 +66,7 @@ class SiteConfig(Section):
     modules: tuple[str, ...] = ()
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
-    """Lines of bash to run on the first node before anything else. They are taken as they are."""
+    """Lines of bash to run on a job's first node once the modules are loaded. They are taken as they are."""
     container: str | None = None
     """Image that ranks run in."""
     container_command: str = "apptainer exec --nv"

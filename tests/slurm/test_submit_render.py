@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adept_ds.errors import UserError
 from adept_ds.slurm.script import quote_option, quote_variable, render
-from adept_ds.slurm.site import parse_time
+from adept_ds.slurm.site import SiteConfig, parse_time
 from adept_ds.slurm.submission import job_name
 
 from .conftest import REPOSITORY
@@ -134,6 +134,13 @@ def test_the_example_sites_work(name: str, tmp_path: Path) -> None:
     assert "it would be refused here: data.path is 'nope.jsonl'" in done.stderr
     assert ("owner/model" in done.stderr) == json.loads(site.read_text()).get("offline", False)
     assert "module load" in done.stdout or "export ADEPT_DS_CONTAINER='apptainer exec" in done.stdout
+
+
+def test_the_cluster_page_lists_every_key_of_a_site_with_its_default() -> None:
+    page = (REPOSITORY / "launchers" / "slurm" / "README.md").read_text()
+    for name, field in SiteConfig.model_fields.items():
+        default = "" if field.default in (None, "", (), {}) else f"`{json.dumps(field.default)}`"
+        assert f"| `{field.alias or name}` | {default} |" in page
 
 
 def test_everything_is_quoted(tmp_path: Path) -> None:
