@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import shutil
@@ -53,7 +52,7 @@ def queued_jobs(users: Iterable[int] = ()) -> list[QueuedJob]:
         UserError: SLURM does not answer.
     """
     form = ",".join(f"{field}:|" for field in _FIELDS)
-    names = ",".join(map(str, users)) or getpass.getuser()
+    names = ",".join(map(str, users)) or str(os.getuid())
     jobs = []
     for line in call("squeue", "--noheader", "--array", f"--user={names}", f"--Format={form}").splitlines():
         # The name comes last: it alone may have the separator in it.

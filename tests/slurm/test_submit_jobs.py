@@ -131,7 +131,9 @@ def test_a_chain_runs_in_order_after_the_last_try(submitter: Submitter) -> None:
 @pytest.mark.parametrize("failing", ["train", "mbpp"])
 def test_a_failed_parent_leaves_nothing_in_the_queue(failing: str, submitter: Submitter) -> None:
     fake_evaluation(submitter.root, failing)
-    write_config(submitter.folder / "c.json", Path("runs/x y"))
+    # Long enough that no rank has ended before the one that fails.
+    steps = 400 if failing == "train" else 5
+    write_config(submitter.folder / "c.json", Path("runs/x y"), max_steps=steps)
     stub = {"STUB_FAIL": "1 raise 3"} if failing == "train" else {}
     ids = submitter.submit("train", "--config", "c.json", "--then-eval", "mbpp", *SMALL, **stub)
     wait_for(lambda: not submitter.cluster.run("squeue", "-h"), 60, lambda: submitter.cluster.run("squeue"))
@@ -233,24 +235,39 @@ def test_slurms_own_objections_come_before_anything_is_submitted(submitter: Subm
 
 def test_a_script_that_was_submitted_can_be_submitted_by_hand(submitter: Submitter) -> None:
     """Every value can be changed on sbatch's command line; the script needs nothing but itself."""
-    write_config(submitter.folder / "c.json", Path("runs/50% x"))
+    name = '50%j it\'s "x" $(touch y) `touch y` # ä'
+    write_config(submitter.folder / "c.json", Path("runs", name))
     job = submitter.submit("train", "--config", "c.json", *SMALL)["train"]
     submitter.cluster.wait(job)
-    assert "finished, step 0 to 20" in submitter.log("runs/50% x", job)
-    shutil.rmtree(submitter.folder / "runs" / "50% x" / "checkpoints")
-    (submitter.folder / "runs" / "50% x" / "status.json").unlink()
-    script = submitter.folder / "runs" / "50% x" / "slurm" / "train.sbatch"
-    again = submitter.cluster.sbatch(
-        "--nodes=2", "--partition=urgent", "--time=5", script, cwd=Path("/"), ADEPT_DS_NODE_CHECK="0"
-    )
+    run_dir = submitter.folder / "runs" / name
+    assert "finished, step 0 to 20" in (run_dir / "slurm" / f"{job}.log").read_text()
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "status.json").unlink()
+    script = run_dir / "slurm" / "train.sbatch"
+    flags = ("--nodes=2", "--partition=urgent", "--time=5")
+    again = submitter.cluster.sbatch(*flags, script, cwd=Path("/"), ADEPT_DS_NODE_CHECK="0")
     facts = submitter.cluster.wait(again)
     assert (facts["JobState"], facts["Partition"], facts["TimeLimit"]) == ("COMPLETED", "urgent", "00:05:00")
-    assert read_history(submitter.folder / "runs" / "50% x")[-1].world_size == 4
+    assert read_history(run_dir)[-1].world_size == 4
+    assert not [*submitter.folder.rglob("y")]
+
+
+def test_a_production_request_is_accepted(submitter: Submitter) -> None:
+    write_config(submitter.folder / "c.json", Path("runs/x"), global_batch_size=16)
+    flags = ("--nodes", "2", "--gpus-per-node", "8", "--cpus-per-task", "12", "--exclusive", "--extra=--hold")
+    for request in ("gpus-per-node", "gres"):
+        job = submitter.submit("train", "--config", "c.json", *flags, "--gpu-request", request)["train"]
+        facts = submitter.cluster.job(job)
+        assert (facts["NumNodes"], facts["NumTasks"]) == ("2-2", "16")
+        assert "gpu:8" in facts["TresPerNode"].replace("gres:", "")
+        submitter.call("stop", "runs/x")
 
 
 def test_the_sites_variables_reach_the_ranks_on_all_nodes(submitter: Submitter) -> None:
     write_config(submitter.folder / "c.json", Path("runs/x"))
     flags = ("--nodes", "2", "--gpus-per-node", "2", "--cpus-per-task", "1", "--scratch", "/mnt/$USER x")
+    # A container is what stands in front of the interpreter; here it only leaves a mark.
+    flags += ("--container-command", "env IN_CONTAINER=1", "--container", "/usr/bin/nice", "--python", sys.executable)
     job = submitter.submit(
         "train", "--config", "c.json", *flags, "--env", "NCCL_SOCKET_IFNAME=ib 0", "MINE=of $USER", USER="me"
     )["train"]
@@ -259,6 +276,7 @@ def test_the_sites_variables_reach_the_ranks_on_all_nodes(submitter: Submitter) 
     assert {one["SLURMD_NODENAME"] for one in seen} == {"n1", "n2"}
     for one in seen:
         assert (one["NCCL_SOCKET_IFNAME"], one["MINE"], one["ADEPT_DS_SCRATCH"]) == ("ib 0", "of me", "/mnt/me x")
+        assert (one["IN_CONTAINER"], str(submitter.folder) in one["APPTAINER_BINDPATH"]) == ("1", True)
 
 
 def test_a_user_who_is_not_root_submits(submitter: Submitter) -> None:
