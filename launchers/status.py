@@ -18,13 +18,14 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from adept_ds.command_line import parse_flags
 from adept_ds.entry_point import run_entry_point
+from adept_ds.errors import UserError
 from adept_ds.slurm.status import FAILED, RunState, read_states, run_folders
 
 STYLES = {"failed": "bold red", "finished": "green", "running": "cyan", "evaluating": "cyan", "pending": "yellow"}
@@ -84,8 +85,11 @@ def main(arguments: Sequence[str]) -> int:
         with Live(table(states), console=console, auto_refresh=False) as live:
             while any(map(is_under_way, states)):
                 time.sleep(flags.interval)
-                states = read_states(run_folders(flags.run_dir))
-                live.update(table(states), refresh=True)
+                try:
+                    states = read_states(run_folders(flags.run_dir))
+                    live.update(table(states), refresh=True)
+                except UserError as error:  # a busy controller may not answer for a while
+                    live.update(Group(table(states), Text(str(error), "red")), refresh=True)
     else:
         console.print(table(states))
     return int(any(state.state == FAILED for state in states))

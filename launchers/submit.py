@@ -25,7 +25,7 @@ from adept_ds.config_loader import LoadedConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write
-from adept_ds.slurm import submission
+from adept_ds.slurm import record, submission
 from adept_ds.slurm.checks import path_problems, run_problems, slurm_problems
 from adept_ds.slurm.site import add_site_flags, load_site
 from adept_ds.slurm.submission import Cluster, Job
@@ -176,7 +176,7 @@ def stop(arguments: Sequence[str]) -> int:
     """Make runs save and end, and not come back before they are submitted again."""
     flags = parse_flags(arguments, f"{PROGRAM} stop", stop.__doc__ or "", add_stop_flags)
     for run_dir in flags.run_dir:
-        print(submission.stop(run_dir))
+        print(record.stop(run_dir))
     return 0
 
 
@@ -241,9 +241,9 @@ def scripts_text(jobs: Sequence[Job]) -> str:
     return "\n".join(texts)
 
 
-def submitted_text(done: submission.Submission, jobs: Sequence[Job], folder: Path) -> str:
+def submitted_text(done: record.Submission, jobs: Sequence[Job], folder: Path) -> str:
     """Ids, files, and how to go on."""
-    logs = done.folder / submission.SLURM_FOLDER
+    logs = done.folder / record.SLURM_FOLDER
     first = done.jobs[jobs[0].kind]
     log = logs / (f"{first}_*.log" if done.members else f"{first}.log")
     shown = shlex.quote(str(folder))

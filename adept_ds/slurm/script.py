@@ -95,7 +95,7 @@ def site_lines(site: SiteConfig, root: Path, python: str, binds: Sequence[Path],
     }
     if site.container:
         own["ADEPT_DS_CONTAINER"] = shlex.quote(f"{site.container_command} {site.container}")
-        own["APPTAINER_BINDPATH"] = shlex.quote(",".join(map(str, binds)))
+        own["APPTAINER_BINDPATH"] = shlex.quote(",".join(dict.fromkeys(map(str, binds))))
     if site.scratch:
         own["ADEPT_DS_SCRATCH"] = quote_variable(site.scratch)
     if site.stage_weights:

@@ -16,7 +16,8 @@ from adept_ds.results import SUMMARY_NAME
 from adept_ds.run_folder import CONFIG_NAME, STATUS_NAME, read_status
 from adept_ds.slurm import queue
 from adept_ds.slurm.queue import QueuedJob
-from adept_ds.slurm.submission import KINDS, find_task, read_submission
+from adept_ds.slurm.record import find_task, read_submission
+from adept_ds.slurm.submission import KINDS
 from adept_ds.slurm.tries import Try, read_history
 
 METRICS_NAME = "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Submissions: a run's chain of jobs, what is left of it, and the record of it in the run folder.
+"""Submissions: a run's chain of jobs, or what is left of it.
 
     RUN/slurm/submission.json     ids of the jobs by kind     RUN/slurm/config.json    the config as it was submitted
     RUN/slurm/train.sbatch, ..    the scripts                 RUN/slurm/JOB.log        a log for each job
@@ -17,18 +17,18 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from adept_ds.config import RunConfig
 from adept_ds.config_loader import resolved_json
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write, read_json, write_json
+from adept_ds.files import atomic_write
 from adept_ds.hub import hub_data_sets
 from adept_ds.results import GENERATION_NAME, SUMMARY_NAME
 from adept_ds.run_folder import read_status
 from adept_ds.slurm import queue
+from adept_ds.slurm.record import SLURM_FOLDER, Submission, write_record
 from adept_ds.slurm.script import SCRIPTS, render, site_lines
 from adept_ds.slurm.site import SiteConfig
 from adept_ds.slurm.tries import STOP_NAME
@@ -36,8 +36,6 @@ from adept_ds.slurm.tries import STOP_NAME
 Kind = Literal["train", "eval", "score", "report"]
 KINDS: tuple[Kind, ...] = ("train", "eval", "score", "report")
 
-SLURM_FOLDER = "slurm"
-SUBMISSION_NAME = Path(SLURM_FOLDER) / "submission.json"
 TEMPLATES: dict[Kind, str] = {
     "train": "train.sbatch",
     "eval": "eval_mbpp.sbatch",
@@ -77,18 +75,6 @@ class Cluster:
     def python(self) -> str:
         """Interpreter of the ranks."""
         return self.site.python or ("python3" if self.site.container else sys.executable)
-
-
-@dataclass(frozen=True)
-class Submission:
-    """What `submission.json` says."""
-
-    folder: Path
-    """Run folder, or folder of the sweep."""
-    jobs: dict[str, str]
-    """Kind to id."""
-    members: tuple[str, ...]
-    """Of a sweep, names of the run folders in the order of the array's tasks."""
 
 
 def job_name(folder: Path, kind: Kind = "train") -> str:
@@ -274,76 +260,4 @@ def submit(jobs: Sequence[Job], members: Sequence[str] = ()) -> Submission:
             queue.cancel(*ids.values())
             raise
         ids[job.kind] = last
-    before = read_submission(folder)
-    submission = Submission(folder, {**(before.jobs if before else {}), **ids}, tuple(members))
-    write_json(
-        folder / SUBMISSION_NAME,
-        {
-            "jobs": submission.jobs,
-            "members": list(members),
-            "scripts": [str(job.script) for job in jobs],
-            "submitted": datetime.now().astimezone().isoformat(timespec="seconds"),
-        },
-    )
-    return submission
-
-
-def read_submission(folder: Path) -> Submission | None:
-    """The record in a run folder or in a sweep's; None if nothing was submitted from here."""
-    path = folder / SUBMISSION_NAME
-    if not path.is_file():
-        return None
-    values = read_json(path)
-    return Submission(folder, values["jobs"], tuple(values["members"]))
-
-
-def find_task(run_dir: Path) -> tuple[Submission | None, int | None]:
-    """The submission that a run is part of, and its task if that is a job array: its own, or its sweep's."""
-    submission = read_submission(run_dir)
-    if submission is None:
-        submission = read_submission(run_dir.parent)
-        if submission is None or run_dir.name not in submission.members:
-            return None, None
-        return submission, submission.members.index(run_dir.name)
-    return submission, None
-
-
-def stop(run_dir: Path) -> str:
-    """Make a run save, end, and not come back, and take what would follow it out of the queue; of a sweep all runs.
-
-    Returns:
-        What was done, for people.
-
-    Raises:
-        UserError: No job of the run is in the queue.
-    """
-    submission, task = find_task(run_dir)
-    if submission is None:
-        raise UserError(
-            f"{run_dir}: there is no {SUBMISSION_NAME}; expected a run that launchers/submit.py has submitted"
-        )
-    mine = [
-        job
-        for job in queue.queued_jobs()
-        if job.id in submission.jobs.values() and (task is None or job.array_task == task)
-    ]
-    training = [job for job in mine if job.id == submission.jobs.get("train")]
-    others = [job for job in mine if job not in training]
-    # First what waits for the training: a run that has stopped ends without an error.
-    if others:
-        queue.cancel(*(job.label for job in others))
-    done = [f"job {job.label} cancelled" for job in others]
-    for job in training:
-        name = submission.members[job.array_task] if job.array_task is not None else "."
-        folder = submission.folder / name
-        folder.mkdir(exist_ok=True)
-        (folder / STOP_NAME).touch()
-        if job.state == "PENDING":
-            queue.cancel(job.label)
-            done.append(f"job {job.label} was waiting and is cancelled")
-        else:
-            queue.cancel("--batch", "--signal=USR1", job.label)
-            done.append(f"job {job.label} saves after its step and ends; {folder} goes on by submitting it again")
-    if not done:
-        raise UserError(f"{run_dir}: none of its jobs ({', '.join(submission.jobs.values())}) is in the queue")
-    return "\n".join(done)
+    return write_record(folder, ids, members, [job.script for job in jobs])

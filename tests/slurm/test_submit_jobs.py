@@ -131,9 +131,9 @@ def test_a_chain_runs_in_order_after_the_last_try(submitter: Submitter) -> None:
 @pytest.mark.parametrize("failing", ["train", "mbpp"])
 def test_a_failed_parent_leaves_nothing_in_the_queue(failing: str, submitter: Submitter) -> None:
     fake_evaluation(submitter.root, failing)
-    # Long enough that no rank has ended before the one that fails.
+    # Long enough, and without checkpoints that a late rank would start from, that it is not over before one fails.
     steps = 400 if failing == "train" else 5
-    write_config(submitter.folder / "c.json", Path("runs/x y"), max_steps=steps)
+    write_config(submitter.folder / "c.json", Path("runs/x y"), max_steps=steps, save_every=steps)
     stub = {"STUB_FAIL": "1 raise 3"} if failing == "train" else {}
     ids = submitter.submit("train", "--config", "c.json", "--then-eval", "mbpp", *SMALL, **stub)
     wait_for(lambda: not submitter.cluster.run("squeue", "-h"), 60, lambda: submitter.cluster.run("squeue"))
@@ -176,7 +176,7 @@ def test_a_waiting_run_that_is_stopped_is_cancelled(submitter: Submitter) -> Non
 
 
 def test_a_sweep_goes_on_with_what_is_left(submitter: Submitter) -> None:
-    write_config(submitter.folder / "c.json", Path("sweep"), max_steps=100)
+    write_config(submitter.folder / "c.json", Path("sweep"), max_steps=100, save_every=100)
     flags = ("sweep", "--config", "c.json", "--grid", "train.seed=[1, 2, 3]", "--concurrent", "2", *SMALL)
     # Which of the members fails is in the environment of all of them: rank 1 of the task whose seed is 2.
     stub = submitter.root / "launchers" / "train.py"

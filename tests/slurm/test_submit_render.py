@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from adept_ds.slurm.submission import job_name
 from .conftest import REPOSITORY
 
 SUBMIT = REPOSITORY / "launchers" / "submit.py"
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 HOSTILE = """a b'c"d $(touch x) `touch y` \\n #; & | > *"""
 
 
@@ -110,6 +112,8 @@ def test_a_dry_run_prints_complete_scripts_and_writes_nothing(tmp_path: Path) ->
     for script in found.values():
         assert "source " not in re.sub(r"^#.*$", "", script, flags=re.MULTILINE)  # complete in itself
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        if SHELLCHECK:
+            subprocess.run([SHELLCHECK, "--severity=warning", "-"], input=script, text=True, check=True)
     assert sorted(tmp_path.iterdir()) == [path]
 
 
