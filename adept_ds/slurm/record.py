@@ -32,8 +32,8 @@ class Submission:
 
 
 def write_record(folder: Path, ids: Mapping[str, str], members: Sequence[str], scripts: Sequence[Path]) -> Submission:
-    """Record the ids of jobs by kind; those of other kinds that were submitted before stay."""
-    before = read_submission(folder)
+    """Record the ids of jobs by kind. What followed an earlier training is forgotten with it, or else added to."""
+    before = None if "train" in ids else read_submission(folder)
     submission = Submission(folder, {**(before.jobs if before else {}), **ids}, tuple(members))
     write_json(
         folder / SUBMISSION_NAME,

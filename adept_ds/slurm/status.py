@@ -104,8 +104,11 @@ def _read_state(folder: Path, queued: Sequence[QueuedJob] | None) -> RunState:
     status = read_status(folder)
     ids = dict(submission.jobs) if submission else {}
     last = history[-1] if history else None
+    # The newest of the jobs that train it: submitted by submit.py, or by hand and then known once it has started.
+    if submission is None and last:
+        task = last.array_task
     if last and last.array_task == task:
-        ids["train"] = last.job  # by hand, it may have been submitted since
+        ids["train"] = max(last.job, ids.get("train", "0"), key=int)
     mine = {
         kind: job
         for job in queued or ()
@@ -165,6 +168,8 @@ def _ended(
     has_slurm: bool,
 ) -> RunState:
     """A run that is not finished and not in the queue."""
+    if last and last.job != train_id:
+        last = None  # of an earlier job
     if last and last.ended_by in ("stopped", "cancelled"):
         return replace(state, state="interrupted" if last.ended_by == "stopped" else "cancelled")
     if last and last.ended_by not in (None, "finished"):

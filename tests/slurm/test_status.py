@@ -73,6 +73,16 @@ def test_a_pending_run_has_its_reason(tmp_path: Path, state_of: Any) -> None:
     assert (found.state, found.job, found.note) == ("pending", "7", "Priority")
 
 
+def test_a_run_that_failed_and_was_submitted_again_is_pending(tmp_path: Path, state_of: Any) -> None:
+    run = make_run(tmp_path / "run", "failed", 20)
+    write_history(run, {"job": "7", "ended_by": "failed", "requeued": False})
+    submitted(run, train="10")
+    found = state_of(run, job("10", "PENDING", "Priority"))
+    assert (found.state, found.job) == ("pending", "10")
+    by_hand = state_of(run, job("7"))  # not the run's newest
+    assert by_hand.state == "failed"
+
+
 def test_a_running_run_has_rate_and_time_left(tmp_path: Path, state_of: Any) -> None:
     run = make_run(tmp_path / "run", "running", 20)
     submitted(run, train="7")

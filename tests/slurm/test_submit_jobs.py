@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,19 @@ class Submitter:
     def ids(output: str) -> dict[str, str]:
         line = next((line for line in output.splitlines() if line.startswith("submitted")), "")
         return dict(re.findall(r"(\w+) (\d+)", line))
+
+    def status(self, run: str) -> list[dict[str, Any]]:
+        """The rows of status.py."""
+        done = subprocess.run(
+            [sys.executable, REPOSITORY / "launchers" / "status.py", run, "--json"],
+            cwd=self.folder,
+            env=self.cluster.environment,
+            capture_output=True,
+            text=True,
+        )
+        rows = json.loads(done.stdout)
+        assert done.returncode == any(row["state"] == "failed" for row in rows), done.stderr
+        return rows
 
     def log(self, run: str, job: str) -> str:
         path = self.folder / run / "slurm" / f"{job}.log"
@@ -166,6 +180,8 @@ def test_a_stopped_run_saves_and_goes_on_when_it_is_submitted_again(submitter: S
     assert submitter.cluster.wait(job)["JobState"] == "COMPLETED", submitter.log("runs/x y", job)
     assert [(one.from_step, one.ended_by) for one in read_history(run_dir)] == [(0, "stopped"), (step, "finished")]
     assert not (run_dir / "stop").exists()
+    shown = submitter.status("runs/x y")
+    assert [(row["state"], row["job"]) for row in shown] == [("finished", job)]
 
 
 def test_a_waiting_run_that_is_stopped_is_cancelled(submitter: Submitter) -> None:
@@ -199,15 +215,7 @@ def test_a_sweep_goes_on_with_what_is_left(submitter: Submitter) -> None:
     assert len(members) == 3
     assert [state == "finished" for state in states] == [True, False, True]
     assert "first to fail: rank 1 on" in (submitter.folder / "sweep" / "slurm" / f"{job}_1.log").read_text()
-    shown = subprocess.run(
-        [sys.executable, REPOSITORY / "launchers" / "status.py", "sweep", "--json"],
-        cwd=submitter.folder,
-        env=submitter.cluster.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert shown.returncode == 1, shown.stderr
-    rows = json.loads(shown.stdout)
+    rows = submitter.status("sweep")
     assert [row["state"] for row in rows] == ["finished", "failed", "finished"]
     assert "the stub raises" in rows[1]["note"]
 
