@@ -93,7 +93,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None], world: World) -> 
 
     Collective: every rank calls `fill` with the same path.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(temporary_name(folder.name))
 
     def clear() -> None:
         # A process that was killed may have left it.
@@ -116,6 +116,11 @@ def replace_folder(folder: Path, fill: Callable[[Path], None], world: World) -> 
             shutil.rmtree(temporary)
         raise
     on_main_rank(put_in_place, world)
+
+
+def temporary_name(name: str) -> str:
+    """Name of a folder while it is filled."""
+    return f".{name}.tmp"
 
 
 def save_checkpoint(
@@ -195,7 +200,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_checkpoint(root: Path, warn: Callable[[str], Any]) -> Checkpoint | None:
-    """Return the newest whole checkpoint below `root`; damaged ones are skipped with a message to `warn`."""
+    """Return the newest whole checkpoint below `root`; what is damaged or half written is told to `warn`."""
+    for folder in sorted(root.glob(temporary_name(f"{CHECKPOINT_PREFIX}*"))):
+        warn(f"skipping {folder}: the save was cut short")
     for folder in reversed(list_checkpoints(root)):
         try:
             return load_checkpoint(folder)

@@ -3,8 +3,9 @@
     python -m adept_ds.slurm.tries begin --nodes "n1 n2" --alive "11 12" -- CONFIG [--section.key VALUE ..]
     python -m adept_ds.slurm.tries end --run_dir RUN --part rank --status 0 --warned 1 --cancelled 0 --facts ...
 
-The batch script calls `begin` before it starts anything, which prints the config, the run folder and the folder of the
-ranks' logs, and `end` when it is over. A job that SLURM starts again has the same id and one restart more.
+The batch script calls `begin` before it starts anything, and `end` when it is over. `begin` prints the config, the run
+folder, the folder of the ranks' logs, and how many numbers of steps are not to be used again. A job that SLURM starts
+again has the same id and one restart more.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ STOPPED = 1
 REQUEUE = 75
 """Exit status of `end` when the job is to be requeued (EX_TEMPFAIL)."""
 DEFAULT_MAX_RESTARTS = 20
+STEPS_OF_A_TRY = 4
+"""Most calls of srun in a try: node check, staging, ranks, and the question for nodes that are gone."""
 NETWORK_ERROR = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|Broken pipe|NCCL|gloo|Dist\w+Error")
 TERMINATED = 128 + signal.SIGTERM
 IDLE_TRIES = 2
@@ -184,7 +187,8 @@ def begin(flags: argparse.Namespace, environment: Mapping[str, str]) -> int:
         f"job {_name(this)}, try {restarts}, on {flags.nodes}: {run_dir} from step {this.from_step}; "
         f"a log for each rank in {logs}"
     )
-    print(config.absolute(), run_dir, logs, sep="\n")
+    broken = sum(one.key == this.key and one.ended_by in ("node failure", "requeued") for one in tries)
+    print(config.absolute(), run_dir, logs, STEPS_OF_A_TRY * broken, sep="\n")
     return 0
 
 

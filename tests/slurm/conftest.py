@@ -152,20 +152,32 @@ def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
     whole_cluster.cancel_all()
 
 
-class StubRun:
-    """A run folder, a config and a repository whose `launchers/train.py` is `stub_train.py`."""
+class Run:
+    """A run folder, a config and a log, beside one another in a folder.
+
+    Args:
+        cluster: Where it runs.
+        folder: Where all of it is.
+        settings: The config, without its run folder.
+        root: The repository.
+        name: Of the run folder, the config and the log.
+    """
 
     HEADERS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--time=10")
 
-    def __init__(self, cluster: Cluster, folder: Path, name: str = "run") -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, settings: dict[str, Any], root: Path = REPOSITORY, name: str = "run"
+    ) -> None:
         self.cluster = cluster
-        self.root = stub_root(folder / "repository")
+        self.root = root
         self.run_dir = folder / name
-        self.config = write_config(folder / f"{name}.json", self.run_dir)
+        self.config = folder / f"{name}.json"
         self.log = folder / f"{name}.log"
+        logging = {**settings.get("logging", {}), "run_dir": str(self.run_dir)}
+        self.config.write_text(json.dumps({**settings, "logging": logging}))
 
     def submit(self, *headers: str, arguments: tuple[str, ...] = (), user: str | None = None, **variables: str) -> str:
-        """Submit `train.sbatch`; the variables are the stub's and the script's."""
+        """Submit `train.sbatch`, without the node check unless it is asked for; return the job's id."""
         return self.cluster.sbatch(
             *self.HEADERS,
             f"--output={self.log}",
@@ -186,18 +198,25 @@ class StubRun:
         """status.json."""
         return json.loads((self.run_dir / "status.json").read_text())
 
-    def wait_for_step(self, step: int, timeout: float = 60) -> None:
-        """Wait until the stub's rank 0 has taken so many steps."""
-        path = self.run_dir / "step"
-        wait_for(lambda: path.exists() and int(path.read_text() or 0) >= step, timeout, self.last_words)
-
-    def seen(self, restarts: int = 0) -> list[dict[str, Any]]:
-        """The environment that each rank saw in a try, with its arguments and its model."""
-        return [json.loads(path.read_text()) for path in sorted((self.run_dir / "seen").glob(f"*-{restarts}-*.json"))]
+    def wait_for_step(self, step: int, timeout: float = 120) -> None:
+        """Wait until the run has taken so many steps."""
+        path = self.run_dir / "metrics.jsonl"
+        wait_for(lambda: path.exists() and f'"step": {step},' in path.read_text(), timeout, self.last_words)
 
     def last_words(self) -> str:
         """The job's log."""
         return self.log.read_text() if self.log.exists() else "no log"
+
+
+class StubRun(Run):
+    """A run whose trainer is `stub_train.py`, in a repository made of links to the rest of ours."""
+
+    def __init__(self, cluster: Cluster, folder: Path, name: str = "run") -> None:
+        super().__init__(cluster, folder, stub_settings(), stub_root(folder / "repository"), name)
+
+    def seen(self, restarts: int = 0) -> list[dict[str, Any]]:
+        """The environment that each rank saw in a try, with its arguments and its model."""
+        return [json.loads(path.read_text()) for path in sorted((self.run_dir / "seen").glob(f"*-{restarts}-*.json"))]
 
 
 @pytest.fixture
@@ -216,12 +235,15 @@ def stub_root(folder: Path) -> Path:
     return folder
 
 
-def write_config(path: Path, run_dir: Path, **train: Any) -> Path:
-    """A config of which the stub takes the number of steps."""
-    settings = {
+def stub_settings(**train: Any) -> dict[str, Any]:
+    """A config of which the stub takes the number of steps and when to save."""
+    return {
         "model": {"name_or_path": "stub/model"},
         "train": {"max_steps": 20, "warmup_steps": 1, "save_every": 5, **train},
-        "logging": {"run_dir": str(run_dir)},
     }
-    path.write_text(json.dumps(settings))
+
+
+def write_config(path: Path, run_dir: Path, **train: Any) -> Path:
+    """Write a config for the stub."""
+    path.write_text(json.dumps({**stub_settings(**train), "logging": {"run_dir": str(run_dir)}}))
     return path

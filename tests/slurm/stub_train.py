@@ -64,6 +64,8 @@ def main(arguments: Sequence[str]) -> None:
             fail(what)
         if rank == 0:
             (folder / "step").write_text(str(step))
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "loss": 1 / step}) + "\n")
         if received:
             save(step)
             set_status("interrupted", step)
