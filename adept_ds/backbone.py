@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from adept_ds.config import ModelConfig
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.hub import is_local
 from adept_ds.sharding import Partitioner
 from adept_ds.streaming import fill_backbone, fill_randomly
 
@@ -109,7 +110,7 @@ def load_backbone(
             auto, "model.name_or_path", config.name_or_path, revision=config.revision, use_safetensors=True, **options
         )
         return backbone.requires_grad_(False).to(device)
-    weights = _weight_files(config)
+    weights = weight_files(config)
     backbone = _empty_backbone(config, architecture)
     partitioner = Partitioner(deepspeed_config, device, shard_group) if deepspeed_config else None
     fill_backbone(backbone, config, weights, device, partitioner, show_progress)
@@ -155,8 +156,12 @@ def _empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreT
     return backbone
 
 
-def _weight_files(config: ModelConfig) -> list[Path]:
-    """The safetensors files of the checkpoint, fetched from the hub if need be."""
+def weight_files(config: ModelConfig) -> list[Path]:
+    """The safetensors files of the checkpoint, fetched from the hub if need be.
+
+    Raises:
+        UserError: There are none at that place, or they cannot be reached.
+    """
     source = config.name_or_path
     with _told_as_user_error("model.name_or_path", source):
         options: dict[str, Any] = {"revision": config.revision}
@@ -170,8 +175,7 @@ def _weight_files(config: ModelConfig) -> list[Path]:
 def _from_source(auto: Any, key: str, source: str, **options: Any) -> Any:
     """Call `auto.from_pretrained`, turning what a user can mend into a `UserError`."""
     path = Path(source)
-    is_local = path.is_dir() or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
-    if is_local and not path.is_dir():
+    if is_local(source) and not path.is_dir():
         siblings = [str(folder) for folder in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{key} is {source!r}: no such folder{did_you_mean(source, siblings)}")
     with _told_as_user_error(key, source):

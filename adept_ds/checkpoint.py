@@ -36,9 +36,9 @@ from torch import Tensor
 from adept_ds import adapter_io
 from adept_ds.distributed import World, gather_objects, on_main_rank
 from adept_ds.errors import UserError
+from adept_ds.run_folder import CHECKPOINT_PREFIX, list_checkpoints
 
 MANIFEST = "manifest.json"
-PREFIX = "step-"
 OPTIMIZER_NAME = "optimizer.safetensors"
 SHARDED = "deepspeed"
 """Folder of DeepSpeed's own checkpoint."""
@@ -93,7 +93,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None], world: World) -> 
 
     Collective: every rank calls `fill` with the same path.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(temporary_name(folder.name))
 
     def clear() -> None:
         # A process that was killed may have left it.
@@ -118,6 +118,11 @@ def replace_folder(folder: Path, fill: Callable[[Path], None], world: World) -> 
     on_main_rank(put_in_place, world)
 
 
+def temporary_name(name: str) -> str:
+    """Name of a folder while it is filled."""
+    return f".{name}.tmp"
+
+
 def save_checkpoint(
     root: Path,
     state: TrainerState,
@@ -138,7 +143,7 @@ def save_checkpoint(
         keep: Number of checkpoints to keep.
         world: This rank.
     """
-    folder = root / f"{PREFIX}{state.step:08d}"
+    folder = root / f"{CHECKPOINT_PREFIX}{state.step:08d}"
 
     def fill(folder: Path) -> None:
         write_states(folder)
@@ -165,11 +170,6 @@ def save_checkpoint(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write whole tensors as safetensors."""
     path.write_bytes(save(dict(tensors)))
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders below `root`, oldest first, whether whole or damaged."""
-    return sorted(root.glob(f"{PREFIX}*")) if root.is_dir() else []
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -200,7 +200,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_checkpoint(root: Path, warn: Callable[[str], Any]) -> Checkpoint | None:
-    """Return the newest whole checkpoint below `root`; damaged ones are skipped with a message to `warn`."""
+    """Return the newest whole checkpoint below `root`; what is damaged or half written is told to `warn`."""
+    for folder in sorted(root.glob(temporary_name(f"{CHECKPOINT_PREFIX}*"))):
+        warn(f"skipping {folder}: the save was cut short")
     for folder in reversed(list_checkpoints(root)):
         try:
             return load_checkpoint(folder)

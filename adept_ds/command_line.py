@@ -43,6 +43,7 @@ def parse_command_line(
     program: str,
     description: str,
     add_flags: Callable[[argparse.ArgumentParser], object] = add_training_flags,
+    check: Callable[[argparse.Namespace], object] = lambda flags: None,
 ) -> tuple[argparse.Namespace, LoadedConfig]:
     """Parse `arguments`, load the config file that they name, and apply their overrides.
 
@@ -53,6 +54,7 @@ def parse_command_line(
         program: What is typed to run it, for the help.
         description: What it does, for the help.
         add_flags: Adds the entry point's own flags to the parser, with underscores in their names.
+        check: Checks those flags; its `UserError` is told together with the config's problems.
 
     Returns:
         The flags and the config.
@@ -88,6 +90,10 @@ def parse_command_line(
     if flags.config is None:
         problems.append("--config FILE is needed, for example ds_configs/llama3_8b.json")
         raise UserError("\n".join(problems))
+    try:
+        check(flags)
+    except UserError as error:
+        problems.append(str(error))
     try:
         loaded = load_config(flags.config, overrides)
     except UserError as error:
@@ -125,7 +131,7 @@ def parse_flags(
 
 def launcher_world_size() -> int:
     """Number of ranks that the launcher has set, or 1."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def _count(text: str) -> int:

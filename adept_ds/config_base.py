@@ -1,7 +1,8 @@
-"""What the sections of a config are made of: their base class and strict numbers."""
+"""What the sections of a config are made of: their base class, strict numbers, sizes."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
@@ -11,6 +12,17 @@ CountOrZero = Annotated[StrictInt, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Return a size such as 80GB or 79.6GiB in bytes; ValueError if it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]i?b)?", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r}: expected a size such as 80GB or 79.6GiB")
+    return int(float(match[1]) * BYTES[(match[2] or "").upper()])
 
 
 class Section(BaseModel):

@@ -13,14 +13,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
 from adept_ds import deepspeed_config
 from adept_ds.config import RunConfig
+from adept_ds.config_base import Section
 from adept_ds.config_schema import (
     SCHEMA_KEY,
+    Setting,
     declared_settings,
     key_candidates,
     method_of,
@@ -31,6 +33,8 @@ from adept_ds.errors import UserError, did_you_mean
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+
+Model = TypeVar("Model", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,49 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
         UserError: All problems of the file and the overrides: for each its key, value, source, what was expected, and
             the nearest valid key or choice.
     """
-    path = Path(path)
-    text = _read(path)
-    values = _parse(text, path)
-    sources, problems = _file_sources(text, path)
+    run, sources = load_settings(RunConfig, Path(path), overrides, "--config")
+    return LoadedConfig(run, Path(path), sources)
+
+
+def load_settings(
+    model: type[Model], path: Path | None, overrides: Sequence[str], flag: str
+) -> tuple[Model, dict[str, str]]:
+    """As `load_config`, for any file of settings.
+
+    Args:
+        model: What the file holds, as one section.
+        path: The file; None for defaults and overrides alone.
+        overrides: `key=value`.
+        flag: The flag by which the file is given, for messages.
+
+    Returns:
+        The settings, and the source of each.
+
+    Raises:
+        UserError: As `load_config`.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    problems: list[str] = []
+    if path is not None:
+        text = _read(path, flag)
+        values = _parse(text, path, model)
+        sources, problems = _file_sources(text, path)
     pairs = [(key, value) for key, _, value in (override.partition("=") for override in overrides)]
     names = [value for key, value in pairs if key == "method.name"]
     if names and names[-1] != method_of(values):
         _set(values, sources, "method", {"name": names[-1]})
     for key, value in pairs:
-        _set(values, sources, key, _override_value(key, value, method_of(values)))
+        _set(values, sources, key, _override_value(key, value, declared_settings(method_of(values), model)))
     values.pop(SCHEMA_KEY, None)
 
-    run, more = _validate(values, sources)
+    loaded, more = _Validation(model, values, sources).result()
     problems += more
-    if problems or run is None:
+    if problems or loaded is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{path}: {count}\n" + "\n".join(problems))
-    dumped = run.model_dump(mode="json", by_alias=True)
-    return LoadedConfig(run, path, {key: sources.get(key, DEFAULT) for key in flatten(dumped)})
+        raise UserError(f"{path or COMMAND_LINE}: {count}\n" + "\n".join(problems))
+    dumped = loaded.model_dump(mode="json", by_alias=True)
+    return loaded, {key: sources.get(key, DEFAULT) for key in flatten(dumped)}
 
 
 def resolved_json(run: RunConfig) -> str:
@@ -97,20 +125,20 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, flag: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
         near = did_you_mean(str(path), map(str, siblings))
-        raise UserError(f"--config {path}: no such file{near}") from None
+        raise UserError(f"{flag} {path}: no such file{near}") from None
     except IsADirectoryError:
-        raise UserError(f"--config {path}: this is a folder, expected a JSON file") from None
+        raise UserError(f"{flag} {path}: this is a folder, expected a JSON file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{flag} {path}: not a UTF-8 text file ({error.reason} at byte {error.start})") from None
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
+def _parse(text: str, path: Path, model: type[Section]) -> dict[str, Any]:
     try:
         values = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -122,9 +150,9 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path}: expected an object with the sections {', '.join(section_docs())}, got {_show(values)}"
-        )
+        sections = section_docs(model)
+        kind, names = ("sections", sections) if sections else ("keys", model.model_fields)
+        raise UserError(f"{path}: expected an object with the {kind} {', '.join(names)}, got {_show(values)}")
     return values
 
 
@@ -156,8 +184,8 @@ def _file_sources(text: str, path: Path) -> tuple[dict[str, str], list[str]]:
     return sources, problems
 
 
-def _override_value(key: str, text: str, method: str) -> Any:
-    setting = declared_settings(method).get(key)
+def _override_value(key: str, text: str, declared: dict[str, Setting]) -> Any:
+    setting = declared.get(key)
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (json.JSONDecodeError, UserError):
@@ -182,55 +210,113 @@ def _set(values: dict[str, Any], sources: dict[str, str], key: str, value: Any) 
         sources |= dict.fromkeys(flatten(value, f"{key}."), COMMAND_LINE)
 
 
-def _validate(values: dict[str, Any], sources: dict[str, str]) -> tuple[RunConfig | None, list[str]]:
-    """Return the run, or the problems of the values.
+class _Validation(Generic[Model]):
+    """Values checked against what a model declares.
 
-    A misspelt or misplaced key would bring a second message where its right name is missing, and hide the checks of
-    its section. So what is left is checked with such keys put where they were meant to be.
+    Args:
+        model: The model.
+        values: What the file and the overrides say.
+        sources: Dotted key of each value to its source.
     """
-    run, errors = _run_or_errors(values)
-    unknown = [error for error in errors if error["type"] == "extra_forbidden"]
-    problems = [_problem(_key(error), _unknown_key_message(error, values), values, sources) for error in unknown]
-    written = {}
-    if unknown:
-        values = copy.deepcopy(values)
-        for error in unknown:
-            value = _pop(values, error["loc"])
-            candidates = key_candidates(_key(error), method_of(values))
-            if len(candidates) != 1:
-                continue
-            present = _lookup(values, candidates[0])
-            if isinstance(present, dict) and isinstance(value, dict):
-                value = value | present
-            elif present is not None:
-                continue
-            _set(values, {}, candidates[0], value)
-            written[candidates[0]] = _key(error)
-        run, errors = _run_or_errors(values)
-    for new, old in written.items():
-        sources = sources | {new + key.removeprefix(old): source for key, source in sources.items() if _is_at(key, old)}
-    for error in errors:
+
+    def __init__(self, model: type[Model], values: dict[str, Any], sources: dict[str, str]) -> None:
+        self.model = model
+        self.values = values
+        self.sources = sources
+        self.method = method_of(values)
+        self.declared = declared_settings(self.method, model)
+
+    def result(self) -> tuple[Model | None, list[str]]:
+        """Return the settings, or the problems of the values.
+
+        A misspelt or misplaced key would bring a second message where its right name is missing, and hide the checks
+        of its section. So what is left is checked with such keys put where they were meant to be.
+        """
+        loaded, errors = self._loaded_or_errors()
+        unknown = [error for error in errors if error["type"] == "extra_forbidden"]
+        problems = [self._problem(_key(error), self._unknown_key_message(error)) for error in unknown]
+        written = {}
+        if unknown:
+            self.values = copy.deepcopy(self.values)
+            for error in unknown:
+                value = _pop(self.values, error["loc"])
+                candidates = key_candidates(_key(error), self.method, self.model)
+                if len(candidates) != 1:
+                    continue
+                present = _lookup(self.values, candidates[0])
+                if isinstance(present, dict) and isinstance(value, dict):
+                    value = value | present
+                elif present is not None:
+                    continue
+                _set(self.values, {}, candidates[0], value)
+                written[candidates[0]] = _key(error)
+            loaded, errors = self._loaded_or_errors()
+        for new, old in written.items():
+            moved = {new + key.removeprefix(old): source for key, source in self.sources.items() if _is_at(key, old)}
+            self.sources = self.sources | moved
+        problems += [self._error_problem(error) for error in errors]
+        section = self.values.get("deepspeed")
+        if self.model is RunConfig and isinstance(section, dict):
+            found = list(deepspeed_config.section_problems(section))
+            if isinstance(loaded, RunConfig):
+                found += deepspeed_config.contradictions(loaded)
+            problems += [self._problem(key, message) for key, message in found]
+        return (None if problems else loaded), problems
+
+    def _loaded_or_errors(self) -> tuple[Model | None, list[Any]]:
+        try:
+            return self.model.model_validate(self.values), []
+        except ValidationError as error:
+            return None, [_as_written(details) for details in error.errors(include_url=False)]
+
+    def _error_problem(self, error: Any) -> str:
         key = _key(error)
         if error["type"] == "extra_forbidden":
-            problems.append(_problem(key, _unknown_key_message(error, values), values, sources))
-        elif error["type"] == "value_error":
-            problems.append(_validator_problem(key, str(error["ctx"]["error"]), values, sources))
-        else:
-            problems.append(_problem(key, _expectation(error, key, values), values, sources))
-    section = values.get("deepspeed")
-    if isinstance(section, dict):
-        found = list(deepspeed_config.section_problems(section))
-        if run is not None:
-            found += deepspeed_config.contradictions(run)
-        problems += [_problem(key, message, values, sources) for key, message in found]
-    return (None if problems else run), problems
+            return self._problem(key, self._unknown_key_message(error))
+        if error["type"] == "value_error":
+            return self._validator_problem(key, str(error["ctx"]["error"]))
+        return self._problem(key, self._expectation(error, key))
 
+    def _problem(self, key: str, message: str) -> str:
+        parent, _, name = key.rpartition(".")
+        siblings = _lookup(self.values, parent) if parent else self.values
+        if isinstance(siblings, dict) and name not in siblings:
+            return f"  {key}\n      {message}"
+        return f"  {key} = {_show(_lookup(self.values, key))} ({_source(key, self.sources)})\n      {message}"
 
-def _run_or_errors(values: dict[str, Any]) -> tuple[RunConfig | None, list[Any]]:
-    try:
-        return RunConfig.model_validate(values), []
-    except ValidationError as error:
-        return None, [_as_written(details) for details in error.errors(include_url=False)]
+    def _validator_problem(self, section: str, message: str) -> str:
+        """A mistake that involves several settings of a section; those that the message names are shown with it."""
+        prefix = f"{section}." if section else ""
+        lines = [f"  {section or 'sections'}: {message}"]
+        for name in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)):
+            setting = self.declared.get(prefix + name)
+            if setting:
+                value = _lookup(self.values, setting.key) if setting.key in self.sources else setting.default
+                lines.append(f"      {setting.key} = {_show(value)} ({self.sources.get(setting.key, DEFAULT)})")
+        return "\n".join(lines)
+
+    def _unknown_key_message(self, error: Any) -> str:
+        if "." in error["loc"][-1]:
+            return "dotted keys are for the command line; expected objects inside one another"
+        return unknown_key_message(_key(error), self.method, self.model)
+
+    def _expectation(self, error: Any, key: str) -> str:
+        if error["type"] in ("model_type", "model_attributes_type"):
+            members = [known.removeprefix(f"{key}.") for known in self.declared if known.startswith(f"{key}.")]
+            names = dict.fromkeys(member.partition(".")[0] for member in members)
+            return f"expected an object with the keys {', '.join(names)}"
+        setting = self.declared.get(key) or self.declared.get(key.rpartition(".")[0])
+        if setting is None:
+            return f"section missing: {section_docs(self.model)[key]}"
+        if error["type"] == "missing" and setting.key == key:
+            return f"missing; expected {setting.type}: {setting.doc}"
+        message = f"expected {setting.type}"
+        value = error["input"]
+        if isinstance(value, str) and setting.choices:
+            message += did_you_mean(value.lower(), setting.choices)
+        elif isinstance(value, str) and _is_number(value):
+            message += "; write the number without quotes"
+        return message
 
 
 def _as_written(error: Any) -> Any:
@@ -279,52 +365,6 @@ def _source(key: str, sources: dict[str, str]) -> str:
 def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _problem(key: str, message: str, values: dict[str, Any], sources: dict[str, str]) -> str:
-    parent, _, name = key.rpartition(".")
-    siblings = _lookup(values, parent) if parent else values
-    if isinstance(siblings, dict) and name not in siblings:
-        return f"  {key}\n      {message}"
-    return f"  {key} = {_show(_lookup(values, key))} ({_source(key, sources)})\n      {message}"
-
-
-def _validator_problem(section: str, message: str, values: dict[str, Any], sources: dict[str, str]) -> str:
-    """A mistake that involves several settings of a section; those that the message names are shown with it."""
-    prefix = f"{section}." if section else ""
-    lines = [f"  {section or 'sections'}: {message}"]
-    for name in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)*", message)):
-        setting = declared_settings(method_of(values)).get(prefix + name)
-        if setting:
-            value = _lookup(values, setting.key) if setting.key in sources else setting.default
-            lines.append(f"      {setting.key} = {_show(value)} ({sources.get(setting.key, DEFAULT)})")
-    return "\n".join(lines)
-
-
-def _unknown_key_message(error: Any, values: dict[str, Any]) -> str:
-    if "." in error["loc"][-1]:
-        return "dotted keys are for the command line; expected objects inside one another"
-    return unknown_key_message(_key(error), method_of(values))
-
-
-def _expectation(error: Any, key: str, values: dict[str, Any]) -> str:
-    declared = declared_settings(method_of(values))
-    if error["type"] in ("model_type", "model_attributes_type"):
-        members = [known.removeprefix(f"{key}.") for known in declared if known.startswith(f"{key}.")]
-        names = dict.fromkeys(member.partition(".")[0] for member in members)
-        return f"expected an object with the keys {', '.join(names)}"
-    setting = declared.get(key) or declared.get(key.rpartition(".")[0])
-    if setting is None:
-        return f"section missing: {section_docs()[key]}"
-    if error["type"] == "missing" and setting.key == key:
-        return f"missing; expected {setting.type}: {setting.doc}"
-    message = f"expected {setting.type}"
-    value = error["input"]
-    if isinstance(value, str) and setting.choices:
-        message += did_you_mean(value.lower(), setting.choices)
-    elif isinstance(value, str) and _is_number(value):
-        message += "; write the number without quotes"
-    return message
 
 
 def _is_number(text: str) -> bool:

@@ -1,6 +1,7 @@
-"""What the declarations in `adept_ds.config` say, by dotted key: for help, for messages, for editors.
+"""What the declarations of settings say, by dotted key: for help, for messages, for editors.
 
-What may stand in the section `method` depends on the name there, so the functions take the name of a method.
+The settings are those of a run (`adept_ds.config`), or of another file that is a `Section` as a whole. What may stand
+in a run's section `method` depends on the name there, so the functions take the name of a method.
 
 python -m adept_ds.config_schema ds_configs/schema.json     writes the JSON schema
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from adept_ds import deepspeed_config
 from adept_ds.config import RunConfig
+from adept_ds.config_base import Section
 from adept_ds.files import atomic_write
 from adept_ds.method_config import DEFAULT_METHOD
 
@@ -47,15 +49,17 @@ def method_docs() -> dict[str, str]:
 
 
 @cache
-def declared_settings(method: str = DEFAULT_METHOD) -> dict[str, Setting]:
-    """Every setting by its dotted key, in the order of declaration."""
-    return {setting.key: setting for setting in _settings(_schema(), method, "")}
+def declared_settings(method: str = DEFAULT_METHOD, model: type[Section] = RunConfig) -> dict[str, Setting]:
+    """Every setting of `model` by its dotted key, in the order of declaration."""
+    schema = _schema(model)
+    return {setting.key: setting for setting in _settings(schema, schema, method, "")}
 
 
 @cache
-def section_docs() -> dict[str, str]:
-    """Every section by its dotted key, with its documentation."""
-    return dict(_sections(_schema(), ""))
+def section_docs(model: type[Section] = RunConfig) -> dict[str, str]:
+    """Every section of `model` by its dotted key, with its documentation."""
+    schema = _schema(model)
+    return dict(_sections(schema, schema, ""))
 
 
 def method_of(values: dict[str, Any]) -> str:
@@ -82,9 +86,9 @@ def write_schema(path: str | Path) -> None:
         file.write(json_schema())
 
 
-def unknown_key_message(key: str, method: str = DEFAULT_METHOD) -> str:
+def unknown_key_message(key: str, method: str = DEFAULT_METHOD, model: type[Section] = RunConfig) -> str:
     """What to say about a key that no section declares."""
-    *others, last = key_candidates(key, method) or [""]
+    *others, last = key_candidates(key, method, model) or [""]
     message = "unknown key"
     if key.startswith("method."):
         message = f"unknown key of method {method!r}"
@@ -95,17 +99,17 @@ def unknown_key_message(key: str, method: str = DEFAULT_METHOD) -> str:
         either = f"{', '.join(others)} or " if others else ""
         return f"{message}; did you mean {either}{last}?"
     parent = key.rpartition(".")[0]
-    siblings = [_name(known) for known in _known_keys(method) if known.rpartition(".")[0] == parent]
+    siblings = [_name(known) for known in _known_keys(method, model) if known.rpartition(".")[0] == parent]
     return f"{message}; expected one of {', '.join(siblings)}"
 
 
-def key_candidates(key: str, method: str = DEFAULT_METHOD) -> list[str]:
+def key_candidates(key: str, method: str = DEFAULT_METHOD, model: type[Section] = RunConfig) -> list[str]:
     """Keys that may be meant by an unknown one: alike in the same section, of the same name in another, or alike."""
     parent, name = key.rpartition(".")[0], _name(key)
+    known = _known_keys(method, model)
     owner = deepspeed_config.OWNERS.get(name) or deepspeed_config.OWNERS.get(f"{name}.enabled")
-    if owner:
+    if owner and model is RunConfig:
         return [owner]
-    known = _known_keys(method)
     siblings = {_name(other): other for other in known if other.rpartition(".")[0] == parent}
     longer = [sibling for sibling in siblings if name in sibling.split("_") or sibling.startswith(f"{name}_")]
     alike = [*difflib.get_close_matches(name, siblings, n=2, cutoff=0.6), *longer]
@@ -120,14 +124,17 @@ def _name(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _known_keys(method: str) -> list[str]:
-    allowed = deepspeed_config.TOP_LEVEL_KEYS - deepspeed_config.REFUSED_KEYS.keys()
-    return [*section_docs(), *declared_settings(method), *(f"deepspeed.{name}" for name in sorted(allowed))]
+def _known_keys(method: str, model: type[Section]) -> list[str]:
+    known = [*section_docs(model), *declared_settings(method, model)]
+    if model is RunConfig:
+        allowed = deepspeed_config.TOP_LEVEL_KEYS - deepspeed_config.REFUSED_KEYS.keys()
+        known += [f"deepspeed.{name}" for name in sorted(allowed)]
+    return known
 
 
 @cache
-def _schema() -> dict[str, Any]:
-    return RunConfig.model_json_schema()
+def _schema(model: type[Section] = RunConfig) -> dict[str, Any]:
+    return model.model_json_schema()
 
 
 def _methods(schema: dict[str, Any]) -> dict[str, str]:
@@ -139,15 +146,16 @@ def _referenced(reference: str, schema: dict[str, Any]) -> dict[str, Any]:
     return schema["$defs"][reference.rpartition("/")[2]]
 
 
-def _settings(section: dict[str, Any], method: str, prefix: str) -> Iterator[Setting]:
+def _settings(section: dict[str, Any], schema: dict[str, Any], method: str, prefix: str) -> Iterator[Setting]:
     for name, field in section["properties"].items():
         if "discriminator" in field:
             names = tuple(method_docs())
-            for setting in _settings(_referenced(_methods(_schema())[method], _schema()), method, f"{prefix}{name}."):
+            own = _referenced(_methods(schema)[method], schema)
+            for setting in _settings(own, schema, method, f"{prefix}{name}."):
                 is_name = setting.key == f"{prefix}{name}.{field['discriminator']['propertyName']}"
                 yield replace(setting, type=_one_of(names), choices=names) if is_name else setting
         elif "$ref" in field:
-            yield from _settings(_referenced(field["$ref"], _schema()), method, f"{prefix}{name}.")
+            yield from _settings(_referenced(field["$ref"], schema), schema, method, f"{prefix}{name}.")
         else:
             yield Setting(
                 key=prefix + name,
@@ -159,14 +167,14 @@ def _settings(section: dict[str, Any], method: str, prefix: str) -> Iterator[Set
             )
 
 
-def _sections(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def _sections(section: dict[str, Any], schema: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for name, field in section["properties"].items():
         if "discriminator" in field:
             yield prefix + name, _one_line(field["description"])
         elif "$ref" in field:
-            inner = _referenced(field["$ref"], _schema())
+            inner = _referenced(field["$ref"], schema)
             yield prefix + name, _one_line(inner["description"])
-            yield from _sections(inner, f"{prefix}{name}.")
+            yield from _sections(inner, schema, f"{prefix}{name}.")
 
 
 def _one_line(text: str) -> str:
@@ -195,6 +203,8 @@ def _type_text(schema: dict[str, Any]) -> str:
         return f"list of {_type_text(schema['items'])}s"
     if schema["type"] == "boolean":
         return "true or false"
+    if isinstance(schema.get("additionalProperties"), dict):
+        return f"object of {_type_text(schema['additionalProperties'])}s"
     if schema.get("minLength"):
         return "non-empty string"
     symbols = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}

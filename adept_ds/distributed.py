@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from adept_ds.errors import UserError
+from adept_ds.slurm.environment import take_slurm_ranks
 
 Result = TypeVar("Result")
 
@@ -44,12 +45,11 @@ def init_world() -> World:
     Ranks come from the launcher (`deepspeed`, torchrun), from SLURM's own tasks where RANK is not set, or there is one.
     """
     environment = os.environ
-    is_slurm = "RANK" not in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
-    sources = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    for (name, slurm_name), single in zip(sources.items(), ("0", "1", "0"), strict=True):
-        # DeepSpeed reads them from here too.
-        environment.setdefault(name, environment[slurm_name] if is_slurm else single)
-    rank, world_size, local_rank = (int(environment[name]) for name in sources)
+    take_slurm_ranks(environment)
+    # DeepSpeed reads them from here too.
+    rank = int(environment.setdefault("RANK", "0"))
+    world_size = int(environment.setdefault("WORLD_SIZE", "1"))
+    local_rank = int(environment.setdefault("LOCAL_RANK", "0"))
     if torch.cuda.is_available() and environment.get("DS_ACCELERATOR") != "cpu":
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)

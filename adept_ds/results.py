@@ -1,5 +1,6 @@
-"""The two files that scored samples leave, and what can be read from them without the libraries that made them.
+"""The files that an evaluation leaves, and what can be read from them without the libraries that made them.
 
+generation.json  what samples were made with, before they are scored
 results.jsonl    one line a sample: task id, completion, program, verdict
 summary.json     the figures, and what they were made with
 """
@@ -16,6 +17,7 @@ from typing import Any
 from adept_ds.errors import UserError
 from adept_ds.files import read_json
 
+GENERATION_NAME = "generation.json"
 RESULTS_NAME = "results.jsonl"
 SUMMARY_NAME = "summary.json"
 

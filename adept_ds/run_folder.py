@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from adept_ds.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from adept_ds.config_loader import flatten
 from adept_ds.errors import UserError
-from adept_ds.files import write_json
+from adept_ds.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from adept_ds.checkpoint import Checkpoint
 
 CONFIG_NAME = "config.json"
 STATUS_NAME = "status.json"
 CHECKPOINTS_NAME = "checkpoints"
+CHECKPOINT_PREFIX = "step-"
 
 MAY_CHANGE = (
     "_about",
@@ -79,30 +81,57 @@ class RunFolder:
                     f"logging.run_dir is {str(self.path)!r}, which holds a run already: go on with it by "
                     "--resume auto, or choose another folder by --logging.run_dir"
                 )
-            self._check_same_run(json.loads(stored.read_text(encoding="utf-8")), config)
+            check_same_run(self.path, config)
         write_json(stored, config)
         if resume == "never":
             return None
-        return newest_checkpoint(self.checkpoints, warn) if resume == "auto" else load_checkpoint(Path(resume))
+        # With it comes torch, which takes seconds; who only looks into a run folder does without.
+        from adept_ds.checkpoint import load_checkpoint, newest_checkpoint
 
-    def _check_same_run(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        before, after = flatten(old), flatten(new)
-        differing = [
-            f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
-            for key in sorted({*before, *after})
-            if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
-        ]
-        if differing:
-            raise UserError(
-                f"logging.run_dir is {str(self.path)!r}, which holds a run with other settings: "
-                f"{'; '.join(differing)}. Put them back, or choose another folder by --logging.run_dir"
-            )
+        return newest_checkpoint(self.checkpoints, warn) if resume == "auto" else load_checkpoint(Path(resume))
 
     def status(self) -> dict[str, Any]:
         """How the last try ended; empty if none has."""
-        path = self.path / STATUS_NAME
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_status(self.path)
 
     def set_status(self, state: str, step: int, total_steps: int, **facts: Any) -> None:
         """Write `status.json`; `state` is running, interrupted, finished, or failed."""
         write_json(self.path / STATUS_NAME, {"state": state, "step": step, "total_steps": total_steps, **facts})
+
+
+def check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
+    """Refuse to go on with a run with other settings than those of `MAY_CHANGE`.
+
+    Raises:
+        UserError: All settings that differ from those of the folder's run.
+    """
+    before, after = flatten(read_json(run_dir / CONFIG_NAME)), flatten(config)
+    differing = [
+        f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differing:
+        raise UserError(
+            f"logging.run_dir is {str(run_dir)!r}, which holds a run with other settings: "
+            f"{'; '.join(differing)}. Put them back, or choose another folder by --logging.run_dir"
+        )
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """How the last try of a run ended; empty if none has."""
+    path = run_dir / STATUS_NAME
+    return read_json(path) if path.is_file() else {}
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoint folders below `root`, oldest first, whether whole or damaged."""
+    return sorted(root.glob(f"{CHECKPOINT_PREFIX}*")) if root.is_dir() else []
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step that a run would go on from by its newest checkpoint; 0 if it has none."""
+    steps = [
+        int(folder.name.removeprefix(CHECKPOINT_PREFIX)) for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME)
+    ]
+    return max(steps, default=0)

@@ -32,7 +32,7 @@ from adept_ds.config import RunConfig
 from adept_ds.config_loader import COMMAND_LINE, LoadedConfig, flatten, load_config, resolved_json
 from adept_ds.config_schema import declared_settings, method_docs, unknown_key_message
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.files import atomic_write, read_json
+from adept_ds.files import atomic_write, read_json, write_json
 from adept_ds.run_folder import MAY_CHANGE, SEED_KEYS, STATUS_NAME
 
 Grid = Mapping[str, Sequence[Any]]
@@ -345,6 +345,15 @@ def summary(found: Sequence[Member]) -> tuple[dict[str, Any], str]:
         ],
     }
     return as_json, _table(found, outcomes, settings)
+
+
+def write_tables(found: Sequence[Member], folder: Path) -> str:
+    """Write `sweep.json` and `sweep.txt` into the sweep's folder; return the latter's text."""
+    as_json, text = summary(found)
+    write_json(folder / "sweep.json", as_json)
+    with atomic_write(folder / "sweep.txt") as file:
+        file.write(text)
+    return text
 
 
 def _table(found: Sequence[Member], outcomes: Mapping[str, Outcome], settings: Sequence[Setting]) -> str:

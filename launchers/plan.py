@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 
 from adept_ds.command_line import parse_command_line
+from adept_ds.config_base import parse_bytes
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +41,10 @@ def _count(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmg]i?b)?", text, re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a size such as 80GB or 79.6GiB")
-    return int(float(match[1]) * UNITS[(match[2] or "").upper()])
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(arguments: Sequence[str]) -> int:

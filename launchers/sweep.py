@@ -26,8 +26,7 @@ from types import FrameType
 from adept_ds.command_line import parse_command_line
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write, write_json
-from adept_ds.sweep import Member, members, read_grid, read_outcome, summary, write_config
+from adept_ds.sweep import members, read_grid, read_outcome, summary, write_config, write_tables
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 
@@ -114,15 +113,6 @@ def launcher_command(text: str) -> list[str]:
             f"--launcher {text!r}: no such program; expected deepspeed, torchrun or python with their flags"
         )
     return words
-
-
-def write_tables(found: Sequence[Member], folder: Path) -> str:
-    """Write sweep.json and sweep.txt; return the latter's text."""
-    as_json, text = summary(found)
-    write_json(folder / "sweep.json", as_json)
-    with atomic_write(folder / "sweep.txt") as file:
-        file.write(text)
-    return text
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from transformers import (
 
 from adept_ds.distributed import World
 
+pytest_plugins = ("tests.real_runs",)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 VOCABULARY = 99

@@ -159,7 +159,7 @@ def _read_records(path: str | None) -> list[Record]:
     if path is None:
         with resources.as_file(resources.files("adept_ds.data") / "problems.jsonl") as bundled:
             rows = read_rows(bundled)
-    elif Path(path).is_file() or not _is_hub_id(path):
+    elif Path(path).is_file() or not is_hub_id(path):
         rows = read_rows(path)
     else:
         rows = _hub_rows(path)
@@ -172,7 +172,8 @@ def _read_records(path: str | None) -> list[Record]:
     return records
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether `data.path` names a data set of the hub, or a folder laid out like one, and no file of problems."""
     return Path(path).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.gz)", path) is not None
 
 

@@ -15,8 +15,7 @@ from adept_ds.config import DataConfig
 from adept_ds.data import load_problems
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
-
-from .conftest import REPOSITORY, Launch, run_settings
+from tests.real_runs import REPOSITORY, Launch, run_settings
 
 EVALUATE = "evals/mbpp.py"
 pytestmark = pytest.mark.slow
@@ -77,6 +76,32 @@ def test_samples_do_not_depend_on_ranks_or_batches(
     assert "pass@2" in summary
     assert summary["isolation"]
     assert len((tmp_path / "2" / "results.jsonl").read_text().splitlines()) == 20
+
+
+def test_samples_that_are_scored_later_have_the_same_summary(
+    tiny_llama: Path, adapter: Path, launch: Launch, tmp_path: Path
+) -> None:
+    flags = ("--adapter", str(adapter), "--k", "1", "2", "--paper_scoring")
+    folders = {name: tmp_path / name / "adept" for name in ("once", "later")}
+    for name, more in (("once", ()), ("later", ("--samples_only",))):
+        result = launch(0, EVALUATE, evaluation_settings(tiny_llama), *flags, "--out", str(folders[name]), *more)
+        assert result.returncode == 0, result.stdout
+    assert not (folders["later"] / "summary.json").exists()
+    done = score("--score", str(folders["later"]))
+    assert done.returncode == 0, done.stderr
+    once, later = (json.loads((folder / "summary.json").read_text()) for folder in folders.values())
+    assert later == once
+    assert (later["adapter"], later["name"]) == (str(adapter), "adept")
+    assert {"pass@1", "pass@2", "paper"} <= later.keys()
+
+    refused = score("--score", str(folders["later"]), "--k", "3")
+    assert refused.returncode == 2
+    assert "--k is 3, but eval.generation.num_samples is 2" in refused.stderr
+    with (folders["later"] / "samples.jsonl").open("a") as file:
+        file.write(json.dumps({"task_id": samples(folders["once"])[0]["task_id"], "completion": "    return 1"}) + "\n")
+    refused = score("--score", str(folders["later"]))
+    assert refused.returncode == 2
+    assert "samples.jsonl has changed since" in refused.stderr
 
 
 def test_an_adapter_of_another_backbone_is_refused_with_status_2(
@@ -142,6 +167,8 @@ def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: 
         (["--samples", "SAMPLES", "--out", "OUT", "--isolation", "seccmop"], "--isolation seccmop"),
         (["--samples", "SAMPLES", "--out", "OUT", "--split", "test"], "--split test needs --problem_format"),
         (["--samples", "SAMPLES", "--out", "OUT", "--problem", "x"], "did you mean '--problems'"),
+        (["--score", "OUT"], "expected a folder that evals/mbpp.py wrote"),
+        (["--score", "OUT", "--split", "test"], "--split: unknown flag"),
     ],
 )
 def test_a_mistake_in_scoring_is_told_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -28,8 +28,7 @@ from adept_ds.config import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
-
-from .conftest import REPOSITORY, free_port, losses, run_settings
+from tests.real_runs import REPOSITORY, free_port, losses, run_settings
 
 pytestmark = pytest.mark.slow
 STEPS = 20

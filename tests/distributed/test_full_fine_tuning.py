@@ -22,8 +22,7 @@ from transformers import (
 from adept_ds.checkpoint import newest_checkpoint
 from adept_ds.config import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
-
-from .conftest import Launch, losses, run_settings
+from tests.real_runs import Launch, losses, run_settings
 
 pytestmark = pytest.mark.slow
 STEPS, HALF = 10, 5

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from .conftest import REPOSITORY, free_port
+from tests.real_runs import REPOSITORY, free_port
 
 pytestmark = pytest.mark.slow
 MB = 2**20

@@ -19,8 +19,8 @@ from adept_ds.data import EncodedDataset, collate, global_batches, load_examples
 from adept_ds.method_config import PromptTuningConfig
 from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
+from tests.real_runs import losses, run_settings
 
-from .conftest import losses, run_settings
 from .test_exactness import largest_difference, start_ranks
 
 pytestmark = pytest.mark.slow

@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from adept_ds.backbone import load_architecture
 from adept_ds.config import RunConfig
 from adept_ds.memory_plan import Cluster, MemoryModel
-
-from .conftest import VOCABULARY, Launch, run_settings, save
+from tests.real_runs import VOCABULARY, Launch, run_settings, save
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .conftest import REPOSITORY, free_port
+from tests.real_runs import REPOSITORY, free_port
 
 pytestmark = pytest.mark.slow
 

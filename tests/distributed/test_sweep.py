@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import Launch, Start, losses, run_settings
+from tests.real_runs import Launch, Start, losses, run_settings
 
 pytestmark = pytest.mark.slow
 

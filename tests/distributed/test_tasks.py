@@ -11,8 +11,7 @@ import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from adept_ds.model import AdaptedModel
-
-from .conftest import Launch, losses, run_settings, save
+from tests.real_runs import Launch, losses, run_settings, save
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,7 @@ from adept_ds.config import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
-
-from .conftest import Launch, Start, losses, run_settings
+from tests.real_runs import Launch, Start, losses, run_settings
 
 TRAIN = "launchers/train.py"
 pytestmark = pytest.mark.slow

@@ -1,0 +1,121 @@
+"""What is checked before a job is submitted: mistakes that a queue would otherwise tell hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from adept_ds.config import RunConfig
+from adept_ds.config_base import parse_bytes
+from adept_ds.deepspeed_config import batch_arithmetic
+from adept_ds.errors import UserError, did_you_mean
+from adept_ds.hub import hub_data_sets, is_dataset_cached, is_hub_data, is_local, missing_model_files
+from adept_ds.run_folder import CONFIG_NAME, check_same_run
+from adept_ds.slurm import queue
+from adept_ds.slurm.site import SiteConfig, parse_time
+from adept_ds.slurm.submission import Job
+
+PREFETCH = "fetch it where the hub can be reached, by python launchers/submit.py prefetch --config FILE"
+
+
+def run_problems(run: RunConfig, site: SiteConfig, nodes: int) -> list[str]:
+    """What speaks against training `run` on so many nodes, as far as it can be told without SLURM."""
+    checks: list[Callable[[], object]] = [
+        lambda: batch_arithmetic(run.train, nodes * site.ranks_per_node),
+        lambda: _check_warning(site),
+        lambda: _check_run_folder(run),
+    ]
+    problems = [message for check in checks if (message := _message(check)) is not None]
+    unseen = [*path_problems(run, site.offline)]
+    if not (problems or unseen) and (message := _message(lambda: _check_memory(run, site, nodes))):
+        problems.append(message)
+    return problems + unseen
+
+
+def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
+    """Models and data of a run that a job could not read. `offline`: the hub's cache is all that it can reach."""
+    model, data = run.model, run.data
+    if is_local(model.name_or_path) or offline:
+        missing = missing_model_files(model.name_or_path, model.revision)
+        if missing:
+            yield _not_there("model.name_or_path", model.name_or_path, missing)
+    tokenizer = model.tokenizer
+    if tokenizer and is_local(tokenizer) and not Path(tokenizer).is_dir():
+        yield f"model.tokenizer is {tokenizer!r}: no such folder"
+    for key, path in (("data.path", data.path), ("data.validation_path", data.validation_path)):
+        if path is not None and not Path(path).exists() and not is_hub_data(data, path):
+            folder = Path(path).parent
+            near = did_you_mean(path, map(str, folder.iterdir())) if folder.is_dir() else ""
+            yield f"{key} is {path!r}: no such file or folder{near}"
+    if offline:
+        for name in hub_data_sets(data):
+            if not is_dataset_cached(name):
+                yield f"the data set {name!r} is not in this machine's cache, and the nodes are offline; {PREFETCH}"
+
+
+def slurm_problems(site: SiteConfig, jobs: Sequence[Job]) -> list[str]:
+    """What SLURM has against the jobs."""
+    if not queue.is_available():
+        return ["SLURM is not installed here (no sbatch): submit on the cluster's login node, or look with --dry-run"]
+    try:
+        known = queue.partitions()
+    except UserError as error:
+        return [str(error)]
+    problems = [
+        f"{key} is {name!r}, and the partitions are {', '.join(known)}{did_you_mean(name, known)}"
+        for key, names in (("partition", site.partition), ("cpu_partition", site.cpu_partition))
+        for name in (names or "").split(",")
+        if name and name not in known
+    ]
+    if not problems:
+        found = ((job.script.name, queue.check_script(job.text)) for job in jobs)
+        problems = [f"SLURM refuses {name}: {message}" for name, message in found if message]
+    return problems
+
+
+def _message(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _check_warning(site: SiteConfig) -> None:
+    if site.warning_seconds >= parse_time(site.time):
+        raise UserError(
+            f"warning_seconds is {site.warning_seconds}, and time is {site.time!r}, which is no longer; expected less"
+        )
+
+
+def _check_run_folder(run: RunConfig) -> None:
+    folder = Path(run.logging.run_dir)
+    if any(ord(letter) < 32 or letter == "\\" for letter in str(folder.absolute())):
+        raise UserError(f"logging.run_dir is {str(folder)!r}: SLURM takes no log path with such characters in it")
+    if (folder / CONFIG_NAME).is_file():
+        check_same_run(folder, run.model_dump(mode="json", by_alias=True))
+
+
+def _check_memory(run: RunConfig, site: SiteConfig, nodes: int) -> None:
+    """Ask the planner, where it is known how much memory a GPU has."""
+    if site.gpu_memory is None or not site.gpus_per_node:
+        return
+    from adept_ds.memory_plan import Cluster
+    from adept_ds.memory_report import memory_text, plan_memory
+    from adept_ds.plan import resolve_architecture
+
+    architecture, _ = resolve_architecture(run.model)
+    plan = plan_memory(run, architecture, Cluster(nodes, site.ranks_per_node, parse_bytes(site.gpu_memory)))
+    if not plan.configured.fits:
+        raise UserError(f"the run does not fit into gpu_memory {site.gpu_memory}:\n{memory_text(plan)}")
+
+
+def _not_there(key: str, source: str, missing: Sequence[str]) -> str:
+    if not is_local(source):
+        where = f"{missing[0]} is not in this machine's cache, and the nodes are offline"
+        return f"{key} is {source!r}, of which {where}; {PREFETCH}"
+    path = Path(source)
+    if not path.is_dir():
+        near = did_you_mean(source, map(str, path.parent.iterdir())) if path.parent.is_dir() else ""
+        return f"{key} is {source!r}: no such folder{near}"
+    return f"{key} is {source!r}, where {', '.join(missing)} is missing; expected a safetensors checkpoint"

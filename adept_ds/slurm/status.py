@@ -1,0 +1,234 @@
+"""Where runs stand, from SLURM's queue and from what they have written; without SLURM from the latter alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from adept_ds.errors import UserError
+from adept_ds.files import read_json
+from adept_ds.results import SUMMARY_NAME
+from adept_ds.run_folder import CONFIG_NAME, STATUS_NAME, read_status
+from adept_ds.slurm import queue
+from adept_ds.slurm.queue import QueuedJob
+from adept_ds.slurm.record import find_task, read_submission
+from adept_ds.slurm.submission import KINDS
+from adept_ds.slurm.tries import Try, read_history
+
+METRICS_NAME = "metrics.jsonl"
+"""As in `adept_ds.tracking`, which takes seconds to import."""
+SILENCE_SECONDS = 600
+"""A run outside SLURM that has written nothing for so long is taken for dead."""
+FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run at one moment."""
+
+    run: str
+    """Its folder."""
+    state: str
+    """waiting (not submitted), pending, starting, running, interrupted, cancelled, failed, evaluating, finished."""
+    job: str | None = None
+    """Job of the training, or of what follows it and is in the queue now."""
+    requeued: int = 0
+    """Times that the training was requeued."""
+    step: int = 0
+    total_steps: int | None = None
+    steps_per_second: float | None = None
+    """As of the last line of metrics."""
+    seconds_left: float | None = None
+    """Of training at that rate."""
+    loss: float | None = None
+    """Training loss of that line."""
+    score: str | None = None
+    """Figures of the evaluations."""
+    note: str = ""
+    """Why it waits, the first line of the error, or what is still to come."""
+
+
+def run_folders(paths: Iterable[Path]) -> list[Path]:
+    """The run folders that are meant; a sweep's folder stands for its members.
+
+    Raises:
+        UserError: A folder is not there, or holds neither a run nor runs.
+    """
+    folders: list[Path] = []
+    for path in paths:
+        submission = read_submission(path)
+        if submission and submission.members:
+            sweep = path / "sweep.json"
+            listed = [member["name"] for member in read_json(sweep)["members"]] if sweep.is_file() else []
+            folders += [path / name for name in dict.fromkeys([*listed, *submission.members])]
+        elif submission or _is_run(path):
+            folders.append(path)
+        else:
+            inner = sorted(child for child in path.glob("*/") if _is_run(child) or read_submission(child))
+            if not inner:
+                reason = "holds neither a run nor runs" if path.is_dir() else "no such folder"
+                raise UserError(f"{path}: {reason}")
+            folders += run_folders(inner)
+    return folders
+
+
+def read_states(folders: Sequence[Path]) -> list[RunState]:
+    """Where each run stands now. SLURM is asked once for all of them.
+
+    Raises:
+        UserError: SLURM does not answer, or a file is damaged.
+    """
+    jobs = None
+    if queue.is_available():
+        owners = {existing.stat().st_uid for folder in folders if (existing := _existing(folder))}
+        jobs = queue.queued_jobs(owners)
+    return [_read_state(folder, jobs) for folder in folders]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG_NAME).is_file() or (path / STATUS_NAME).is_file()
+
+
+def _existing(folder: Path) -> Path | None:
+    return next((path for path in (folder, folder.parent) if path.is_dir()), None)
+
+
+def _read_state(folder: Path, queued: Sequence[QueuedJob] | None) -> RunState:
+    submission, task = find_task(folder)
+    history = read_history(folder)
+    status = read_status(folder)
+    ids = dict(submission.jobs) if submission else {}
+    last = history[-1] if history else None
+    # The newest of the jobs that train it: submitted by submit.py, or by hand and then known once it has started.
+    if submission is None and last:
+        task = last.array_task
+    if last and last.array_task == task:
+        ids["train"] = max(last.job, ids.get("train", "0"), key=int)
+    mine = {
+        kind: job
+        for job in queued or ()
+        for kind in KINDS
+        if job.id == ids.get(kind) and (kind != "train" or job.array_task == task)
+    }
+    train_id = ids.get("train")
+    state = RunState(
+        run=str(folder),
+        state="waiting",
+        job=train_id if task is None or train_id is None else f"{train_id}_{task}",
+        requeued=sum(bool(one.requeued) for one in history if one.job == train_id),
+        step=status.get("step", 0),
+        total_steps=status.get("total_steps"),
+        score=_scores(folder),
+    )
+    state = _with_metrics(state, folder)
+    training = mine.pop("train", None)
+    if training:
+        return _in_queue(state, training, status)
+    state = replace(state, steps_per_second=None, seconds_left=None)
+    if status.get("state") == "finished":
+        return _trained(state, ids, mine, queued is not None)
+    ended = _ended(state, folder, status, last, train_id, queued is not None)
+    return replace(ended, steps_per_second=None, seconds_left=None) if ended.state != "running" else ended
+
+
+def _in_queue(state: RunState, job: QueuedJob, status: dict[str, Any]) -> RunState:
+    state = replace(state, job=job.label, requeued=max(state.requeued, job.restarts))
+    if job.state == "PENDING":
+        return replace(state, state="pending", note=job.reason, steps_per_second=None, seconds_left=None)
+    where = f"on {job.nodes}, {job.time_left} to its time limit"
+    if status.get("state") in ("running", "finished"):
+        return replace(state, state="running", note=where)
+    return replace(state, state="starting", note=where, steps_per_second=None, seconds_left=None)
+
+
+def _trained(state: RunState, ids: dict[str, str], mine: dict[Any, QueuedJob], has_slurm: bool) -> RunState:
+    """A run that has taken all its steps, with what was submitted to follow."""
+    for kind, job in mine.items():
+        what = f"{kind} is {job.state}" + (f" ({job.reason})" if job.state == "PENDING" else "")
+        return replace(state, state="evaluating", job=job.label, note=what)
+    for kind in ("eval", "score"):
+        if kind in ids and state.score is None and has_slurm:
+            ending = queue.last_state(ids[kind])
+            if ending not in (None, "COMPLETED", "PENDING", "RUNNING"):
+                return replace(state, state=FAILED, job=ids[kind], note=f"trained, but {kind} ended as {ending}")
+    return replace(state, state="finished")
+
+
+def _ended(
+    state: RunState,
+    folder: Path,
+    status: dict[str, Any],
+    last: Try | None,
+    train_id: str | None,
+    has_slurm: bool,
+) -> RunState:
+    """A run that is not finished and not in the queue."""
+    if last and last.job != train_id:
+        last = None  # of an earlier job
+    if last and last.ended_by in ("stopped", "cancelled"):
+        return replace(state, state="interrupted" if last.ended_by == "stopped" else "cancelled")
+    if last and last.ended_by not in (None, "finished"):
+        return replace(state, state=FAILED, note=_first_line(last.error or status.get("error") or last.ended_by))
+    if status.get("state") in ("failed", "interrupted"):
+        return replace(state, state=status["state"], note=_first_line(status.get("error")))
+    if train_id and has_slurm:
+        ending = queue.last_state(train_id if state.job is None else state.job)
+        if ending == "CANCELLED":
+            return replace(state, state="cancelled")
+        return replace(state, state=FAILED, note=f"the job is gone{f', {ending}' if ending else ''}; see its log")
+    if status.get("state") == "running":
+        silence = time.time() - max(path.stat().st_mtime for path in folder.glob("*.json*"))
+        if silence < SILENCE_SECONDS:
+            return replace(_with_metrics(state, folder), state="running")
+        return replace(state, state=FAILED, note=f"has written nothing for {timedelta(seconds=round(silence))}")
+    return replace(state, state="pending", note="its job is not known here") if train_id else state
+
+
+def _with_metrics(state: RunState, folder: Path) -> RunState:
+    """The state with step, rate and loss of the last line of metrics that has a loss."""
+    line = _last_metrics(folder / METRICS_NAME)
+    if line is None:
+        return state
+    state = replace(state, step=max(state.step, line["step"]), loss=line["loss"])
+    settings = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    size = settings.get("train", {}).get("global_batch_size")
+    if not size or not line.get("examples_per_second") or state.total_steps is None:
+        return state
+    rate = line["examples_per_second"] / size
+    return replace(state, steps_per_second=rate, seconds_left=(state.total_steps - state.step) / rate)
+
+
+def _last_metrics(path: Path) -> dict[str, Any] | None:
+    """The last whole line that is of a training step; the file is read from its end."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_536))
+        lines = file.read().decode(errors="replace").splitlines()
+    for text in reversed(lines):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "loss" in line:
+            return line
+    return None
+
+
+def _scores(folder: Path) -> str | None:
+    """pass@1, or each task's first metric, of every evaluation in the folder."""
+    figures = []
+    for path in sorted(folder.glob(f"eval/**/{SUMMARY_NAME}")):
+        summary = read_json(path)
+        if "pass@1" in summary:
+            figures.append(f"{path.parent.name} pass@1 {100 * summary['pass@1']['mean']:.1f} %")
+    return ", ".join(figures) or None
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
