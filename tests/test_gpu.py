@@ -28,7 +28,7 @@ from adept_ds.model import AdaptedModel, get_adept_model
 from adept_ds.quantization import QuantizedLinear, Scheme
 
 from .conftest import REPOSITORY, VOCABULARY
-from .distributed.conftest import free_port
+from .real_runs import free_port
 
 pytestmark = [
     pytest.mark.gpu,
