@@ -15,7 +15,7 @@ from adept_ds.errors import UserError
 from adept_ds.method_config import AdeptConfig
 from adept_ds.methods import Untuned
 from adept_ds.model import AdaptedModel, get_adept_model
-from tests.conftest import EOS, PAD, VOCABULARY, WIDTH
+from tests.models import EOS, PAD, VOCABULARY, WIDTH
 
 LENGTH = 5
 CAUSAL = ("llama", "gpt2", "codegen")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from adept_ds.data import load_problems
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
 
-from .conftest import REPOSITORY, Launch, run_settings
+from .conftest import Launch, RunRanks, run_settings
 
 EVALUATE = "evals/mbpp.py"
 pytestmark = pytest.mark.slow
@@ -49,10 +47,10 @@ def samples(folder: Path) -> list[dict[str, str]]:
 
 
 def test_samples_do_not_depend_on_ranks_or_batches(
-    tiny_llama: Path, adapter: Path, launch: Launch, tmp_path: Path
+    tiny_llama: Path, adapter: Path, launch: Launch, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
-    for ranks, batch_size in ((2, 3), (0, 7)):
-        result = launch(
+    for start, ranks, batch_size in ((launch, 2, 3), (run_ranks, 0, 7)):
+        result = start(
             ranks,
             EVALUATE,
             evaluation_settings(tiny_llama, batch_size=batch_size),
@@ -80,9 +78,9 @@ def test_samples_do_not_depend_on_ranks_or_batches(
 
 
 def test_an_adapter_of_another_backbone_is_refused_with_status_2(
-    tiny_t5: Path, adapter: Path, launch: Launch, tmp_path: Path
+    tiny_t5: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
-    result = launch(
+    result = run_ranks(
         0, EVALUATE, evaluation_settings(tiny_t5), "--adapter", str(adapter), "--out", str(tmp_path / "out")
     )
     assert result.returncode == 2
@@ -90,7 +88,9 @@ def test_an_adapter_of_another_backbone_is_refused_with_status_2(
     assert "Traceback" not in result.stdout
 
 
-def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
+def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run", max_steps=4)
     settings["eval"] = {
         "metric": "pass@1",
@@ -98,7 +98,7 @@ def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(tiny_llama: Path, lau
         "max_examples": 5,
         "generation": {"max_new_tokens": 6, "batch_size": 2},
     }
-    result = launch(2, "launchers/train.py", settings)
+    result = run_ranks(2, "launchers/train.py", settings)
     assert result.returncode == 0, result.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/pass@1" in line] == [2, 4]
@@ -107,14 +107,8 @@ def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(tiny_llama: Path, lau
     assert model.num_virtual_tokens == 5
 
 
-def score(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, EVALUATE, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.parametrize("problem_format", ["mbpp-paper", "mbpp"])
-def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: Path) -> None:
+def test_samples_of_another_tool_are_only_scored(problem_format: str, run_ranks: RunRanks, tmp_path: Path) -> None:
     problems = load_problems(DataConfig(format=problem_format), "test")
     right, wrong, rest = problems[0], problems[1], problems[2:]
     lines = [{"task_id": right.task_id, "completion": right.target, "model": "other"}]
@@ -123,9 +117,8 @@ def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: 
     ]
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = score(
-        "--samples", str(path), "--problem_format", problem_format, "--split", "test", "--out", str(tmp_path / "out")
-    )
+    flags = ["--samples", str(path), "--problem_format", problem_format, "--split", "test"]
+    result = run_ranks(0, EVALUATE, None, *flags, "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["pass@1"]["mean"] == pytest.approx(1 / len(problems))
@@ -144,11 +137,13 @@ def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: 
         (["--samples", "SAMPLES", "--out", "OUT", "--problem", "x"], "did you mean '--problems'"),
     ],
 )
-def test_a_mistake_in_scoring_is_told_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_mistake_in_scoring_is_told_without_a_traceback(
+    arguments: list[str], message: str, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({"task_id": load_problems(DataConfig(), "test")[0].task_id, "completion": ""}) + "\n")
     places = {"SAMPLES": str(path), "OUT": str(tmp_path / "out")}
-    result = score(*(places.get(argument, argument) for argument in arguments))
+    result = run_ranks(0, EVALUATE, None, *(places.get(argument, argument) for argument in arguments))
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
