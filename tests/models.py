@@ -73,7 +73,7 @@ def talkative_t5(config: T5Config) -> PreTrainedModel:
 
 
 def _t5(tied: bool) -> PreTrainedModel:
-    config = t5_config(initializer_factor=2.0)
+    config = t5_config(initializer_factor=2.0, tie_word_embeddings=tied)
     # T5Config takes from the argument only whether the head's input is scaled.
     config.tie_word_embeddings = tied
     return talkative_t5(config)
@@ -88,10 +88,10 @@ BACKBONES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def seeded(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def seeded(build: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
     """What `build` makes, in fp32 and evaluation mode; the same weights at every call."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return build().eval()
 
 

@@ -6,6 +6,7 @@ started fork them from the fork server of `multiprocessing`. The tests of launch
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -83,6 +84,7 @@ def fork_ranks(
 
 def _run(index: int, command: list[str], environments: list[dict[str, str]], logs: Path) -> None:
     """Become the script, all output in files."""
+    gc.freeze()  # collections need not go through the libraries' objects
     for name in STREAMS:
         stream = getattr(sys, name)
         with (logs / f"{index}.{name}").open("w") as log:

@@ -83,7 +83,7 @@ def test_scores_do_not_depend_on_ranks(
 def talkative(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny T5 with weights that make it say something else to every input, half of its tokens ending an answer."""
     config = t5_config(vocab_size=400, d_ff=64, initializer_factor=2.0)
-    model = seeded(lambda: talkative_t5(config))
+    model = seeded(lambda: talkative_t5(config), seed=3)
     model.generation_config.eos_token_id = [EOS, *range(2, config.vocab_size, 2)]
     return save(model, tiny_tokenizer, tmp_path_factory.mktemp("talkative"))
 
