@@ -16,7 +16,7 @@ from .conftest import Launch, Start, losses, run_settings
 pytestmark = pytest.mark.slow
 
 SWEEP = "launchers/sweep.py"
-STEPS = 60
+STEPS = 120
 
 
 def states(folder: Path) -> list[str]:
