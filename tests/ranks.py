@@ -7,6 +7,7 @@ started fork them from the fork server of `multiprocessing`. The tests of launch
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -60,6 +61,9 @@ def fork_ranks(
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     places = [{"RANK": str(i), "LOCAL_RANK": str(i % (ranks // nodes))} for i in range(ranks)]
     environments = [environment | common | place for place in places] or [environment]
+    outputs = {name: [logs / f"{index}.{name}" for index in range(len(environments))] for name in STREAMS}
+    for path in itertools.chain(*outputs.values()):
+        path.touch()
     context = start_processes(
         _run, ([script, *arguments], environments, logs), len(environments), join=False, start_method="forkserver"
     )
@@ -76,9 +80,7 @@ def fork_ranks(
     finally:
         for process in context.processes:
             process.kill()
-    output, errors = (
-        "".join((logs / f"{index}.{name}").read_text() for index in range(len(environments))) for name in STREAMS
-    )
+    output, errors = ("".join(path.read_text() for path in paths) for paths in outputs.values())
     return subprocess.CompletedProcess([script, *arguments], status, output + errors + failure, errors + failure)
 
 
