@@ -304,6 +304,12 @@ class RunConfig(Section):
         is_tasks = self.data.format == "tasks"
         if not is_tasks and self.method.num_virtual_tokens >= self.data.max_prompt_length:
             raise ValueError("method.num_virtual_tokens must be below data.max_prompt_length, which includes it")
+        if self.method.prompt_tasks and not is_tasks:
+            raise ValueError(f"method.tasks needs data.format: tasks; data.format {self.data.format} has none")
+        for task in self.data.tasks if self.method.prompt_tasks else ():
+            # A task of the user's own may have another name than its file.
+            if task not in self.method.prompt_tasks and not task.endswith(".json"):
+                raise ValueError(f"data.tasks has {task!r}; expected tasks of method.tasks: {self.method.prompt_tasks}")
         if self.model.quantization is not None and not self.method.works_quantized:
             raise ValueError(
                 f"method.name {self.method.name} trains weights of the backbone, which have no gradients in the form "

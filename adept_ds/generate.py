@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from adept_ds import config as settings
-from adept_ds.data import Encoded, Problem, Sample, collate, encode_prompt, stop_at
+from adept_ds.data import Encoded, Problem, Sample, collate, encode_prompt, stop_at, task_number
 from adept_ds.data.tasks import TaskExample
 from adept_ds.distributed import World, gather_objects
 from adept_ds.methods.base import attribute_set
@@ -105,6 +105,7 @@ def generate_samples(
         problem.task_id: encode_prompt(problem, tokenizer, data, model.num_virtual_tokens, model.is_encoder_decoder)[0]
         for problem in problems
     }
+    task_ids = {problem.task_id: task_number(problem, model.prompt_tasks) for problem in problems}
     jobs = [(problem.task_id, index) for problem in problems for index in range(config.num_samples)]
     by_length = sorted(jobs, key=lambda job: -len(prompts[job[0]]))
     batches = [by_length[start : start + config.batch_size] for start in range(0, len(jobs), config.batch_size)]
@@ -117,8 +118,8 @@ def generate_samples(
     for turn in range(rounds):
         number = turn * world.world_size + world.rank
         batch = batches[number] if number < len(batches) else batches[0][:1]
-        ids = [prompts[task_id] for task_id, _ in batch]
-        texts = _complete(model, tokenizer, ids, batch, config, stop, world.device, bar)
+        rows = [Encoded(prompts[name], [], False, False, model.is_encoder_decoder, task_ids[name]) for name, _ in batch]
+        texts = _complete(model, tokenizer, rows, batch, config, stop, world.device, bar)
         bar.update((turn + 1) * config.max_new_tokens - bar.n)  # Most batches end before the longest allowed.
         if number < len(batches):
             completions.update(zip(batch, texts, strict=True))
@@ -132,7 +133,7 @@ def generate_samples(
 def _complete(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    rows: list[Encoded],
     jobs: Sequence[tuple[str, int]],
     config: settings.GenerationConfig,
     stop: Sequence[str],
@@ -140,8 +141,8 @@ def _complete(
     bar: tqdm,
 ) -> list[str]:
     """Decode one batch."""
-    rows = [Encoded(ids, [], False, False, model.is_encoder_decoder) for ids in prompts]
     batch = collate(rows, tokenizer.pad_token_id, padding_side="left")
+    del batch["labels"]
     read = 1 if model.is_encoder_decoder else batch["input_ids"].shape[1]
     theirs = model.backbone.generation_config
     greedy = GenerationConfig(
@@ -155,8 +156,7 @@ def _complete(
     # penalty, say): a score follows from the settings alone.
     with attribute_set(model.backbone, "generation_config", greedy):
         sequences = model.generate(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
+            **{name: tensor.to(device) for name, tensor in batch.items()},
             logits_processor=_sampling(config, jobs),
             stopping_criteria=StoppingCriteriaList(
                 [StepProgress(bar), *([StopStrings(tokenizer, stop, read)] if stop else [])]

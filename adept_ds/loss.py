@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,33 +25,54 @@ CHUNK_ELEMENTS = 2**25
 """Logits computed at a time (128 MiB in fp32)."""
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """A teacher's predictions, to be followed beside the labels."""
+
+    hidden: Tensor
+    """What the LM head reads of the teacher at the positions with a label [N, d]."""
+    weight: float
+    """Factor w of the divergence."""
+    temperature: float
+    """Temperature T of both predictions."""
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(h W^T + b)[target] over the rows, with gradients computed along the forward pass.
+
+    With soft targets each row has w KL(q || p) besides, where p = softmax(z / T) of its logits z, and q of the
+    teacher's.
 
     d loss / d h = (softmax - onehot) W needs the logits, which are at hand in the forward pass only. A frozen head is
     therefore not needed again in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, soft: SoftTargets | None
+    ) -> Tensor:
         """Take hidden [N, d], targets [N], weight [V, d], bias [V]; return the summed loss, an fp32 scalar."""
         loss = hidden.new_zeros((), dtype=torch.float32)
-        wants_hidden, _, wants_weight, wants_bias = ctx.needs_input_grad
+        wants_hidden, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = matmul(part, weight.t()).float()
-            if bias is not None:
-                logits += bias
+            logits = _logits(part, weight, bias)
+            if soft is not None:
+                teacher = _logits(soft.hidden[start : start + rows], weight, bias)
+                divergence, grad_divergence = _divergence(logits, teacher, soft.temperature)
+                loss += soft.weight * divergence
             normaliser = logits.logsumexp(-1, keepdim=True)
             loss += (normaliser - logits.gather(-1, target)).sum()
             if not any(ctx.needs_input_grad):
                 continue
             grad_logits = logits.sub_(normaliser).exp_()
             grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
+            if soft is not None:
+                grad_logits.add_(grad_divergence, alpha=soft.weight)
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = matmul(grad_logits, weight)
@@ -66,7 +88,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the stored gradients."""
         (grad,) = grads
         hidden, weight, bias = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, None, weight, bias
+        return hidden, None, weight, bias, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return h W^T + b in fp32 [N, V]."""
+    logits = matmul(hidden, weight.t()).float()
+    return logits if bias is None else logits.add_(bias)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return KL(softmax(teacher / T) || softmax(student / T)) of logits [N, V], summed over the rows, and its gradient
+    by the student's logits."""
+    log_p = (student / temperature).log_softmax(-1)
+    log_q = (teacher / temperature).log_softmax(-1)
+    q = log_q.exp()
+    return (q * (log_q - log_p)).sum(), (log_p.exp_() - q) / temperature
 
 
 class LossHead(nn.Module):
@@ -83,16 +120,28 @@ class LossHead(nn.Module):
         self.weight = head.weight
         self.bias = head.bias
         self._targets: Tensor | None = None
+        self._soft: SoftTargets | None = None
         self._loss: Tensor | None = None
+        self._recorded: list[Tensor] | None = None
 
     @contextmanager
-    def summing(self, targets: Tensor) -> Iterator[None]:
+    def summing(self, targets: Tensor, soft: SoftTargets | None = None) -> Iterator[None]:
         """Within the block return the loss at `targets` [B, S], `IGNORE_INDEX` where there is none."""
-        self._targets = targets
+        self._targets, self._soft = targets, soft
         try:
             yield
         finally:
-            self._targets = self._loss = None
+            self._targets = self._soft = self._loss = None
+
+    @contextmanager
+    def recording(self, targets: Tensor) -> Iterator[list[Tensor]]:
+        """Within the block compute nothing: append the hidden states at `targets` [N, d] to the list that is yielded,
+        and return [1, 1, 1]."""
+        self._targets, self._recorded = targets, []
+        try:
+            yield self._recorded
+        finally:
+            self._targets = self._recorded = None
 
     def returned(self, logits: Tensor) -> bool:
         """Within `summing`: whether `logits` is what forward returned, untouched."""
@@ -106,7 +155,11 @@ class LossHead(nn.Module):
             return logits if self.bias is None else (logits + self.bias).to(logits.dtype)
         labelled = self._targets != IGNORE_INDEX
         rows = hidden[labelled]
-        loss = _ChunkedCrossEntropy.apply(rows, self._targets[labelled], self.weight, self.bias).view(1, 1, 1)
+        if self._recorded is not None:
+            self._recorded.append(rows)
+            return rows.new_zeros(1, 1, 1)
+        targets = self._targets[labelled]
+        loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, self.bias, self._soft).view(1, 1, 1)
         self._loss = loss.detach()
         return loss
 

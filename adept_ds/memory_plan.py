@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from adept_ds.backbone import DTYPES
 from adept_ds.config import RunConfig
+from adept_ds.data import longest_example
 from adept_ds.deepspeed_config import DEFAULT_STAGE, complete
 from adept_ds.distributed import World, on_main_rank, ranks_by_node
 from adept_ds.meta_step import StepShape, StepTrace, meta_model, trace_step
@@ -177,10 +178,9 @@ class MemoryModel:
 
     def shape(self, micro_batch_size: int) -> StepShape:
         """The longest batch that the data settings allow, all of it padded to that length."""
-        data = self.run.data
-        targets = data.max_length - data.max_prompt_length
-        longest = data.max_prompt_length if self.model.is_encoder_decoder else data.max_length
-        return StepShape(micro_batch_size, longest, targets)
+        model = self.model
+        inputs, labels = longest_example(self.run.data, model.num_virtual_tokens, model.is_encoder_decoder)
+        return StepShape(micro_batch_size, inputs, labels)
 
     def trace(self, micro_batch_size: int) -> StepTrace:
         """Execute a step of this size, once."""

@@ -116,7 +116,8 @@ def trace_step(model: AdaptedModel, shape: StepShape, device_type: Literal["cuda
         stack.enter_context(_loss_head_tagged(model, memory))
         stack.enter_context(_fused_kernels(device_type))
         stack.enter_context(memory)
-        loss = model(ids, torch.ones_like(ids), labels=targets, reduction="sum").loss
+        task_ids = ids.new_zeros(shape.micro_batch_size)
+        loss = model(ids, torch.ones_like(ids), labels=targets, reduction="sum", task_ids=task_ids).loss
         held = memory.total
         loss.backward()
     for parameter in model.parameters():

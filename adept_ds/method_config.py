@@ -32,6 +32,11 @@ class MethodSettings(Section):
     works_checkpointed: ClassVar[bool] = True
     """Whether layers may be recomputed in the backward pass; they see no cache then."""
 
+    @property
+    def prompt_tasks(self) -> tuple[str, ...]:
+        """Tasks with a soft prompt of their own, in the order of their prompts; none where one serves all."""
+        return ()
+
 
 class PromptlessSettings(MethodSettings):
     """Base for methods that put no tokens in front of the input."""
@@ -139,6 +144,67 @@ class PTuningConfig(AdapterSettings):
     """Width of the network; that of the embeddings if not given."""
 
 
+class MptConfig(PromptSettings):
+    """MPT (https://arxiv.org/abs/2303.02861): a soft prompt P [l, d] that tasks share, times a low-rank matrix of each
+    task's own; by HF PEFT. First trained on source tasks, from their teachers; then, by `init_from`, on the target."""
+
+    name: Literal["mpt"] = "mpt"
+    """The method."""
+    num_virtual_tokens: Count = 10
+    """Length l of the soft prompt, in tokens. The paper has 100 for T5."""
+    tasks: tuple[str, ...] = ()
+    """Tasks with factors of their own, by their names in `data.tasks`. If not given, whatever is trained has the same
+    factors, as a target task has."""
+    rank: Count = 1
+    """Rank of each task's matrix."""
+    factor_init: Literal["published", "ones"] = "published"
+    """Where the factors start: draws of standard deviation 0.02 (the authors' code; the prompt is then near zero), or
+    values that leave P as it is."""
+    factors_from: str | None = Field(default=None, min_length=1)
+    """With `init_from` an adapter of other tasks: which one's factors to start at; at the mean of all if not given."""
+    teachers: dict[str, str] = Field(default={})
+    """Adapter folder of each source task's teacher, by the task's name: of method `pt`, the same length, and the same
+    backbone. No distillation if not given."""
+    distillation_weight: PositiveFloat = 1.0
+    """Factor of the teachers' part of the loss."""
+    distillation_temperature: PositiveFloat = 1.0
+    """Temperature of the predictions that are compared."""
+
+    @property
+    def prompt_tasks(self) -> tuple[str, ...]:
+        """See `MethodSettings.prompt_tasks`."""
+        return self.tasks
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks are {list(self.tasks)}, one of them twice")
+        if self.teachers and set(self.teachers) != set(self.tasks):
+            raise ValueError(
+                f"teachers are of {sorted(self.teachers) or 'no task'}; expected one for each of tasks, which are "
+                f"{sorted(self.tasks)}"
+            )
+        if self.factors_from is not None and self.init_from is None:
+            raise ValueError("factors_from names a task of the adapter that init_from gives, which is missing")
+        return self
+
+
+class AttemptConfig(PromptSettings):
+    """ATTEMPT (https://arxiv.org/abs/2205.11961): a soft prompt P [l, d] plus a mixture of it and of frozen prompts of
+    source tasks, with weights that a small network of width r finds for each input."""
+
+    name: Literal["attempt"] = "attempt"
+    """The method."""
+    num_virtual_tokens: Count = 10
+    """Length l of all prompts, in tokens. The paper has 100 for T5."""
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Adapter folders of the source tasks' prompts: of method `pt`, the same length, and the same backbone."""
+    bottleneck: Count = 100
+    """Width r of the network's hidden layer."""
+    temperature: PositiveFloat | None = None
+    """Temperature of the softmax over the prompts; e d if not given, as published."""
+
+
 class PrefixTuningConfig(AdapterSettings, PromptlessSettings):
     """Prefix tuning (https://arxiv.org/abs/2101.00190): trained keys and values in front of every decoder layer's, by
     HF PEFT."""
@@ -242,6 +308,8 @@ MethodConfig = Annotated[
     | DeptConfig
     | PromptEmbeddingConfig
     | PTuningConfig
+    | MptConfig
+    | AttemptConfig
     | PrefixTuningConfig
     | LoraConfig
     | Ia3Config

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.modeling_outputs import ModelOutput
 
 from adept_ds import adapter_io, model_io
+from adept_ds.distillation import last_hidden_states, teacher_states
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.frozen_linear import replace_frozen_linears
@@ -36,6 +37,7 @@ from adept_ds.method_config import AdapterSettings, FullConfig, MethodConfig
 from adept_ds.methods import Method, create_method
 from adept_ds.methods.base import attribute_set
 from adept_ds.sharding import full_numel
+from adept_ds.soft_prompt import inserted
 
 
 class AdaptedModel(nn.Module):
@@ -109,35 +111,57 @@ class AdaptedModel(nn.Module):
         """Soft-prompt tokens that are put in front of the input now."""
         return self.method.num_virtual_tokens if self._enabled else 0
 
+    @property
+    def prompt_tasks(self) -> tuple[str, ...]:
+        """Tasks with a soft prompt of their own, in the order of `task_ids`; none where one serves all."""
+        return self.method.config.prompt_tasks if self.method.config else ()
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Compute what the plain backbone does inside the block."""
         with self.method.disabled(), attribute_set(self, "_enabled", False):
             yield
 
-    def add_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Put the prompt's ids directly before each row's tokens: behind left padding, before the first real token.
 
         Args:
             input_ids: Token ids [B, S].
             attention_mask: 1 for tokens, 0 for padding on either side [B, S]; all ones if not given.
+            prompts: Number k of each row's prompt [B]; the first one if not given.
 
         Returns:
-            Ids [B, l + S] with prompt token i as V + i, and the mask that goes with them.
+            Ids [B, l + S] with token i of prompt k as V + k l + i, and the mask that goes with them.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         length = self.num_virtual_tokens
-        if length == 0:
-            return input_ids, attention_mask
-        rows, columns = input_ids.shape
+        ids = self.vocabulary_size + torch.arange(length, device=input_ids.device)[None]
+        if prompts is not None:
+            ids = ids + length * prompts[:, None]
         first = attention_mask.argmax(1, keepdim=True)
-        position = torch.arange(length + columns, device=input_ids.device).expand(rows, -1)
-        in_prompt = (position >= first) & (position < first + length)
-        source = torch.where(position < first, position, position - length).clamp(min=0)
-        ids = torch.where(in_prompt, self.vocabulary_size + position - first, input_ids.gather(1, source))
-        mask = torch.where(in_prompt, 1, attention_mask.gather(1, source))
-        return ids, mask
+        return inserted(input_ids, ids, first), inserted(attention_mask, torch.ones_like(ids), first)
+
+    def _row_prompts(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
+        """Number of each row's prompt [B]."""
+        tasks = self.prompt_tasks if self._enabled else ()
+        if tasks and task_ids is None:
+            raise UserError(f"each of {', '.join(tasks)} has a prompt of its own: task_ids must say which a row's is")
+        return input_ids.new_zeros(input_ids.shape[0]) if not tasks or task_ids is None else task_ids
+
+    def _reading(
+        self, attention_mask: Tensor, context_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Tell the method what its prompt may depend on in a batch whose masks and labels are without the prompt."""
+        context = attention_mask.bool()
+        if context_mask is not None:
+            context = context & context_mask.bool()
+        elif labels is not None and not self.is_encoder_decoder:
+            context = context & (labels == IGNORE_INDEX).cumprod(1).bool()
+        outside = context.new_zeros(1, self.num_virtual_tokens)
+        return self.method.reading(inserted(context, outside, attention_mask.argmax(1, keepdim=True)))
 
     def forward(
         self,
@@ -145,6 +169,8 @@ class AdaptedModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         reduction: str = "mean",
+        task_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """Run the backbone on prompt and tokens.
@@ -155,6 +181,9 @@ class AdaptedModel(nn.Module):
             labels: For causal models [B, S], aligned with `input_ids`; for encoder-decoder models the target ids
                 [B, T]. `IGNORE_INDEX` where no loss is wanted.
             reduction: `mean` over the label tokens or their `sum`.
+            task_ids: Number in `prompt_tasks` of each row's task [B]; needed if there are any, and else not looked at.
+            context_mask: 1 for the tokens that a soft prompt made for its row may depend on [B, S]. If not given, in a
+                causal model those before the first label, and elsewhere all.
             **kwargs: Handed to the backbone.
 
         Returns:
@@ -163,23 +192,38 @@ class AdaptedModel(nn.Module):
             positions only, see `adept_ds.loss`.
 
         Raises:
-            UserError: With labels, a backbone that computes something of its head's logits.
+            UserError: With labels, a backbone that computes something of its head's logits. Or `task_ids` are missing.
         """
-        input_ids, attention_mask = self.add_prompt(input_ids, attention_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        prompts = self._row_prompts(input_ids, task_ids)
+        ids, mask = self.add_prompt(input_ids, attention_mask, prompts)
         if not self.is_encoder_decoder:
             # Models with absolute positions must not count left padding.
-            kwargs.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))
+            kwargs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0))
+        kwargs["attention_mask"] = mask
         if labels is None:
-            return self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            with self._reading(attention_mask, context_mask):
+                return self.backbone(input_ids=ids, **kwargs)
         if self.is_encoder_decoder:
             targets = labels
             kwargs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
         else:
             # Padding has no label, so this holds whichever side it is on.
             targets = shift_labels(F.pad(labels, (self.num_virtual_tokens, 0), value=IGNORE_INDEX))
+        distillation = self.method.distillation if self.training and self._enabled else None
+        teacher = None
+        if distillation is not None:
+            theirs, _ = self.add_prompt(input_ids, attention_mask, distillation.first_teacher + prompts)
+            teacher = teacher_states(self.backbone, distillation, targets, input_ids=theirs, **kwargs)
         head = self.backbone.get_output_embeddings()
-        with head.summing(targets):
-            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs)
+        states: AbstractContextManager[list[Tensor]] = last_hidden_states(self.backbone) if teacher else nullcontext([])
+        with (
+            self._reading(attention_mask, context_mask, labels),
+            head.summing(targets, teacher.soft_targets() if teacher else None),
+            states as hidden,
+        ):
+            output = self.backbone(input_ids=ids, use_cache=False, **kwargs)
             if not head.returned(output.logits):
                 raise UserError(
                     f"model.name_or_path is {self.backbone.config.name_or_path!r}: {type(self.backbone).__name__} "
@@ -187,20 +231,31 @@ class AdaptedModel(nn.Module):
                     "already; such models cannot be trained here"
                 )
         loss = output.logits.sum()
+        if teacher:
+            loss = loss + teacher.hidden_loss(hidden[0], targets)
         if reduction == "mean":
             loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
         return ModelOutput(loss=loss)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | ModelOutput:
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
         """`transformers` generation on the adapted model; every generated token gets its offset too.
 
-        Takes plain ids [B, S] (left-padded for causal models) and any argument of the backbone's `generate`; returns
-        the sequences that it would: for causal models what was read and generated, without the prompt.
+        Takes plain ids [B, S] (left-padded for causal models), `task_ids` as `forward`, and any argument of the
+        backbone's `generate`; returns the sequences that it would: for causal models what was read and generated,
+        without the prompt.
         """
-        input_ids, attention_mask = self.add_prompt(input_ids, attention_mask)
-        with self._prompt_hidden_from_processors():
-            output = self.backbone.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        ids, mask = self.add_prompt(input_ids, attention_mask, self._row_prompts(input_ids, task_ids))
+        with self._prompt_hidden_from_processors(), self._reading(attention_mask):
+            output = self.backbone.generate(input_ids=ids, attention_mask=mask, **kwargs)
         if isinstance(output, Tensor):
             return self._plain_ids(output)
         output.sequences = self._plain_ids(output.sequences)
@@ -279,6 +334,7 @@ class AdaptedModel(nn.Module):
             self.save_backbone(Path(folder), None, facts)
             return
         values = {name: parameter.detach().float().cpu() for name, parameter in self.trainable_parameters().items()}
+        values |= self.method.constants()
         adapter_io.save_adapter(folder, self.method.config, values, self.backbone_facts, facts)
 
     def save_backbone(
@@ -315,12 +371,12 @@ class AdaptedModel(nn.Module):
 
     @torch.no_grad()
     def load_trained(self, values: dict[str, Tensor]) -> None:
-        """Copy trained values by their adapter-file names into the parameters. They must not be sharded.
+        """Copy the values of an adapter file by their names to their places. Parameters must not be sharded.
 
         Raises:
             UserError: A name is missing or unknown, or a shape is another one.
         """
-        parameters = self.trainable_parameters()
+        parameters: dict[str, Tensor] = {**self.trainable_parameters(), **self.method.constants()}
         adapter_io.check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
@@ -347,5 +403,5 @@ def get_adept_model(
                 f"method.init_from is {config.init_from!r}, an adapter of method {source.method.name!r}; expected one "
                 f"of method {config.name!r}"
             )
-        model.load_trained(source.tensors)
+        model.load_trained(model.method.start_values(source))
     return model

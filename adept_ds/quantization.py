@@ -57,16 +57,17 @@ class Scheme:
         """The scheme that the config asks for; None keeps the weights as they are."""
         return cls(config.quantization, config.double_quantization) if config.quantization else None
 
-    def _sections(self, numel: int) -> list[tuple[torch.dtype, int]]:
+    @cache  # noqa: B019  (a handful of schemes, which live as long as the process)
+    def _sections(self, numel: int) -> tuple[tuple[torch.dtype, int], ...]:
         """Dtype and length of the parts of the storage of a weight with `numel` elements, padding included."""
         blocks = _blocks(numel, _BLOCK_SIZE[self.name])
         codes = _blocks(numel, 2) if self.name == "nf4" else numel
-        scales = [(torch.float32, blocks)]
+        scales: tuple[tuple[torch.dtype, int], ...] = ((torch.float32, blocks),)
         if self.double:
-            scales = [(torch.float32, 1 + _blocks(blocks, _SCALES_PER_NESTED_BLOCK)), (torch.uint8, blocks)]
-        sections = [*scales, (torch.uint8, codes)]
+            scales = (torch.float32, 1 + _blocks(blocks, _SCALES_PER_NESTED_BLOCK)), (torch.uint8, blocks)
+        sections = *scales, (torch.uint8, codes)
         used = sum(dtype.itemsize * length for dtype, length in sections)
-        return [*sections, (torch.uint8, -used % _ALIGNMENT)]
+        return *sections, (torch.uint8, -used % _ALIGNMENT)
 
     def storage_bytes(self, numel: int) -> int:
         """Bytes that a weight of `numel` elements takes, scales included."""
@@ -100,26 +101,21 @@ class Scheme:
             codes, state = bnb.quantize_blockwise(part, code=_dynamic_map(part.device), blocksize=size)
         return state.absmax, codes.view(-1)
 
-    @torch.no_grad()
     def dequantize(self, storage: Tensor, shape: torch.Size) -> Tensor:
         """Return the weight [*shape] in the dtype of its `storage`."""
-        numel, data = shape.numel(), storage.view(torch.uint8)
-        parts: list[Tensor] = []
-        start = 0
-        for dtype, length in self._sections(numel)[:-1]:
-            end = start + dtype.itemsize * length
-            parts.append(data[start:end].view(dtype))
-            start = end
-        *scales, codes = parts
+        # Few calls: on a GPU a layer's product may take no longer than these lines on the host.
+        sections = self._sections(shape.numel())
+        pieces = storage.view(torch.uint8).split([dtype.itemsize * length for dtype, length in sections])
+        *scales, codes = (piece.view(dtype) for piece, (dtype, _) in zip(pieces[:-1], sections[:-1], strict=True))
         absmax, size = scales[-1], _BLOCK_SIZE[self.name]
-        code = _dynamic_map(storage.device)
         if self.double:
+            code = _dynamic_map(storage.device)
             nested = bnb.QuantState(scales[0][1:], code=code, blocksize=_SCALES_PER_NESTED_BLOCK, dtype=torch.float32)
             absmax = bnb.dequantize_blockwise(absmax, nested) + scales[0][0]
         if self.name == "nf4":
             state = bnb.QuantState(absmax, shape=shape, dtype=storage.dtype, blocksize=size, quant_type=self.name)
             return bnb.dequantize_4bit(codes.view(-1, 1), state)
-        state = bnb.QuantState(absmax, code=code, blocksize=size, dtype=storage.dtype)
+        state = bnb.QuantState(absmax, code=_dynamic_map(storage.device), blocksize=size, dtype=storage.dtype)
         return bnb.dequantize_blockwise(codes.view(shape), state)
 
 

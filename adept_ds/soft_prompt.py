@@ -2,7 +2,8 @@
 
 Prompt token i has the id V + i, where V is the vocabulary size, and the embedding returns P[i] for it. So attention
 masks, positions, padding, beams and the KV cache are the backbone's stock code, and what changes a token's embedding
-changes that of a generated token the same way as that of one that was read.
+changes that of a generated token the same way as that of one that was read. Where there are several prompts of l
+tokens, token i of prompt k has the id V + k l + i: which one a row reads is said by its ids alone.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class PromptedEmbedding(nn.Module):
         self.enabled = True
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Embed ids in [0, V + l)."""
+        """Embed ids below V, and prompt ids from V on."""
         if not self.enabled:
             return self.table(input_ids)
         is_prompt = input_ids >= self.num_embeddings
@@ -62,10 +63,29 @@ class PromptedEmbedding(nn.Module):
         if self.training or self.offset_in_evaluation:
             embeddings = self.add_offset(embeddings, token_ids)
         if self.soft_prompt is not None:
-            prompt = self.soft_prompt((input_ids - self.num_embeddings).clamp(min=0))
+            prompt = self.read_prompt((input_ids - self.num_embeddings).clamp(min=0), tokens)
             embeddings = torch.where(is_prompt.unsqueeze(-1), prompt, embeddings)
         return embeddings.to(tokens.dtype)
+
+    def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
+        """Return the fp32 prompt vectors [B, S, d] of the index [B, S], of which those in a token's place are not used;
+        `tokens` [B, S, d] are the table's rows. Here the prompt is the same for all rows."""
+        assert self.soft_prompt is not None
+        prompt: Tensor = self.soft_prompt(index)
+        return prompt
 
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
         """Return fp32 token embeddings [B, S, d] of the ids [B, S] with their offsets; here there are none."""
         return tokens
+
+
+def inserted(rows: Tensor, values: Tensor, first: Tensor) -> Tensor:
+    """Put values [B or 1, l] in front of column `first` [B, 1] of each row [B, S]; return [B, l + S]."""
+    (count, columns), length = rows.shape, values.shape[1]
+    if length == 0:
+        return rows
+    position = torch.arange(length + columns, device=rows.device).expand(count, -1)
+    inside = (position >= first) & (position < first + length)
+    source = torch.where(position < first, position, position - length).clamp(min=0)
+    placed = values.expand(count, -1).gather(1, (position - first).clamp(0, length - 1))
+    return torch.where(inside, placed, rows.gather(1, source))

@@ -112,6 +112,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
         num_virtual_tokens=run.method.num_virtual_tokens,
         encoder_decoder=architecture.is_encoder_decoder,
         show_progress=is_main_rank(),
+        prompt_tasks=run.method.prompt_tasks,
     )
     train_set = encode(load_examples(run.data, "train"))
     validation_examples = load_examples(run.data, "validation")[: run.eval.max_examples]
@@ -367,7 +368,7 @@ class Trainer:
         if method.saves_model:
             model.save_backbone(folder, self.tokenizer, facts, self.world)
         else:
-            values = self.engine.trained_values()
+            values = self.engine.trained_values() | model.method.constants()
             on_main_rank(
                 lambda: adapter_io.save_adapter(folder, method, values, model.backbone_facts, facts), self.world
             )

@@ -12,7 +12,7 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 
 from adept_ds import loss as loss_module
 from adept_ds.errors import UserError
-from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.loss import IGNORE_INDEX, LossHead, SoftTargets, shift_labels
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
 from tests.models import EOS, PAD, VOCABULARY, llama_config
@@ -96,6 +96,33 @@ def test_no_label_at_all_gives_zero_and_zero_gradients():
     loss = chunked_loss(head, hidden, torch.full_like(targets, IGNORE_INDEX))
     assert loss.item() == 0
     assert all(not gradient.any() for gradient in gradients(loss, hidden, *head.parameters()))
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("bias", [False, True])
+def test_soft_targets_add_the_divergence_from_a_teacher(bias):
+    head, hidden, targets = head_and_input(bias)
+    head.requires_grad_(False)
+    labelled, weight, temperature = targets != IGNORE_INDEX, 0.3, 1.7
+    rows = torch.randn(int(labelled.sum()), 16)
+    loss_head = LossHead(head)
+    with loss_head.summing(targets, SoftTargets(rows, weight, temperature)):
+        actual = loss_head(hidden).sum()
+    ours, theirs = (head(states) / temperature for states in (hidden[labelled], rows))
+    divergence = F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="sum")
+    expected = plain_loss(head(hidden), targets) + weight * divergence
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(gradients(loss, hidden)[0] for loss in (actual, expected)))
+    torch.testing.assert_close(chunked_loss(head, hidden, targets), plain_loss(head(hidden), targets))
+
+
+def test_a_recording_head_computes_nothing():
+    head, hidden, targets = head_and_input(bias=False)
+    loss_head = LossHead(head)
+    with loss_head.recording(targets) as rows:
+        assert loss_head(hidden).shape == (1, 1, 1)
+    assert torch.equal(rows[0], hidden[targets != IGNORE_INDEX])
+    assert loss_head(hidden).shape == (2, 8, VOCABULARY)
 
 
 def test_outside_of_summing_the_head_gives_logits():

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 
 from adept_ds.config import RunConfig
 from adept_ds.memory_plan import (
@@ -228,3 +228,12 @@ def test_the_launcher_refuses_what_it_cannot_plan(run_ranks, arguments, message)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_tasks_are_planned_at_their_own_lengths():
+    t5 = T5Config(vocab_size=1_000, d_model=64, d_kv=16, d_ff=160, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    run = run_of(data={"format": "tasks", "tasks": ["rte", "multirc"], "max_prompt_length": 325, "max_length": 581})
+    shape = MemoryModel(run, t5, Cluster(1, 1, GIB)).shape(2)
+    assert (shape.input_length, shape.label_length) == (7 + 348, 20)
+    causal = MemoryModel(run, LLAMA, Cluster(1, 1, GIB)).shape(2)
+    assert (causal.input_length, causal.label_length) == (7 + 348 + 20, 20)

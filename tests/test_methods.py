@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from adept_ds.config import ModelConfig, RunConfig, TrainConfig
+from adept_ds.adapter_io import save_adapter
+from adept_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from adept_ds.errors import UserError
 from adept_ds.frozen_linear import FrozenLinear
 from adept_ds.meta_step import meta_model
@@ -20,11 +21,13 @@ from adept_ds.method_config import (
     AdapterConfig,
     AdapterDropConfig,
     AdeptConfig,
+    AttemptConfig,
     BitFitConfig,
     DeptConfig,
     Ia3Config,
     LoraConfig,
     MethodConfig,
+    MptConfig,
     PrefixTuningConfig,
     PromptEmbeddingConfig,
     PromptTuningConfig,
@@ -32,7 +35,7 @@ from adept_ds.method_config import (
 )
 from adept_ds.model import AdaptedModel, get_adept_model
 from adept_ds.quantization import Scheme, quantize_linears
-from tests.models import EOS, PAD, VOCABULARY
+from tests.models import EOS, PAD, VOCABULARY, WIDTH
 
 Make = Callable[[str], PreTrainedModel]
 
@@ -43,6 +46,9 @@ METHODS: dict[str, MethodConfig] = {
     "pt_embedding": PromptEmbeddingConfig(num_virtual_tokens=3),
     "p_tuning": PTuningConfig(num_virtual_tokens=4, hidden_size=8),
     "p_tuning-lstm": PTuningConfig(num_virtual_tokens=4, hidden_size=8, reparameterization="lstm"),
+    "mpt": MptConfig(num_virtual_tokens=4, factor_init="ones"),
+    "mpt-tasks": MptConfig(num_virtual_tokens=8, rank=2, tasks=("a", "b"), factor_init="ones"),
+    "attempt": AttemptConfig(num_virtual_tokens=6, sources=("x", "y"), bottleneck=6, temperature=1.0),
     "prefix": PrefixTuningConfig(prefix_length=4),
     "prefix-projected": PrefixTuningConfig(prefix_length=4, projection=True, hidden_size=8),
     "lora": LoraConfig(rank=3, dropout=0.0),
@@ -56,13 +62,30 @@ BACKBONES = ("llama", "codegen", "gpt2", "t5-tied")
 MAIN = ("llama", "t5-tied")
 
 
+TASKS = torch.tensor([1, 0])
+"""Of the two rows of every batch here, which matter to a method with prompts by task."""
+
+
+@pytest.fixture(autouse=True)
+def source_prompts(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of source tasks, which any backbone here takes, in the folders that the settings above name."""
+    folder = tmp_path_factory.mktemp("sources")
+    monkeypatch.chdir(folder)
+    generator = torch.Generator().manual_seed(6)
+    backbone = {"name_or_path": "any", "hidden_size": WIDTH, "vocab_size": VOCABULARY, "embedding_fingerprint": None}
+    for name in ("x", "y"):
+        prompt = {"soft_prompt": 0.3 * torch.randn(6, WIDTH, generator=generator)}
+        save_adapter(folder / name, PromptTuningConfig(num_virtual_tokens=6), prompt, backbone, {})
+
+
 def random_ids(rows: int, columns: int, seed: int = 4) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
 def batch(model: AdaptedModel, rows: int = 2, columns: int = 7) -> dict[str, Tensor]:
     ids = random_ids(rows, columns)
-    return {"input_ids": ids, "labels": random_ids(rows, 4, seed=5) if model.is_encoder_decoder else ids}
+    labels = random_ids(rows, 4, seed=5) if model.is_encoder_decoder else ids
+    return {"input_ids": ids, "labels": labels, "task_ids": TASKS}
 
 
 def far_from_start(model: AdaptedModel) -> AdaptedModel:
@@ -79,6 +102,8 @@ def logits(model: AdaptedModel | PreTrainedModel, columns: int = 7, pads: int = 
     backbone = model.backbone if isinstance(model, AdaptedModel) else model
     ids = torch.cat([torch.full((2, pads), PAD), random_ids(2, columns)], 1)
     inputs = {"input_ids": ids, "attention_mask": (torch.arange(pads + columns) >= pads).long().expand(2, -1)}
+    if model is not backbone:
+        inputs["task_ids"] = TASKS
     if backbone.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = random_ids(2, 4, seed=5)
         columns = 4
@@ -165,7 +190,9 @@ def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str
     assert {parameter.requires_grad for parameter in model.trainable_parameters().values()} == {True}
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith(("p", "adept", "dept"))])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if not METHODS[name].num_virtual_tokens and "prefix" not in name]
+)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_methods_without_a_prompt_start_as_the_backbone(make_backbone: Make, name: str, method: str) -> None:
     model = get_adept_model(make_backbone(name), METHODS[method]).eval()
@@ -184,7 +211,7 @@ def test_padding_on_the_left_changes_nothing(make_backbone: Make, name: str, met
 def greedy(model: AdaptedModel, ids: Tensor, mask: Tensor, **options: object) -> Tensor:
     # The end is never drawn, so that every row has as many tokens.
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [EOS, PAD], "pad_token_id": PAD} | options
-    return model.generate(input_ids=ids, attention_mask=mask, **options)
+    return model.generate(input_ids=ids, attention_mask=mask, task_ids=TASKS, **options)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -198,10 +225,11 @@ def test_generation_is_that_without_a_cache(make_backbone: Make, name: str, meth
     out = greedy(model, ids, mask)
     with torch.no_grad():
         if model.is_encoder_decoder:
-            scores = model(ids, mask, decoder_input_ids=out[:, :-1]).logits
+            scores = model(ids, mask, task_ids=TASKS, decoder_input_ids=out[:, :-1]).logits
             new = out[:, 1:]
         else:
-            scores = model(out[:, :-1], torch.cat([mask, mask.new_ones(2, 5)], 1)).logits[:, -6:]
+            whole, read = (torch.cat([mask, mask.new_full((2, 5), new)], 1) for new in (1, 0))
+            scores = model(out[:, :-1], whole, task_ids=TASKS, context_mask=read).logits[:, -6:]
             new = out[:, 7:]
     scores[..., [EOS, PAD]] = -torch.inf
     assert torch.equal(scores.argmax(-1), new)
@@ -248,6 +276,11 @@ COUNTS: list[tuple[MethodConfig, str, int, str]] = [
     (LoraConfig(rank=35), "t5-3b", 25_804_800, "25.8M"),
     (LoraConfig(), "codegen", 1_310_720, "1.3M"),
     (LoraConfig(), "llama3", 9_437_184, "9.4M"),
+    # 77,668, which the papers that quote it print as 77.6K.
+    (MptConfig(num_virtual_tokens=100), "t5-base", 77_668, "77.7K"),
+    # Per task of eight that share what can be shared: 83,744 / 8 = 10.5K.
+    (MptConfig(num_virtual_tokens=100, tasks=("rte", *"abcdefg")), "t5-base", 83_744, "83.7K"),
+    (AttemptConfig(num_virtual_tokens=100, sources=tuple("abcdef")), "t5-base", 231_936, "231.9K"),
     (Ia3Config(), "t5-base", 55_296, "55.3K"),
     (AdapterConfig(), "t5-base", 1_855_104, "1.9M"),
     (AdapterDropConfig(), "t5-base", 1_101_984, "1.1M"),
@@ -260,7 +293,10 @@ def test_counts_are_the_papers(method: MethodConfig, shape: str, count: int, fig
     file = resources.files("adept_ds") / "architectures" / f"{SHAPES[shape]}.json"
     architecture = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
     run = RunConfig(
-        model=ModelConfig(name_or_path=shape), method=method, train=TrainConfig(max_steps=1, warmup_steps=0)
+        model=ModelConfig(name_or_path=shape),
+        method=method,
+        data=DataConfig(format="tasks", tasks=("rte",)),
+        train=TrainConfig(max_steps=1, warmup_steps=0),
     )
     trained, _ = meta_model(run, architecture).count_parameters()
     assert trained == count

@@ -32,6 +32,7 @@ from transformers import (
 from adept_ds.backbone import DTYPES, load_backbone, random_backbone
 from adept_ds.benchmark.work import Step, Work, padded_to, padded_tokens, with_prompt_positions
 from adept_ds.config import ModelConfig, RunConfig, TrainConfig
+from adept_ds.data import longest_example
 from adept_ds.errors import UserError
 from adept_ds.methods import Untuned
 from adept_ds.model import AdaptedModel, get_adept_model
@@ -157,23 +158,15 @@ def build_contenders(
     if stock_backbone is not None:
         stock = want_input_gradient(sharing_weights(stock_backbone))
         contenders.append(contender(STOCK_FLOOR, stock, stock, longer, length))
+    positions, labels = longest_example(run.data, length, work.encoder_decoder)
+    maximum = positions - length, labels if work.encoder_decoder else positions - length
     for name in (PEFT_PROMPT, PEFT_LORA, PEFT_PADDED):
         if name in names:
             peft = _peft_model(name, sharing_weights(stock_backbone), length)
             prompt = 0 if name == PEFT_LORA else length
-            batches = [padded_to(step, *_maximum(run, work)) for step in steps] if name == PEFT_PADDED else steps
+            batches = [padded_to(step, *maximum) for step in steps] if name == PEFT_PADDED else steps
             contenders.append(contender(name, peft, peft.get_base_model(), batches, prompt))
     return contenders
-
-
-def _maximum(run: RunConfig, work: Work) -> tuple[int, int]:
-    """Longest input and label row that `data` allows; 0 where it sets no limit."""
-    length = run.method.num_virtual_tokens
-    if run.data.format == "tasks":
-        return run.data.max_source_length or 0, run.data.max_target_length or 0
-    if work.encoder_decoder:
-        return run.data.max_prompt_length - length, run.data.max_length - run.data.max_prompt_length
-    return run.data.max_length - length, run.data.max_length - length
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | None:

@@ -81,6 +81,7 @@ def build_work(
             run.data,
             run.method.num_virtual_tokens,
             architecture.is_encoder_decoder,
+            prompt_tasks=run.method.prompt_tasks,
         )
         lengths = dataset.lengths
     batches = choose_batches(lengths, arithmetic.global_batch_size, steps, run.train.seed)

@@ -2,7 +2,15 @@
 
 from adept_ds.data.batches import global_batches, rank_micro_batches
 from adept_ds.data.completions import extract_code, repair_indentation, stop_at
-from adept_ds.data.encode import Encoded, EncodedDataset, collate, encode, encode_prompt
+from adept_ds.data.encode import (
+    Encoded,
+    EncodedDataset,
+    collate,
+    encode,
+    encode_prompt,
+    longest_example,
+    task_number,
+)
 from adept_ds.data.jsonl import Sample, read_samples
 from adept_ds.data.problems import load_examples, load_problems, read_problems
 from adept_ds.data.records import Example, Problem
@@ -20,9 +28,11 @@ __all__ = [
     "global_batches",
     "load_examples",
     "load_problems",
+    "longest_example",
     "rank_micro_batches",
     "read_problems",
     "read_samples",
     "repair_indentation",
     "stop_at",
+    "task_number",
 ]

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from adept_ds.config import DataConfig
 from adept_ds.data.records import Example
-from adept_ds.data.tasks import TaskExamples
-from adept_ds.errors import UserError
+from adept_ds.data.tasks import TaskExample, TaskExamples, longest_lengths
+from adept_ds.errors import UserError, did_you_mean
 from adept_ds.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Encoded:
     prompt_truncated: bool
     target_truncated: bool
     encoder_decoder: bool
+    task_id: int | None = None
+    """Which of the tasks with a soft prompt of their own it is of; None where one prompt serves all."""
 
 
 def encode_prompt(
@@ -59,6 +61,15 @@ def encode_prompt(
     never twice. Raises UserError for a chat example if the tokenizer has no chat template.
     """
     return next(_encode_prompts([example], tokenizer, cfg, num_virtual_tokens, encoder_decoder))
+
+
+def longest_example(cfg: DataConfig, num_virtual_tokens: int, encoder_decoder: bool) -> tuple[int, int]:
+    """Return how many positions the backbone reads and how many labels there are, at most: the longest example that the
+    settings allow, soft prompt included. For encoder-decoder models the former are the encoder's."""
+    if cfg.format == "tasks":
+        source, target = longest_lengths(cfg)
+        return num_virtual_tokens + source + (0 if encoder_decoder else target), target
+    return cfg.max_prompt_length if encoder_decoder else cfg.max_length, cfg.max_length - cfg.max_prompt_length
 
 
 def encode(
@@ -162,6 +173,24 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+def task_number(example: Example, prompt_tasks: Sequence[str]) -> int | None:
+    """Return which of the tasks with a soft prompt of their own an example is of; None if there are no such tasks.
+
+    Raises:
+        UserError: It is of another one.
+    """
+    if not prompt_tasks:
+        return None
+    name = example.task.name if isinstance(example, TaskExample) else None
+    if name not in prompt_tasks:
+        known = ", ".join(prompt_tasks)
+        raise UserError(
+            f"{example.task_id}: the method has a soft prompt for each of {known} (method.tasks), and this is an "
+            f"example of {name or 'no task'}{did_you_mean(name or '', prompt_tasks)}"
+        )
+    return prompt_tasks.index(name)
+
+
 class EncodedDataset:
     """The encoded examples of a split, with their lengths and the number of truncated prompts and targets.
 
@@ -177,14 +206,17 @@ class EncodedDataset:
         num_virtual_tokens: int,
         encoder_decoder: bool,
         show_progress: bool = False,
+        prompt_tasks: Sequence[str] = (),
     ) -> None:
-        """Encode all examples. Raises UserError if there is none, or one without a target token."""
+        """Encode all examples. Raises UserError if there is none, one without a target token, or one of a task that
+        is not among those with a soft prompt of their own, where there are any."""
         if not examples:
             raise UserError(f"no examples to encode (data.format {cfg.format}, data.path {cfg.path})")
         self._encoder_decoder = encoder_decoder
         unique, positions = examples.unique() if isinstance(examples, TaskExamples) else (examples, None)
         inputs, labels = array("i"), array("i")
         ends, truncated = [(0, 0)], []
+        self._task_ids: list[int | None] = []
         bar = tqdm(total=len(unique), desc="tokenising", disable=not show_progress)
         remaining = iter(unique)
         while chunk := list(islice(remaining, CHUNK)):
@@ -193,6 +225,7 @@ class EncodedDataset:
                 labels.extend(row.labels)
                 ends.append((len(inputs), len(labels)))
                 truncated.append((row.prompt_truncated, row.target_truncated))
+            self._task_ids.extend(task_number(example, prompt_tasks) for example in chunk)
             bar.update(len(chunk))
         bar.close()
         self._inputs, self._labels = np.frombuffer(inputs, np.int32), np.frombuffer(labels, np.int32)
@@ -215,6 +248,7 @@ class EncodedDataset:
             prompt_truncated,
             target_truncated,
             self._encoder_decoder,
+            self._task_ids[row],
         )
 
     def summary(self) -> str:
@@ -235,15 +269,18 @@ def collate(
     """Pad a batch to its longest row, rounded up to a multiple.
 
     Returns `input_ids`, `attention_mask` [B, S] and `labels` [B, S] (encoder-decoder: [B, T]), all int64; padded
-    labels are -100. Labels of an encoder-decoder model are padded on the right whatever the side of the inputs.
+    labels are -100. Labels of an encoder-decoder model are padded on the right whatever the side of the inputs. Rows
+    of tasks with prompts of their own come with `task_ids` [B].
     """
     inputs = [row.input_ids for row in batch]
     labels_side = "right" if batch[0].encoder_decoder else padding_side
-    return {
+    tensors = {
         "input_ids": _pad(inputs, pad_token_id, padding_side, pad_to_multiple_of),
         "attention_mask": _pad([[1] * len(ids) for ids in inputs], 0, padding_side, pad_to_multiple_of),
         "labels": _pad([row.labels for row in batch], IGNORE_INDEX, labels_side, pad_to_multiple_of),
     }
+    task_ids = [row.task_id for row in batch if row.task_id is not None]
+    return tensors | ({"task_ids": torch.tensor(task_ids)} if task_ids else {})
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: str, multiple: int) -> Tensor:

@@ -6,11 +6,13 @@ from typing import Any
 
 from adept_ds.method_config import MethodConfig
 from adept_ds.methods.adept import Adept
+from adept_ds.methods.attempt import Attempt
 from adept_ds.methods.base import Method
 from adept_ds.methods.bitfit import BitFit
 from adept_ds.methods.bottleneck import Bottleneck
 from adept_ds.methods.dept import Dept
 from adept_ds.methods.full import Full
+from adept_ds.methods.mpt import MultitaskPromptTuning
 from adept_ds.methods.p_tuning import PTuning
 from adept_ds.methods.peft_layers import Ia3, Lora
 from adept_ds.methods.prefix import PrefixTuning
@@ -23,6 +25,8 @@ _METHODS: dict[str, Any] = {
     "dept": Dept,
     "pt_embedding": PromptEmbedding,
     "p_tuning": PTuning,
+    "mpt": MultitaskPromptTuning,
+    "attempt": Attempt,
     "prefix": PrefixTuning,
     "lora": Lora,
     "ia3": Ia3,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adept_ds.adapter_io import Adapter
+from adept_ds.distillation import Distillation
 from adept_ds.method_config import MethodConfig
 
 
@@ -21,7 +23,9 @@ class Method(Protocol):
     """
 
     num_virtual_tokens: int
-    """Soft-prompt tokens in front of the input; their ids are V .. V + num_virtual_tokens - 1."""
+    """Soft-prompt tokens l in front of the input; those of prompt k have the ids V + k l .. V + (k + 1) l - 1."""
+    distillation: Distillation | None
+    """How training follows teachers; None if it has none."""
 
     @property
     def config(self) -> MethodConfig | None:
@@ -43,8 +47,40 @@ class Method(Protocol):
     def learning_rate_group(self, name: str) -> str:
         """Field of `train.learning_rate` with the peak learning rate of the trained parameter `name`."""
 
+    def constants(self) -> dict[str, Tensor]:
+        """Name to tensor of what is in the adapter file beside the trained parameters: fp32 values that are never
+        trained, in their place, so that loading an adapter is copying into them."""
+
+    def start_values(self, source: Adapter) -> dict[str, Tensor]:
+        """What to load where training starts from an adapter of this method: all that the adapter file has of it."""
+
+    def reading(self, context: Tensor) -> AbstractContextManager[None]:
+        """Context in which the backbone reads a batch, or generates from it.
+
+        `context` [B, l + S] is true where a token stands that a soft prompt made for its row may depend on: not at
+        padding, at the prompt itself or at what is to be predicted.
+        """
+
     def disabled(self) -> AbstractContextManager[None]:
         """Context in which the backbone computes what it did before `inject`."""
+
+
+class MethodDefaults:
+    """What most methods answer to the questions of `Method` that only some have an answer of their own to."""
+
+    distillation: Distillation | None = None
+
+    def constants(self) -> dict[str, Tensor]:
+        """See `Method.constants`; here none."""
+        return {}
+
+    def start_values(self, source: Adapter) -> dict[str, Tensor]:
+        """See `Method.start_values`; here the source as it is."""
+        return source.tensors
+
+    def reading(self, context: Tensor) -> AbstractContextManager[None]:
+        """See `Method.reading`; here every row is read alike."""
+        return nullcontext()
 
 
 @contextmanager

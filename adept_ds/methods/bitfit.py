@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from adept_ds.method_config import BitFitConfig
-from adept_ds.methods.base import attribute_set
+from adept_ds.methods.base import MethodDefaults, attribute_set
 from adept_ds.methods.layers import layer_index, norms, replace
 from adept_ds.sharding import full_shape
 
@@ -47,7 +47,7 @@ class BiasedLayer(nn.Module):
         return (y.float() + self.bias.float()).to(y.dtype) if self.enabled else y
 
 
-class BitFit:
+class BitFit(MethodDefaults):
     """Trains biases; made from a `BitFitConfig`."""
 
     def __init__(self, config: BitFitConfig) -> None:

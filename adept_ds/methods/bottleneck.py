@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adept_ds.method_config import AdapterConfig, AdapterDropConfig
-from adept_ds.methods.base import attribute_set
+from adept_ds.methods.base import MethodDefaults, attribute_set
 from adept_ds.methods.layers import layer_index, layer_names, norms, replace
 from adept_ds.sharding import gathered
 
@@ -85,7 +85,7 @@ class TrainedCopy(nn.Module):
         return self.trained(x).to(x.dtype) if self.enabled else self.layer(x)
 
 
-class Bottleneck:
+class Bottleneck(MethodDefaults):
     """Adapters behind the two parts of each layer, and trained layer norms; made from an `AdapterConfig` or an
     `AdapterDropConfig`, which leaves the lowest layers without."""
 

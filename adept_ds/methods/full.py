@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adept_ds.errors import UserError
 from adept_ds.method_config import FullConfig
+from adept_ds.methods.base import MethodDefaults
 
 
-class Full:
+class Full(MethodDefaults):
     """Trains every parameter of the backbone, tied ones once."""
 
     num_virtual_tokens = 0

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adept_ds.errors import UserError
-from adept_ds.methods.base import seeded
+from adept_ds.methods.base import MethodDefaults, seeded
 from adept_ds.methods.layers import layer_names
 
 _ADAPTER = "default"
 
 
-class PeftLayers(ABC):
+class PeftLayers(MethodDefaults, ABC):
     """Wraps layers of the backbone in those of PEFT, which call the layer and never read its weight: it may be sharded
     or quantised."""
 

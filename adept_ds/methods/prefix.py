@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from adept_ds.method_config import PrefixTuningConfig
-from adept_ds.methods.base import attribute_set, seeded
+from adept_ds.methods.base import MethodDefaults, attribute_set, seeded
 
 
-class PrefixTuning:
+class PrefixTuning(MethodDefaults):
     """Keys and values in front of each decoder layer's; made from a `PrefixTuningConfig`.
 
     Parameters: 2 l x layers x width of a layer's keys, without a projection.

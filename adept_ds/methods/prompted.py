@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adept_ds.errors import UserError
 from adept_ds.method_config import PromptSettings
-from adept_ds.methods.base import attribute_set
+from adept_ds.methods.base import MethodDefaults, attribute_set
 from adept_ds.sharding import gathered
 from adept_ds.soft_prompt import SAMPLED_VOCABULARY, PromptedEmbedding, SoftPrompt
 
 
-class PromptedMethod:
+class PromptedMethod(MethodDefaults):
     """Replaces the input embedding of a causal model, or of an encoder-decoder's encoder alone.
 
     T5 shares one table between encoder, decoder and LM head; the other two keep the plain one.

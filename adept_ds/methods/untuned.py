@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adept_ds.methods.base import MethodDefaults
 
-class Untuned:
+
+class Untuned(MethodDefaults):
     """Trains nothing and changes nothing."""
 
     config = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from adept_ds.backbone import load_backbone
-from adept_ds.config import RunConfig
+from adept_ds.config import ModelConfig, RunConfig
 from adept_ds.data import EncodedDataset, collate, global_batches, load_examples
+from adept_ds.method_config import PromptTuningConfig
 from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
 
@@ -30,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dept": {"num_virtual_tokens": 3, "rank": 2, "max_positions": 40},
     "pt_embedding": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 4, "hidden_size": 8, "reparameterization": "lstm"},
+    "mpt": {"num_virtual_tokens": 4, "tasks": ["sum", "difference"], "factor_init": "ones"},
+    "attempt": {"num_virtual_tokens": 4, "bottleneck": 6, "temperature": 1.0},
     "prefix": {"prefix_length": 4, "projection": True, "hidden_size": 8},
     "lora": {"rank": 3, "dropout": 0.0},
     "ia3": {"feed_forward": True},
@@ -47,12 +51,34 @@ def all_settings(tiny_llama: Path, tiny_t5: Path, tmp_path_factory: pytest.TempP
     rows = [{"prompt": f"sum of {a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(6)]
     data = root / "sums.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for task in METHODS["mpt"]["tasks"]:
+        declared = {"files": {"train": data.name}, "source": f"{task}: {{prompt}}", "target": "completion"}
+        (root / f"{task}.json").write_text(json.dumps(declared | {"metrics": ["exact_match"]}))
+
+    @cache
+    def source_prompt(backbone: Path, seed: int) -> str:
+        folder = root / f"{backbone.name}-source-{seed}"
+        pt = get_adept_model(
+            load_backbone(ModelConfig(name_or_path=str(backbone), dtype="fp32")),
+            PromptTuningConfig(num_virtual_tokens=4, prompt_init="normal"),
+            seed=seed,
+        )
+        pt.save_pretrained(folder)
+        return str(folder)
 
     def settings(model: str, method: str) -> dict[str, Any]:
-        made = run_settings(tiny_t5 if model == "t5" else tiny_llama, root / f"{model}-{method}", max_steps=STEPS)
+        backbone = tiny_t5 if model == "t5" else tiny_llama
+        made = run_settings(backbone, root / f"{model}-{method}", max_steps=STEPS)
         made["model"]["quantization"] = "nf4" if model == "llama-nf4" else None
         made["method"] = {"name": method, **METHODS[method]}
         made["data"] = {"format": "jsonl", "path": str(data)}
+        sources = [source_prompt(backbone, seed) for seed in (1, 2)]
+        if method == "attempt":
+            made["method"]["sources"] = sources
+        if method == "mpt":
+            tasks = made["method"]["tasks"]
+            made["method"]["teachers"] = dict(zip(tasks, sources, strict=True))
+            made["data"] = {"format": "tasks", "tasks": [str(root / f"{task}.json") for task in tasks]}
         made["train"] |= {"save_every": SAVED}
         made["train"]["learning_rate"] = {"soft_prompt": 0.03, "network": 0.01, "adapter": 0.01}
         return made
@@ -76,7 +102,12 @@ def in_one_process(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[
     """The run's losses and last values by torch alone."""
     model = get_adept_model(load_backbone(run.model), run.method, tokenizer, run.train.seed).train()
     dataset = EncodedDataset(
-        load_examples(run.data, "train"), tokenizer, run.data, model.num_virtual_tokens, model.is_encoder_decoder
+        load_examples(run.data, "train"),
+        tokenizer,
+        run.data,
+        model.num_virtual_tokens,
+        model.is_encoder_decoder,
+        prompt_tasks=model.prompt_tasks,
     )
     optimizer, curve = build_optimizer(model, run.train), []
     batches = global_batches(dataset.lengths, 4, run.train.seed, 0, True)
@@ -88,7 +119,8 @@ def in_one_process(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[
         loss.backward()
         optimizer.step()
         curve.append(float(loss.detach()))
-    return curve, {name: value.detach() for name, value in model.trainable_parameters().items()}
+    values = {**model.trainable_parameters(), **model.method.constants()}
+    return curve, {name: value.detach() for name, value in values.items()}
 
 
 @pytest.mark.parametrize("run", RUNS, ids="-".join)

@@ -158,6 +158,21 @@ def load_part(task: Task, part: Part, cfg: DataConfig) -> TaskPart:
     return TaskPart(task, part, raw, rows, answers, limits)
 
 
+def longest_lengths(cfg: DataConfig) -> tuple[int, int]:
+    """Return the longest source and target in tokens that the run's tasks allow, without a soft prompt.
+
+    Label words, which are never cut, are taken to be no longer than other targets may be.
+
+    Raises:
+        UserError: A task is unknown or declared wrongly.
+    """
+    tasks = [find_task(name).variant(cfg.variant) for name in cfg.tasks]
+    return (
+        cfg.max_source_length or max(task.max_source_length for task in tasks),
+        cfg.max_target_length or max(task.max_target_length for task in tasks),
+    )
+
+
 def count_training_examples(cfg: DataConfig) -> tuple[int | None, str]:
     """Return the number of training examples, and where it is known from, without fetching anything.
 

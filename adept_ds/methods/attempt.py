@@ -1,0 +1,145 @@
+"""ATTEMPT, attentional mixtures of soft prompts (Asai et al. 2022, https://arxiv.org/abs/2205.11961).
+
+    h  = LayerNorm(SiLU(x W_down) W_up)       x [d]: the largest of the input's embeddings in each dimension
+    a  = softmax_j(p_j h / T)                 p_j [d]: the same of prompt P_j [l, d]
+    P' = P + sum_j a_j P_j                    j: the n frozen source prompts, and P itself
+    in = concat(P', E)
+
+Every row has weights a of its own, and so a prompt. Its input is what is read before anything is predicted: all of an
+encoder's, and of a causal model's the tokens in front of the answer, in training as in generation. Padding is left out,
+which the published code reads too.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adept_ds.adapter_io import Adapter, backbone_facts
+from adept_ds.method_config import AttemptConfig
+from adept_ds.methods.base import attribute_set
+from adept_ds.methods.prompted import PromptedMethod
+from adept_ds.methods.source_prompts import load_source_prompts
+from adept_ds.soft_prompt import PromptedEmbedding, SoftPrompt
+
+INIT_STD = 0.01
+"""Standard deviation of the draws that W_down and W_up start at, as in the published code."""
+
+
+class AttentionNetwork(nn.Module):
+    """The query h = LayerNorm(SiLU(x W_down) W_up): `w_down` [d, r], `w_up` [r, d], and the norm's weight and bias [d].
+
+    Parameters: 2 r d + 2 d.
+    """
+
+    def __init__(self, width: int, bottleneck: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.w_down = nn.Parameter(torch.empty(width, bottleneck).normal_(0, INIT_STD, generator=generator))
+        self.w_up = nn.Parameter(torch.empty(bottleneck, width).normal_(0, INIT_STD, generator=generator))
+        self.norm_weight = nn.Parameter(torch.ones(width))
+        self.norm_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the queries of fp32 inputs [B, d], in fp32 whatever the parameters are stored in."""
+        hidden = F.silu(inputs @ self.w_down.float()) @ self.w_up.float()
+        return F.layer_norm(hidden, hidden.shape[-1:], self.norm_weight.float(), self.norm_bias.float())
+
+
+class AttemptEmbedding(PromptedEmbedding):
+    """Input embedding whose prompt depends on the row. `context` must be set before a row with a prompt is read."""
+
+    sources: Tensor
+    context: Tensor | None = None
+    """Which columns of a row are its input [B, l + S]."""
+
+    def __init__(
+        self,
+        table: nn.Embedding,
+        soft_prompt: SoftPrompt,
+        sources: Tensor,
+        network: AttentionNetwork,
+        temperature: float,
+    ) -> None:
+        super().__init__(table, soft_prompt)
+        self.register_buffer("sources", sources, persistent=False)
+        self.network = network
+        self.temperature = temperature
+
+    def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
+        """See `PromptedEmbedding.read_prompt`."""
+        assert self.soft_prompt is not None
+        rows, columns = index.shape
+        length = self.sources.shape[1]
+        own: Tensor = self.soft_prompt(torch.arange(length, device=index.device))
+        prompts = torch.cat([self.sources.float(), own[None]])
+        queries = self.network(_largest(tokens, self._input_columns(rows, columns, index.device)).float())
+        weights = (queries @ prompts.amax(1).T / self.temperature).softmax(-1)
+        mixtures = own + torch.einsum("bn,nld->bld", weights, prompts)
+        place = index.clamp(max=length - 1) + length * torch.arange(rows, device=index.device)[:, None]
+        return F.embedding(place, mixtures.flatten(0, 1))
+
+    def _input_columns(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """Which columns are a row's input [B, S]. A call for generated tokens alone has no prompt, and none are."""
+        if self.context is None or self.context.shape[1] != columns:
+            return torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        # Beams are copies of a row, side by side.
+        return self.context.repeat_interleave(rows // self.context.shape[0], 0)
+
+
+def _largest(vectors: Tensor, is_counted: Tensor) -> Tensor:
+    """Return the largest of the vectors [B, S, d] that count [B, S] in each dimension [B, d]; zeros where none does."""
+    largest = vectors.masked_fill(~is_counted[..., None], -torch.inf).amax(1)
+    return largest.masked_fill(~is_counted.any(1, keepdim=True), 0)
+
+
+class Attempt(PromptedMethod):
+    """Target prompt and attention over source prompts: l d + 2 r d + 2 d parameters; made from an `AttemptConfig`.
+
+    For T5-base at l = r = 100, 231,936. The source prompts are in the adapter file too, which needs no other.
+    """
+
+    config: AttemptConfig
+    embedding: AttemptEmbedding
+
+    def inject(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
+    ) -> None:
+        """See `Method.inject`.
+
+        Raises:
+            UserError: As `load_source_prompts`.
+        """
+        config, table = self.config, cast(nn.Embedding, backbone.get_input_embeddings())
+        if table.weight.is_meta or generator is None:
+            self._sources = torch.zeros(len(config.sources), config.num_virtual_tokens, table.embedding_dim)
+        else:
+            folders = {f"method.sources[{number}]": folder for number, folder in enumerate(config.sources)}
+            self._sources = load_source_prompts(folders, config.num_virtual_tokens, backbone_facts(backbone))
+        super().inject(backbone, tokenizer, generator)
+
+    def make_embedding(
+        self, table: nn.Embedding, prompt: nn.Module | None, generator: torch.Generator | None
+    ) -> AttemptEmbedding:
+        """See `PromptedMethod.make_embedding`."""
+        network = AttentionNetwork(table.embedding_dim, self.config.bottleneck, generator)
+        temperature = self.config.temperature or math.e * table.embedding_dim
+        sources = self._sources.to(table.weight.device)
+        return AttemptEmbedding(table, cast(SoftPrompt, prompt), sources, network, temperature)
+
+    def constants(self) -> dict[str, Tensor]:
+        """See `Method.constants`."""
+        return {"sources": self.embedding.sources}
+
+    def start_values(self, source: Adapter) -> dict[str, Tensor]:
+        """See `Method.start_values`. The source prompts stay those of the settings."""
+        return source.tensors | self.constants()
+
+    def reading(self, context: Tensor) -> AbstractContextManager[None]:
+        """See `Method.reading`."""
+        return attribute_set(self.embedding, "context", context)

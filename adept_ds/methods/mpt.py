@@ -1,0 +1,137 @@
+"""MPT, multitask prompt tuning (Wang et al. 2023, https://arxiv.org/abs/2303.02861) with HF PEFT's module.
+
+    P_k = P * (u_k v_k^T)       P [l, d]   u_k [l, r]   v_k [r, d]      * is elementwise, the published r is 1
+    in  = concat(P_k, E)
+
+Source training learns P and the factors of several tasks together; which task a row is of is said by its prompt's ids.
+With teachers, prompts that prompt tuning has learned on each task alone, the loss is that of `adept_ds.distillation`.
+Target training starts from that adapter with one pair of factors: the mean of the source tasks', or those of one.
+
+The terms of the loss are means over the global batch's label tokens. The paper sums them, takes the hidden states of
+the whole sequence, and draws a number of tasks for each batch; here the mixture of `data` says how many examples of
+which task come. The weight and the temperature of the distillation are left to the settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import MultitaskPromptTuningConfig
+from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adept_ds.adapter_io import Adapter, backbone_facts
+from adept_ds.distillation import Distillation
+from adept_ds.errors import UserError, did_you_mean
+from adept_ds.method_config import MptConfig
+from adept_ds.methods.base import seeded
+from adept_ds.methods.prompted import PromptedMethod, initial_prompt
+from adept_ds.methods.source_prompts import load_source_prompts
+from adept_ds.sharding import gathered
+
+FACTORS = ("prefix_task_cols", "prefix_task_rows")
+"""PEFT's names of all tasks' u [n, l, r] and v [n, r, d]."""
+
+
+class MultitaskPrompt(nn.Module):
+    """The soft prompts of n tasks, one after another, and behind them those of their teachers, if there are any."""
+
+    teachers: Tensor | None
+
+    def __init__(self, encoder: MultitaskPromptEmbedding, teachers: Tensor | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("teachers", teachers, persistent=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the prompts' rows in fp32: integer [...] to [..., d], where token i of prompt k is k l + i."""
+        tasks, length = self.encoder.num_tasks, self.encoder.num_virtual_tokens
+        positions = torch.arange(length, device=index.device).expand(tasks, -1)
+        prompts = self.encoder(positions, torch.arange(tasks, device=index.device)).float()
+        if self.teachers is not None:
+            prompts = torch.cat([prompts, self.teachers.float()])
+        return F.embedding(index, prompts.flatten(0, 1))
+
+
+class MultitaskPromptTuning(PromptedMethod):
+    """Shared prompt and task factors: l d + n r (l + d) parameters for n tasks; made from an `MptConfig`.
+
+    For one task of T5-base at l = 100, 76,800 + 868 = 77,668.
+    """
+
+    config: MptConfig
+
+    def inject(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
+    ) -> None:
+        """See `Method.inject`. Teachers are read where values are initialised: an adapter that is loaded has none.
+
+        Raises:
+            UserError: As `load_source_prompts`.
+        """
+        config, self._teachers = self.config, None
+        table = cast(nn.Embedding, backbone.get_input_embeddings())
+        if config.teachers:
+            if table.weight.is_meta:
+                self._teachers = torch.zeros(len(config.tasks), config.num_virtual_tokens, table.embedding_dim)
+            elif generator is not None:
+                folders = {f"method.teachers.{task}": config.teachers[task] for task in config.tasks}
+                self._teachers = load_source_prompts(folders, config.num_virtual_tokens, backbone_facts(backbone))
+        if self._teachers is not None:
+            self.distillation = Distillation(
+                first_teacher=len(config.tasks),
+                weight=config.distillation_weight,
+                temperature=config.distillation_temperature,
+            )
+        super().inject(backbone, tokenizer, generator)
+
+    def make_prompt(
+        self, table: nn.Embedding, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
+    ) -> MultitaskPrompt:
+        """See `PromptedMethod.make_prompt`."""
+        config = self.config
+        settings = MultitaskPromptTuningConfig(
+            num_virtual_tokens=config.num_virtual_tokens,
+            num_transformer_submodules=1,
+            token_dim=table.embedding_dim,
+            num_tasks=max(1, len(config.tasks)),
+            num_ranks=config.rank,
+        )
+        with seeded(generator), torch.no_grad():
+            encoder = MultitaskPromptEmbedding(settings, table)
+            if config.factor_init == "ones":
+                encoder.prefix_task_cols.fill_(1)
+                encoder.prefix_task_rows.fill_(1 / config.rank)
+            with gathered([table.weight]):
+                encoder.embedding.weight.copy_(initial_prompt(config, table, tokenizer, generator))
+        return MultitaskPrompt(encoder, self._teachers)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """See `Method.trained_parameters`."""
+        encoder = cast(MultitaskPrompt, self.embedding.soft_prompt).encoder
+        return {"soft_prompt": encoder.embedding.weight, **{name: getattr(encoder, name) for name in FACTORS}}
+
+    def start_values(self, source: Adapter) -> dict[str, Tensor]:
+        """See `Method.start_values`. Factors of the same tasks are taken over, those of others brought to one pair.
+
+        Raises:
+            UserError: The source has no task `factors_from`.
+        """
+        theirs, config = cast(MptConfig, source.method).tasks, self.config
+        if theirs == config.tasks:
+            return source.tensors
+        if config.factors_from is None:
+            pairs: Any = {name: source.tensors[name].mean(0, keepdim=True) for name in FACTORS}
+        elif config.factors_from in theirs:
+            number = theirs.index(config.factors_from)
+            pairs = {name: source.tensors[name][number : number + 1] for name in FACTORS}
+        else:
+            raise UserError(
+                f"method.factors_from is {config.factors_from!r}; the adapter {source.folder} has factors of "
+                f"{', '.join(theirs) or 'one task, which it does not name'}{did_you_mean(config.factors_from, theirs)}"
+            )
+        copies = max(1, len(config.tasks))
+        return source.tensors | {name: pair.repeat(copies, 1, 1) for name, pair in pairs.items()}

@@ -1,0 +1,440 @@
+"""MPT and ATTEMPT: prompts that depend on a row's task or input, and what they take from source tasks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from adept_ds.config import DataConfig, GenerationConfig
+from adept_ds.data import EncodedDataset, collate, load_examples
+from adept_ds.distillation import teacher_states
+from adept_ds.errors import UserError
+from adept_ds.generate import generate_samples
+from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.meta_step import meta_model, trace_step
+from adept_ds.method_config import AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
+from adept_ds.model import AdaptedModel, get_adept_model
+from tests.models import EOS, PAD, VOCABULARY, WIDTH
+from tests.test_meta_step import SHAPE, llama, run_of, t5
+from tests.test_methods import far_from_start, random_ids
+
+Make = Callable[[str], PreTrainedModel]
+
+LENGTH, BACKBONES = 4, ("llama", "t5-tied")
+TASKS = ("easy", "hard", "odd")
+
+
+@pytest.fixture
+def make_sources(make_backbone: Make, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Train nothing, but leave three adapters of prompt tuning for a backbone."""
+
+    def make(name: str) -> list[str]:
+        folders = [str(tmp_path / f"{name}-{task}") for task in TASKS]
+        for seed, folder in enumerate(folders):
+            config = PromptTuningConfig(num_virtual_tokens=LENGTH, prompt_init="normal")
+            get_adept_model(make_backbone(name), config, seed=seed + 10).save_pretrained(folder)
+        return folders
+
+    return make
+
+
+def prompt_of(folder: str, backbone: PreTrainedModel) -> Tensor:
+    return AdaptedModel.from_pretrained(backbone, folder).trainable_parameters()["soft_prompt"].detach()
+
+
+def embedded(model: AdaptedModel) -> list[Tensor]:
+    """What the input embedding returns from now on, call by call."""
+    seen: list[Tensor] = []
+    model.method.embedding.register_forward_hook(lambda module, args, out: seen.append(out))
+    return seen
+
+
+def generated(model: AdaptedModel, ids: Tensor, mask: Tensor, tasks: Tensor, beams: int) -> Tensor:
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        task_ids=tasks,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        num_beams=beams,
+        do_sample=False,
+        suppress_tokens=[EOS, PAD],
+        pad_token_id=PAD,
+    )
+    return out[:, 1:] if model.is_encoder_decoder else out[:, ids.shape[1] :]
+
+
+def mpt(**changed: object) -> MptConfig:
+    return MptConfig(num_virtual_tokens=LENGTH, tasks=TASKS, rank=2, factor_init="ones", **changed)
+
+
+@pytest.fixture(params=["mpt", "attempt"])
+def make_model(request, make_backbone: Make, make_sources) -> Callable[[str], AdaptedModel]:
+    """Build an adapted model whose prompts differ between rows."""
+
+    def make(name: str) -> AdaptedModel:
+        attempt = AttemptConfig(num_virtual_tokens=LENGTH, sources=make_sources(name), bottleneck=5, temperature=0.5)
+        return far_from_start(get_adept_model(make_backbone(name), mpt() if request.param == "mpt" else attempt))
+
+    return make
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_row_generates_what_it_does_alone(make_model, name: str, beams: int) -> None:
+    model, columns, tasks = make_model(name), 9, torch.tensor([2, 0, 1])
+    lengths = [9, 4, 6] if name == "llama" else [9, 9, 9]  # T5's positions are relative to padding too.
+    rows = [random_ids(1, length, seed=length + row) for row, length in enumerate(lengths)]
+    ids = torch.cat([F.pad(row, (columns - row.shape[1], 0), value=PAD) for row in rows])
+    mask = torch.stack([(torch.arange(columns) >= columns - length).long() for length in lengths])
+    together = generated(model, ids, mask, tasks, beams)
+    for number, row in enumerate(rows):
+        alone = generated(model, row, torch.ones_like(row), tasks[number : number + 1], beams)
+        assert torch.equal(together[number : number + 1], alone)
+    assert len({tuple(row) for row in together.tolist()}) == 3
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_in_bf16_embeddings_are_those_of_fp32_rounded_once(make_model, name: str) -> None:
+    model, tasks, ids = make_model(name), torch.tensor([0, 2]), random_ids(2, 7)
+    seen = embedded(model)
+    extra = {"decoder_input_ids": ids[:, :2]} if model.is_encoder_decoder else {}
+    with torch.no_grad():
+        model.backbone.bfloat16()
+        for parameter in model.trainable_parameters().values():
+            parameter.data = parameter.float()
+        model(ids, task_ids=tasks, **extra)
+        model.backbone.float()
+        model(ids, task_ids=tasks, **extra)
+    assert seen[0].dtype == torch.bfloat16
+    assert torch.equal(seen[0], seen[1].bfloat16())
+
+
+# MPT
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_mpt_prompt_is_that_of_the_rows_task(make_backbone: Make, name: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name), mpt()))
+    values, seen, ids = model.trainable_parameters(), embedded(model), random_ids(3, 5)
+    model(ids, labels=ids, task_ids=torch.tensor([2, 0, 2]))
+    prompts = values["soft_prompt"] * (values["prefix_task_cols"] @ values["prefix_task_rows"])
+    torch.testing.assert_close(seen[0][:, :LENGTH], prompts[[2, 0, 2]])
+    assert torch.equal(seen[0][:, LENGTH:], model.method.embedding.table(ids))
+
+
+def test_mpt_starts_near_zero_or_at_the_shared_prompt(make_backbone: Make) -> None:
+    def prompt(**changed: object) -> tuple[Tensor, Tensor]:
+        model = get_adept_model(make_backbone("llama"), MptConfig(num_virtual_tokens=LENGTH, **changed))
+        seen = embedded(model)
+        model(random_ids(1, 3))
+        return seen[0][0, :LENGTH], model.trainable_parameters()["soft_prompt"]
+
+    published, shared = prompt()
+    assert 0 < float(published.abs().max()) < 0.05 * float(shared.abs().max())
+    torch.testing.assert_close(*prompt(factor_init="ones", rank=3))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_mpt_distills_from_the_teacher_of_the_rows_task(make_backbone: Make, make_sources, name: str) -> None:
+    """The loss by whole logits: those of the student, and of one prompt-tuned model a task."""
+    folders, weight, temperature = make_sources(name), 0.7, 2.0
+    config = mpt(
+        teachers=dict(zip(TASKS, folders, strict=True)),
+        distillation_weight=weight,
+        distillation_temperature=temperature,
+    )
+    model = far_from_start(get_adept_model(make_backbone(name), config))
+    tasks, ids = torch.tensor([1, 0]), random_ids(2, 7)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    labels = random_ids(2, 4, seed=5) if model.is_encoder_decoder else ids.masked_fill(mask == 0, IGNORE_INDEX)
+    labels[:, 0] = labels[:, 0] if model.is_encoder_decoder else IGNORE_INDEX
+
+    def states(one: AdaptedModel, rows: slice) -> tuple[Tensor, Tensor]:
+        extra = {"task_ids": tasks[rows]}
+        if one.is_encoder_decoder:
+            extra["decoder_input_ids"] = one.backbone.prepare_decoder_input_ids_from_labels(labels=labels[rows])
+        found = []
+        decoder = one.backbone.get_decoder()
+        handle = decoder.register_forward_hook(lambda module, args, out: found.append(out.last_hidden_state))
+        logits = one(ids[rows], mask[rows], **extra).logits
+        handle.remove()
+        columns = labels.shape[1]
+        return logits[:, -columns:], found[0][:, -columns:]
+
+    targets = labels if model.is_encoder_decoder else shift_labels(labels)
+    chosen = targets != IGNORE_INDEX
+    student, student_hidden = states(model, slice(None))
+    with torch.no_grad():
+        both = [
+            states(AdaptedModel.from_pretrained(make_backbone(name), folders[task]).eval(), slice(row, row + 1))
+            for row, task in enumerate(tasks.tolist())
+        ]
+    teacher, teacher_hidden = (torch.cat(parts)[chosen] for parts in zip(*both, strict=True))
+    divergence = F.kl_div(
+        (student[chosen] / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="sum"
+    )
+    apart = ((student_hidden[chosen] - teacher_hidden) ** 2).mean(-1).sum()
+    plain = F.cross_entropy(student[chosen], targets[chosen], reduction="sum")
+    expected = plain + weight * (divergence + apart)
+
+    data = {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_ids": tasks, "reduction": "sum"}
+    parameters = list(model.trainable_parameters().values())
+    actual = model.train()(**data).loss
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    gradients = (torch.autograd.grad(loss, parameters) for loss in (actual, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert model.backbone.training
+    torch.testing.assert_close(model.eval()(**data).loss, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_teachers_have_no_dropout(make_backbone: Make, make_sources) -> None:
+    config = mpt(teachers=dict(zip(TASKS, make_sources("t5-tied"), strict=True)))
+    model = get_adept_model(make_backbone("t5-tied"), config).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    ids = model.add_prompt(random_ids(2, 7), None, torch.tensor([3, 5]))[0]
+    inputs = {"input_ids": ids, "decoder_input_ids": random_ids(2, 4)}
+    once, again = (
+        teacher_states(model.backbone, model.method.distillation, random_ids(2, 4), **inputs) for _ in range(2)
+    )
+    assert torch.equal(once.hidden, again.hidden)
+    assert torch.equal(once.head_inputs, again.head_inputs)
+
+
+def test_mpt_target_starts_from_the_source_tasks(make_backbone: Make, tmp_path: Path) -> None:
+    source = far_from_start(get_adept_model(make_backbone("llama"), mpt()))
+    source.save_pretrained(tmp_path / "source")
+    theirs = source.trainable_parameters()
+
+    def target(**changed: object) -> dict[str, nn.Parameter]:
+        config = MptConfig(num_virtual_tokens=LENGTH, rank=2, init_from=str(tmp_path / "source"), **changed)
+        return get_adept_model(make_backbone("llama"), config).trainable_parameters()
+
+    mean, second = target(), target(factors_from="hard")
+    for name in ("prefix_task_cols", "prefix_task_rows"):
+        torch.testing.assert_close(mean[name], theirs[name].mean(0, keepdim=True))
+        assert torch.equal(second[name], theirs[name][1:2])
+        assert torch.equal(target(tasks=("p", "q"))[name][1], mean[name][0])
+    assert torch.equal(mean["soft_prompt"], theirs["soft_prompt"])
+    assert torch.equal(target(tasks=TASKS)["prefix_task_rows"], theirs["prefix_task_rows"])
+    with pytest.raises(UserError, match=r"factors_from is 'hart'; .* has factors of easy, hard, odd.*'hard'"):
+        target(factors_from="hart")
+
+
+def test_a_row_without_its_task_is_refused(make_backbone: Make) -> None:
+    model = get_adept_model(make_backbone("llama"), mpt())
+    with pytest.raises(UserError, match="each of easy, hard, odd has a prompt of its own: task_ids"):
+        model(random_ids(2, 5))
+    with model.disable_adapter():
+        model(random_ids(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ["a", "b"], "teachers": {"a": "x"}}, r"teachers are of \['a'\]; expected one for each of tasks"),
+        ({"teachers": {"a": "x"}}, r"teachers are of \['a'\]"),
+        ({"tasks": ["a", "a"]}, "one of them twice"),
+        ({"factors_from": "a"}, "init_from gives, which is missing"),
+    ],
+)
+def test_mpt_settings_that_do_not_fit_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MptConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, r"method\.tasks needs data\.format: tasks; data\.format .* has none"),
+        (
+            {"format": "tasks", "tasks": ["cb", "rte"]},
+            r"data\.tasks has 'rte'; expected tasks of method\.tasks: .*'cb'",
+        ),
+    ],
+)
+def test_prompts_by_task_need_those_tasks(data: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        run_of(method={"name": "mpt", "tasks": ["cb", "mnli"]}, data=data)
+
+
+# Tasks of a run
+
+
+@pytest.fixture
+def task_files(tmp_path: Path) -> DataConfig:
+    """Two tasks of unequal size, so that an equal mixture repeats examples."""
+    for task, count in (("easy", 2), ("hard", 5)):
+        lines = [json.dumps({"text": f"{task} {n}", "answer": str(n)}) for n in range(count)]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
+        declared = {"source": "{text}", "target": "answer", "metrics": ["exact_match"]}
+        files = {"files": dict.fromkeys(("train", "validation", "test"), f"{task}.jsonl")}
+        (tmp_path / f"{task}.json").write_text(json.dumps(declared | files))
+    tasks = tuple(str(tmp_path / f"{task}.json") for task in ("easy", "hard"))
+    return DataConfig(format="tasks", tasks=tasks, mixture="equal")
+
+
+def test_batches_say_which_task_a_row_is_of(task_files: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = load_examples(task_files, "train")
+    dataset = EncodedDataset(examples, tokenizer, task_files, LENGTH, True, prompt_tasks=("hard", "easy"))
+    assert len(dataset) == 10
+    batch = collate([dataset[index] for index in range(10)], PAD)
+    texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    assert batch["task_ids"].tolist() == [int(text.startswith("easy")) for text in texts]
+    plain = EncodedDataset(examples, tokenizer, task_files, LENGTH, True)
+    assert "task_ids" not in collate([plain[0]], PAD)
+    message = r"easy/train/0: the method has a soft prompt for each of hart \(method\.tasks\), and .* of easy"
+    with pytest.raises(UserError, match=message):
+        EncodedDataset(examples, tokenizer, task_files, LENGTH, True, prompt_tasks=("hart",))
+
+
+def test_evaluation_puts_the_tasks_prompt_in_front(
+    task_files: DataConfig, tokenizer: PreTrainedTokenizerFast, make_backbone: Make, world
+) -> None:
+    model = far_from_start(get_adept_model(make_backbone("t5-tied"), mpt()))
+    examples, seen = list(load_examples(task_files, "test")), []
+    reader = model.method.embedding
+    reader.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    generate_samples(
+        model, tokenizer, examples, GenerationConfig(max_new_tokens=3, do_sample=False, batch_size=7), task_files, world
+    )
+    (ids,) = seen
+    texts = [tokenizer.decode(row[row < VOCABULARY], skip_special_tokens=True) for row in ids]
+    prompts = [[i for i in row.tolist() if i >= VOCABULARY] for row in ids]
+    assert len(texts) == 7
+    for text, prompt in zip(texts, prompts, strict=True):
+        start = VOCABULARY + LENGTH * TASKS.index(text.split()[0])
+        assert prompt == list(range(start, start + LENGTH))
+
+
+# ATTEMPT
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_attempt_mixes_prompts_by_what_is_read(make_backbone: Make, make_sources, name: str) -> None:
+    folders = make_sources(name)
+    config = AttemptConfig(num_virtual_tokens=LENGTH, sources=folders, bottleneck=5)
+    model = far_from_start(get_adept_model(make_backbone(name), config))
+    table = model.method.embedding.table.weight.detach()
+    with torch.no_grad():
+        table[PAD] = 50.0  # would be the largest everywhere
+    seen, ids = embedded(model), random_ids(2, 7)
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = PAD, 0
+    labels = ids.clone()
+    labels[:, :5] = IGNORE_INDEX
+    read = [ids[0], ids[1, 3:]] if model.is_encoder_decoder else [ids[0, :5], ids[1, 3:5]]
+    model(ids, mask, labels=labels)
+
+    values = model.trainable_parameters()
+    own = values["soft_prompt"]
+    prompts = torch.stack([*(prompt_of(folder, make_backbone(name)) for folder in folders), own])
+    for row, tokens in enumerate(read):
+        largest = table[tokens].max(0).values
+        hidden = F.silu(largest @ values["network.w_down"]) @ values["network.w_up"]
+        query = F.layer_norm(hidden, (WIDTH,), values["network.norm_weight"], values["network.norm_bias"])
+        scores = prompts.max(1).values @ query / (torch.e * WIDTH)
+        expected = own + (scores.softmax(0)[:, None, None] * prompts).sum(0)
+        first = 3 * row
+        torch.testing.assert_close(seen[0][row, first : first + LENGTH], expected)
+
+
+def test_attempt_of_a_causal_model_does_not_look_at_the_answer(make_backbone: Make, make_sources) -> None:
+    config = AttemptConfig(num_virtual_tokens=LENGTH, sources=make_sources("llama"), temperature=0.1)
+    model = far_from_start(get_adept_model(make_backbone("llama"), config))
+    seen, labels = embedded(model), random_ids(1, 9)
+    labels[:, :5] = IGNORE_INDEX
+    for seed in (1, 2):
+        ids = torch.cat([random_ids(1, 5), random_ids(1, 4, seed)], 1)
+        model(ids, labels=ids.where(labels != IGNORE_INDEX, labels))
+    model(random_ids(1, 5))
+    model(random_ids(1, 5, seed=8))
+    answers, other_answer, prefill, other_input = (out[0, :LENGTH] for out in seen)
+    assert torch.equal(answers, other_answer)
+    assert torch.equal(answers, prefill)
+    assert not torch.allclose(answers, other_input, atol=1e-3)
+
+
+def test_attempt_without_anything_to_read_has_gradients(make_backbone: Make, make_sources) -> None:
+    config = AttemptConfig(num_virtual_tokens=LENGTH, sources=make_sources("llama"))
+    model = get_adept_model(make_backbone("llama"), config).train()
+    ids = random_ids(2, 5)
+    model(ids, labels=ids).loss.backward()
+    gradients = [parameter.grad for parameter in model.trainable_parameters().values()]
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def test_an_attempt_adapter_needs_its_sources_no_longer(make_backbone: Make, make_sources, tmp_path: Path) -> None:
+    folders = make_sources("llama")
+    config = AttemptConfig(num_virtual_tokens=LENGTH, sources=folders[:2], temperature=0.5)
+    model = far_from_start(get_adept_model(make_backbone("llama"), config))
+    model.save_pretrained(tmp_path / "adapter")
+    later = AttemptConfig.model_validate(
+        config.model_dump() | {"sources": folders[1:], "init_from": str(tmp_path / "adapter")}
+    )
+    started = get_adept_model(make_backbone("llama"), later)
+    for name, value in started.trainable_parameters().items():
+        assert torch.equal(value, model.trainable_parameters()[name])
+    assert torch.equal(started.method.constants()["sources"][0], model.method.constants()["sources"][1])
+    for folder in folders:
+        shutil.rmtree(folder)
+    ids = random_ids(2, 6)
+    loaded = AdaptedModel.from_pretrained(make_backbone("llama"), tmp_path / "adapter").eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+# Source prompts
+
+
+@pytest.mark.parametrize("method", ["mpt", "attempt"])
+def test_sources_that_do_not_fit_are_refused(make_backbone: Make, make_sources, tmp_path: Path, method: str) -> None:
+    good = make_sources("llama")[:2]
+    get_adept_model(make_backbone("llama"), PromptTuningConfig(num_virtual_tokens=3)).save_pretrained(tmp_path / "3")
+    get_adept_model(make_backbone("llama"), AdeptConfig(num_virtual_tokens=LENGTH)).save_pretrained(tmp_path / "adept")
+    get_adept_model(make_backbone("gpt2"), PromptTuningConfig(num_virtual_tokens=LENGTH)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    for folder, message in (
+        ("nowhere", "is not an adapter folder"),
+        ("3", "3 has a prompt of 3 tokens; expected 4, which is method.num_virtual_tokens"),
+        ("adept", "is an adapter of method 'adept'; expected one of method 'pt'"),
+        ("gpt2", "was trained on .* other token embeddings"),
+    ):
+        folders = [*good, str(tmp_path / folder)]
+        config = AttemptConfig(num_virtual_tokens=LENGTH, sources=folders)
+        where = r"method\.sources\[2\]"
+        if method == "mpt":
+            config, where = mpt(teachers=dict(zip(TASKS, folders, strict=True))), r"method\.teachers\.odd"
+        with pytest.raises(UserError, match=f"{where}: .*{message}"):
+            get_adept_model(make_backbone("llama"), config)
+
+
+@pytest.mark.parametrize("architecture", [llama(), t5()], ids=BACKBONES)
+def test_the_planner_counts_the_teachers_pass(architecture: PreTrainedConfig) -> None:
+    """Without the folders: what is planned needs no files."""
+
+    def head_calls(**method: object) -> int:
+        run = run_of(method=method, data={"format": "tasks", "tasks": ["rte", "cb"]})
+        model = meta_model(run, architecture)
+        trace, modules = trace_step(model, SHAPE), list(model.modules())
+        assert 0 < trace.held_bytes <= trace.peak_bytes
+        entered = [modules[call.module] for call in trace.calls if call.event == "enter" and call.is_forward]
+        return sum(isinstance(module, LossHead) for module in entered)
+
+    teachers = {"rte": "nowhere", "cb": "nowhere"}
+    assert head_calls(name="mpt", tasks=["rte", "cb"]) == 1
+    assert head_calls(name="mpt", tasks=["rte", "cb"], teachers=teachers) == 2
+    assert head_calls(name="attempt", sources=["nowhere"]) == 1
