@@ -6,7 +6,7 @@
 #
 # PYTHON       interpreter that .venv is made from (3.11 or newer)
 # TORCH_INDEX  further package index for torch; name PyTorch's CPU index here to avoid the CUDA build (several GB)
-# PYTEST_ARGS  arguments for pytest, for example PYTEST_ARGS="-n 2 -m 'not slow'"
+# PYTEST_ARGS  further arguments for pytest, for example PYTEST_ARGS="-n 0 -m 'not slow'"; by default two tests run at once
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -41,8 +41,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
+# Two workers, each with whole files, as these share what is slow to set up; in the order of the files, long ones first.
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -141,7 +141,7 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
 
 
 def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float],
+    statistic: Callable[..., float | np.ndarray],
     n: int,
     method: Literal["BCa", "percentile"],
     resamples: int = RESAMPLES,
@@ -150,7 +150,8 @@ def bootstrap_interval(
     """Return the 95 % bootstrap interval of a statistic of `n` units, two at least.
 
     Args:
-        statistic: Takes the indices of units, some perhaps several times. For BCa it must not be the same for all.
+        statistic: Takes the indices of units, some perhaps several times. For BCa it must not be the same for all. If
+            it has an argument `axis`, it gets many samples at once, each along that axis.
         n: Number of units.
         method: BCa corrects bias and skew, and asks for the statistic without each unit in turn as well.
         resamples: How many samples of n units are drawn with replacement.
@@ -159,7 +160,6 @@ def bootstrap_interval(
     interval = bootstrap(
         (np.arange(n),),
         statistic,
-        vectorized=False,
         n_resamples=resamples,
         batch=max(1, BATCH_ELEMENTS // n),
         confidence_level=CONFIDENCE,
@@ -172,7 +172,7 @@ def bootstrap_interval(
 def _bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean over problems, whatever their order; the values must not be all the same."""
     ordered = np.sort(values)
-    return bootstrap_interval(lambda chosen: float(ordered[chosen].mean()), len(ordered), "BCa")
+    return bootstrap_interval(lambda chosen, axis: ordered[chosen].mean(axis=axis), len(ordered), "BCa")
 
 
 def _agresti_min(differences: Sequence[float]) -> tuple[float, float]:

@@ -82,11 +82,15 @@ class Measurement:
         return self.mean - math.hypot(below, seeds), self.mean + math.hypot(above, seeds)
 
     @property
+    def validation_figures(self) -> list[float]:
+        """Validation figures of the best checkpoints, of the runs that have one; in the unit of `eval.metric`."""
+        return [result.validation for result in self.results if result.validation is not None]
+
+    @property
     def validation(self) -> float:
         """Mean validation figure, higher is better; the lowest of all if a run has none."""
-        figures = [result.validation for result in self.results]
-        known = [figure for figure in figures if figure is not None]
-        if len(known) < len(figures):
+        known = self.validation_figures
+        if len(known) < self.runs:
             return -math.inf
         return -mean(known) if self.first.lower_is_better else mean(known)
 

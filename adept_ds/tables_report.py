@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import jinja2
@@ -16,7 +17,7 @@ import jinja2
 from adept_ds.files import atomic_write
 from adept_ds.learning_curve import compare_curves
 from adept_ds.run_results import RunRecord
-from adept_ds.tables import Cell, Row, Table
+from adept_ds.tables import Cell, Measurement, Row, Table
 
 LEGEND = (
     "Figures in percent: mean over seeds ± standard deviation. Rows marked (paper) are the paper's figures, those "
@@ -32,6 +33,7 @@ DETAIL_COLUMNS = (
     "column",
     "runs",
     "settings tried",
+    "validation",
     "mean",
     "standard deviation",
     "95 % interval",
@@ -105,7 +107,7 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], source: str) -> str:
 
 def write_csv(tables: Sequence[Table], path: Path) -> None:
     """One line a place of a table, quoted figures included, unrounded."""
-    fields = ["table", "method", "column", "task", "variant", "metric", "runs", "settings_tried", "mean"]
+    fields = ["table", "method", "column", "task", "variant", "metric", "runs", "settings_tried", "validation", "mean"]
     fields += ["standard_deviation", "low", "high", "examples", "parameters", "paper", "paper_standard_deviation"]
     fields += ["paper_parameters", "quoted_from", "difference", "noise", "exceeds_noise", "run_folders"]
     with atomic_write(path) as file:
@@ -198,6 +200,7 @@ def _details(cell: Cell) -> tuple[str, ...]:
     return (
         str(ours.runs),
         str(ours.settings_tried),
+        _validation_text(ours),
         f"{ours.mean:.2f}",
         _number(ours.deviation),
         f"{low:.2f} to {high:.2f}",
@@ -207,6 +210,15 @@ def _details(cell: Cell) -> tuple[str, ...]:
         _number(cell.noise),
         verdict + ("; other form of the task" if cell.is_other_task else ""),
     )
+
+
+def _validation_text(ours: Measurement) -> str:
+    """What the best checkpoints were chosen by, and its mean and standard deviation over seeds."""
+    figures = ours.validation_figures
+    if not figures:
+        return ""
+    deviation = f" ± {stdev(figures):.4f}" if len(figures) > 1 else ""
+    return f"{ours.first.settings.get('eval.metric', 'loss')} {mean(figures):.4f}{deviation}"
 
 
 def _number(value: float | None) -> str:
@@ -229,6 +241,7 @@ def _record(row: Row, cell: Cell) -> dict[str, Any]:
         ours, first = cell.ours, cell.ours.first
         record |= {"task": first.task, "variant": first.variant, "metric": first.metric, "runs": ours.runs}
         record |= {"settings_tried": ours.settings_tried, "standard_deviation": ours.deviation}
+        record |= {"validation": mean(ours.validation_figures) if ours.validation_figures else None}
         record |= dict(zip(("low", "high"), ours.interval, strict=True))
         record |= {"examples": first.examples, "parameters": first.parameters}
         record["run_folders"] = json.dumps([str(result.run) for result in ours.results])

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
-from transformers import (
-    CodeGenConfig,
-    CodeGenForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
+from adept_ds.config import DataConfig
+from adept_ds.data import load_examples
 from adept_ds.distributed import World
+from tests.models import BACKBONES, byte_tokenizer, character_tokenizer, llama_config, save, seeded, t5_config
+from tests.ranks import REPOSITORY, fork_ranks, free_port
 
-pytest_plugins = ("tests.real_runs",)
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-VOCABULARY = 99
-PAD = 0
-EOS = 1
-WIDTH = 32
 WORLD = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 """This process alone; collective operations need the fixture `world` too."""
 
@@ -50,121 +38,16 @@ def shared_dir() -> Path:
     return folder
 
 
-def _llama() -> PreTrainedModel:
-    """Rotary positions, grouped-query attention, untied head."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-            pad_token_id=PAD,
-            bos_token_id=2,
-            eos_token_id=EOS,
-        )
-    )
-
-
-def _gpt2() -> PreTrainedModel:
-    """Absolute positions, tied head, `Conv1D` layers."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=WIDTH,
-            n_layer=2,
-            n_head=4,
-            n_positions=128,
-            initializer_range=0.3,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            pad_token_id=PAD,
-            bos_token_id=2,
-            eos_token_id=EOS,
-        )
-    )
-
-
-def _codegen() -> PreTrainedModel:
-    """Linear layers and a head with biases."""
-    model = CodeGenForCausalLM(
-        CodeGenConfig(
-            vocab_size=VOCABULARY,
-            n_embd=WIDTH,
-            n_layer=2,
-            n_head=4,
-            n_positions=128,
-            rotary_dim=4,
-            initializer_range=0.3,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            pad_token_id=PAD,
-            bos_token_id=2,
-            eos_token_id=EOS,
-        )
-    )
-    nn.init.normal_(model.lm_head.bias)
-    return model
-
-
-def _t5(tied: bool) -> PreTrainedModel:
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        initializer_factor=2.0,
-        tie_word_embeddings=tied,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        decoder_start_token_id=PAD,
-    )
-    # T5Config takes from the argument only whether the head's input is scaled.
-    config.tie_word_embeddings = tied
-    model = T5ForConditionalGeneration(config)
-    # Under a table as large as T5 draws it, random layers have little to say, and a tied head repeats its input.
-    nn.init.normal_(model.shared.weight, std=0.3)
-    return model
-
-
-BACKBONES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": _llama,
-    "gpt2": _gpt2,
-    "codegen": _codegen,
-    "t5-tied": lambda: _t5(tied=True),
-    "t5-untied": lambda: _t5(tied=False),
-}
-
-
 @pytest.fixture
 def make_backbone() -> Callable[[str], PreTrainedModel]:
     """Build a small random model by name, in fp32 and evaluation mode; the same weights at every call."""
-
-    def make(name: str) -> PreTrainedModel:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return BACKBONES[name]().eval()
-
-    return make
+    return lambda name: seeded(BACKBONES[name])
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable character: ids 3 to 98, below them pad, end and start."""
-    characters = [*map(chr, range(32, 127)), "\n"]
-    vocabulary = {"<pad>": PAD, "</s>": EOS, "<s>": 2, **{c: 3 + i for i, c in enumerate(characters)}}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    """One token a printable character."""
+    return character_tokenizer()
 
 
 @pytest.fixture
@@ -173,3 +56,129 @@ def world() -> Iterator[World]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield WORLD
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """400 tokens, trained on the bundled problems."""
+    examples = load_examples(DataConfig(), "train")
+    return byte_tokenizer([example.prompt + example.target for example in examples], vocabulary=400)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama with random weights, and the tokenizer."""
+    model = seeded(lambda: LlamaForCausalLM(llama_config(vocab_size=400, intermediate_size=64)))
+    return save(model, tiny_tokenizer, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer T5 with random weights, and the tokenizer."""
+    model = seeded(lambda: T5ForConditionalGeneration(t5_config(vocab_size=400, d_ff=64)))
+    return save(model, tiny_tokenizer, tmp_path_factory.mktemp("t5"))
+
+
+def run_settings(model: Path, run_dir: Path, **train: Any) -> dict[str, Any]:
+    """Settings of a small fp32 run on ZeRO-3, every parameter really sharded."""
+    return {
+        "model": {"name_or_path": str(model), "dtype": "fp32"},
+        "method": {"num_virtual_tokens": 5, "bottleneck": 2},
+        "train": {
+            "max_steps": 12,
+            "warmup_steps": 2,
+            "global_batch_size": 4,
+            "learning_rate": {"soft_prompt": 0.03, "network": 0.01},
+            "save_every": 5,
+            "keep_checkpoints": 10,
+            **train,
+        },
+        "eval": {"every_steps": 12},
+        "logging": {"run_dir": str(run_dir), "every_steps": 1, "trackers": []},
+        "deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    }
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Training losses of a run by step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """CPU ranks, one thread each, with an extensions folder of their own."""
+    return {
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "LOCAL_WORLD_SIZE": str(os.cpu_count()),  # a rank takes its share of the cores: one
+        "HF_HUB_OFFLINE": "1",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+RunRanks = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def run_ranks(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
+    """Run a script on so many ranks without a launcher, on 0 as plain python does; see `fork_ranks`.
+
+    Called with ranks, script, settings (None: without --config), arguments; keywords are further environment variables.
+    """
+
+    def run(
+        ranks: int, script: str, settings: Any, *arguments: str, nodes: int = 1, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path_factory.mktemp("ranks")
+        if settings is not None:
+            (folder / "run.json").write_text(json.dumps(settings))
+            arguments = ("--config", str(folder / "run.json"), *arguments)
+        return fork_ranks(ranks, script, *arguments, environment=environment | variables, logs=folder, nodes=nodes)
+
+    return run
+
+
+Start = Callable[..., subprocess.Popen]
+Launch = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Start an entry point on so many ranks of the real `deepspeed` launcher; on 0 ranks with plain python."""
+
+    def start_ranks(ranks: int, script: str, settings: Any, *arguments: str) -> subprocess.Popen:
+        config = tmp_path_factory.mktemp("config") / "run.json"
+        config.write_text(json.dumps(settings))
+        launcher = (
+            ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())] if ranks else [sys.executable]
+        )
+        return subprocess.Popen(
+            [*launcher, script, "--config", str(config), *arguments],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start_ranks
+
+
+@pytest.fixture(scope="session")
+def launch(start: Start) -> Launch:
+    """As `start`, and wait for the end."""
+
+    def launch_ranks(ranks: int, script: str, settings: Any, *arguments: str) -> subprocess.CompletedProcess:
+        process = start(ranks, script, settings, *arguments)
+        try:
+            output, _ = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    return launch_ranks

@@ -17,7 +17,7 @@ from adept_ds import adapter_io
 from adept_ds.errors import UserError
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
-from tests.conftest import VOCABULARY, WIDTH
+from tests.models import VOCABULARY, WIDTH
 
 Make = Callable[[str], PreTrainedModel]
 

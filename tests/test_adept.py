@@ -13,7 +13,7 @@ from adept_ds.errors import UserError
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
 from adept_ds.soft_prompt import SoftPrompt
-from tests.conftest import VOCABULARY, WIDTH
+from tests.models import VOCABULARY, WIDTH
 
 
 def embedding(

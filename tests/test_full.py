@@ -18,7 +18,8 @@ from adept_ds.method_config import FullConfig
 from adept_ds.model import get_adept_model
 from adept_ds.model_io import save_model
 from adept_ds.tuned import load_tuned
-from tests.conftest import VOCABULARY, WORLD
+from tests.conftest import WORLD
+from tests.models import VOCABULARY
 
 Make = Callable[[str], PreTrainedModel]
 

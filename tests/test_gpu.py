@@ -27,8 +27,8 @@ from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
 from adept_ds.quantization import QuantizedLinear, Scheme
 
-from .conftest import REPOSITORY, VOCABULARY
-from .real_runs import free_port
+from .models import llama_config, save, seeded
+from .ranks import REPOSITORY, free_port
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,23 +42,8 @@ CUDA = torch.device("cuda")
 @pytest.fixture(scope="module")
 def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama with random weights and a tokenizer of single characters."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model = seeded(lambda: LlamaForCausalLM(llama_config(hidden_size=64, intermediate_size=128)))
+    return save(model, tokenizer, tmp_path_factory.mktemp("llama"))
 
 
 def train(backbone: Path, run_dir: Path, environment: dict[str, str] | None = None, **sections: Any) -> list[float]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from adept_ds.import_adapter import import_adapter
 from adept_ds.method_config import AdeptConfig, DeptConfig
 from adept_ds.model import AdaptedModel
 from adept_ds.plan import resolve_architecture
+from tests.conftest import RunRanks
 
 A, B = "prompt_encoder.lora_embedding_A", "prompt_encoder.lora_embedding_B"
 
@@ -91,11 +90,12 @@ def test_what_does_not_fit_is_refused(published: Path, tmp_path: Path, change, m
         import_adapter(tmp_path, tmp_path / "adapter")
 
 
-def test_command(published: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "adept_ds.import_adapter"]
-    done = subprocess.run([*command, published, tmp_path / "adapter"], capture_output=True, text=True, check=True)
+def test_command(published: Path, tmp_path: Path, run_ranks: RunRanks) -> None:
+    module = "adept_ds.import_adapter"
+    done = run_ranks(0, module, None, str(published), str(tmp_path / "adapter"))
+    assert done.returncode == 0, done.stderr
     assert "'num_virtual_tokens': 60" in done.stdout
-    failed = subprocess.run([*command, tmp_path / "nothing", tmp_path / "x"], capture_output=True, text=True)
+    failed = run_ranks(0, module, None, str(tmp_path / "nothing"), str(tmp_path / "x"))
     assert (failed.returncode, failed.stderr) == (
         2,
         f"error: {tmp_path / 'nothing'} is not a published adapter: it has no adapter_config.json\n",

@@ -15,7 +15,7 @@ from adept_ds.errors import UserError
 from adept_ds.loss import IGNORE_INDEX, LossHead, SoftTargets, shift_labels
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
-from tests.conftest import EOS, PAD, VOCABULARY
+from tests.models import EOS, PAD, VOCABULARY, llama_config
 
 
 @pytest.fixture(params=[1, 3 * VOCABULARY, 2**25], ids=["row by row", "3 rows", "one chunk"])
@@ -221,26 +221,11 @@ def test_a_batch_without_labels_has_zero_loss_and_gradients(make_backbone, name)
         assert not any(gradient.any() for gradient in gradients(loss, *model.trainable_parameters().values()))
 
 
-def small(config_class: type, **options) -> dict:
-    return config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=PAD,
-        bos_token_id=2,
-        eos_token_id=EOS,
-        **options,
-    )
-
-
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: CohereForCausalLM(small(CohereConfig, logit_scale=0.0625)),
-        lambda: GraniteForCausalLM(small(GraniteConfig, logits_scaling=8.0)),
+        lambda: CohereForCausalLM(llama_config(CohereConfig, logit_scale=0.0625)),
+        lambda: GraniteForCausalLM(llama_config(GraniteConfig, logits_scaling=8.0)),
     ],
     ids=["cohere", "granite"],
 )

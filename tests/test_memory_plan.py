@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +22,6 @@ from adept_ds.memory_plan import (
 from adept_ds.memory_report import memory_text, plan_memory
 from adept_ds.meta_step import meta_model
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 LLAMA = LlamaConfig(
     vocab_size=1_000,
     hidden_size=64,
@@ -205,15 +200,12 @@ def test_the_text_marks_the_configured_sharding():
     assert "global *" not in text
 
 
-def launch_plan(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "launchers/plan.py", "--config", "ds_configs/smollm2_135m.json", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+LAUNCHER = ("launchers/plan.py", None, "--config", "ds_configs/smollm2_135m.json")
 
 
-def test_the_launcher_writes_the_parts_of_every_total(tmp_path):
+def test_the_launcher_writes_the_parts_of_every_total(run_ranks, tmp_path):
     out = tmp_path / "plan.json"
-    result = launch_plan("--gpus", "2", "--gpu-memory", "16GB", "--json", str(out))
+    result = run_ranks(0, *LAUNCHER, "--gpus", "2", "--gpu-memory", "16GB", "--json", str(out), CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     assert "largest micro-batch" in result.stdout
     plans = json.loads(out.read_text())["plans"]
@@ -231,8 +223,8 @@ def test_the_launcher_writes_the_parts_of_every_total(tmp_path):
         (("--gpus", "3", "--gpu-memory", "80GB"), "the global batch must divide by the world size"),
     ],
 )
-def test_the_launcher_refuses_what_it_cannot_plan(arguments, message):
-    result = launch_plan(*arguments)
+def test_the_launcher_refuses_what_it_cannot_plan(run_ranks, arguments, message):
+    result = run_ranks(0, *LAUNCHER, *arguments, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

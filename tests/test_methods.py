@@ -35,7 +35,7 @@ from adept_ds.method_config import (
 )
 from adept_ds.model import AdaptedModel, get_adept_model
 from adept_ds.quantization import Scheme, quantize_linears
-from tests.conftest import EOS, PAD, VOCABULARY, WIDTH
+from tests.models import EOS, PAD, VOCABULARY, WIDTH
 
 Make = Callable[[str], PreTrainedModel]
 

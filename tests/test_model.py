@@ -15,7 +15,7 @@ from adept_ds.errors import UserError
 from adept_ds.method_config import AdeptConfig
 from adept_ds.methods import Untuned
 from adept_ds.model import AdaptedModel, get_adept_model
-from tests.conftest import EOS, PAD, VOCABULARY, WIDTH
+from tests.models import EOS, PAD, VOCABULARY, WIDTH
 
 LENGTH = 5
 CAUSAL = ("llama", "gpt2", "codegen")
@@ -160,7 +160,8 @@ def test_padding_does_not_change_the_output(make_backbone: Make, name, side):
     actual, expected = model(**batch, **extra).logits, model(ids, **extra).logits
     if not model.is_encoder_decoder:
         actual = actual[:, -expected.shape[1] :] if side == "left" else actual[:, : expected.shape[1]]
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # fp32 of logits that go up to 98 (T5 untied); kernels of different processors round differently.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 # Decoding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -119,15 +120,20 @@ def test_a_local_folder_needs_only_its_config(tmp_path):
     assert plan("llama3_8b", f"model.name_or_path={tmp_path}").trained_parameters == 7 * 64 + 2 * 64 + 1 + 64
 
 
+@functools.cache
+def recipe_text(name: str) -> str:
+    return dry_run(load_config(FOLDER / f"{name}.json"), world_size=2)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != "schema"))
 def test_every_recipe_can_be_planned(name):
-    text = dry_run(load_config(FOLDER / f"{name}.json"), world_size=2)
+    text = recipe_text(name)
     for line in ("backbone ", "trainable parameters", "adapter ", "learning rate ", "batch ", "steps ", "warm-up "):
         assert line in text
 
 
 def test_text_of_the_llama3_recipe():
-    text = dry_run(load_config(FOLDER / "llama3_8b.json"), world_size=2)
+    text = recipe_text("llama3_8b")
     assert "8,030,261,248 parameters, frozen; bf16, 16.06 GB" in text
     assert "40,961 trainable parameters" in text
     assert "4 = 2 (micro-batch) x 1 (accumulation) x 2 (ranks)" in text

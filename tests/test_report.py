@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ from PIL import Image
 from adept_ds.errors import UserError
 from adept_ds.learning_curve import smooth
 from adept_ds.report import read_run, text_report, write_report
+from tests.conftest import RunRanks
 
-REPORT = Path(__file__).resolve().parent.parent / "evals" / "report.py"
+REPORT = "evals/report.py"
 
 
 def write_metrics(run_dir: Path) -> None:
@@ -60,8 +59,9 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_entry_point_prints_both_figures_and_their_difference(run_dir: Path) -> None:
-    done = subprocess.run([sys.executable, REPORT, run_dir], capture_output=True, text=True, check=True)
+def test_entry_point_prints_both_figures_and_their_difference(run_dir: Path, run_ranks: RunRanks) -> None:
+    done = run_ranks(0, REPORT, None, str(run_dir))
+    assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["base", "20.0", "%", "10.0", "to", "30.0", "10", "10", "2"] in rows
     assert ["adept", "50.0", "%", "40.0", "to", "60.0", "10", "10", "5"] in rows
@@ -70,8 +70,8 @@ def test_entry_point_prints_both_figures_and_their_difference(run_dir: Path) -> 
     assert (run_dir / "report.html").exists()
 
 
-def test_a_folder_that_is_no_run_ends_in_one_message(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, REPORT, tmp_path], capture_output=True, text=True)
+def test_a_folder_that_is_no_run_ends_in_one_message(tmp_path: Path, run_ranks: RunRanks) -> None:
+    done = run_ranks(0, REPORT, None, str(tmp_path))
     assert done.returncode != 0
     assert "is not a run folder" in done.stderr
     assert "Traceback" not in done.stderr

@@ -23,7 +23,7 @@ from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
 from adept_ds.meta_step import meta_model, trace_step
 from adept_ds.method_config import AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
 from adept_ds.model import AdaptedModel, get_adept_model
-from tests.conftest import EOS, PAD, VOCABULARY, WIDTH
+from tests.models import EOS, PAD, VOCABULARY, WIDTH
 from tests.test_meta_step import SHAPE, llama, run_of, t5
 from tests.test_methods import far_from_start, random_ids
 

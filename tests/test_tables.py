@@ -246,8 +246,8 @@ def test_the_csv_has_a_line_for_every_figure(make_run: MakeRun, tmp_path: Path) 
 def test_the_entry_point_writes_all_files_for_a_folder_of_runs(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_run("sweep/a", 60)
-    make_run("sweep/b", 70, seed=2)
+    make_run("sweep/a", 60, validation=0.5)
+    make_run("sweep/b", 70, seed=2, validation=0.6)
     main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("report.md", "report.csv", "report.html", "learning_curves-t5_base_on_rte.png")
@@ -257,6 +257,7 @@ def test_the_entry_point_writes_all_files_for_a_folder_of_runs(
     assert "http" not in page.replace("https://arxiv.org", "")
     shown = capsys.readouterr().out
     assert "65.00 ± 7.07 (-17.00)" in shown
+    assert "loss 0.5500 ± 0.0707" in shown
 
 
 def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from adept_ds.config import DataConfig
 from adept_ds.data import load_problems
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import AdaptedModel, get_adept_model
-from tests.real_runs import REPOSITORY, Launch, run_settings
+from tests.conftest import Launch, RunRanks, run_settings
 
 EVALUATE = "evals/mbpp.py"
 pytestmark = pytest.mark.slow
@@ -48,10 +46,10 @@ def samples(folder: Path) -> list[dict[str, str]]:
 
 
 def test_samples_do_not_depend_on_ranks_or_batches(
-    tiny_llama: Path, adapter: Path, launch: Launch, tmp_path: Path
+    tiny_llama: Path, adapter: Path, launch: Launch, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
-    for ranks, batch_size in ((2, 3), (0, 7)):
-        result = launch(
+    for start, ranks, batch_size in ((launch, 2, 3), (run_ranks, 0, 7)):
+        result = start(
             ranks,
             EVALUATE,
             evaluation_settings(tiny_llama, batch_size=batch_size),
@@ -79,35 +77,36 @@ def test_samples_do_not_depend_on_ranks_or_batches(
 
 
 def test_samples_that_are_scored_later_have_the_same_summary(
-    tiny_llama: Path, adapter: Path, launch: Launch, tmp_path: Path
+    tiny_llama: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     flags = ("--adapter", str(adapter), "--k", "1", "2", "--paper_scoring")
     folders = {name: tmp_path / name / "adept" for name in ("once", "later")}
     for name, more in (("once", ()), ("later", ("--samples_only",))):
-        result = launch(0, EVALUATE, evaluation_settings(tiny_llama), *flags, "--out", str(folders[name]), *more)
+        settings = evaluation_settings(tiny_llama)
+        result = run_ranks(0, EVALUATE, settings, *flags, "--out", str(folders[name]), *more)
         assert result.returncode == 0, result.stdout
     assert not (folders["later"] / "summary.json").exists()
-    done = score("--score", str(folders["later"]))
+    done = run_ranks(0, EVALUATE, None, "--score", str(folders["later"]))
     assert done.returncode == 0, done.stderr
     once, later = (json.loads((folder / "summary.json").read_text()) for folder in folders.values())
     assert later == once
     assert (later["adapter"], later["name"]) == (str(adapter), "adept")
     assert {"pass@1", "pass@2", "paper"} <= later.keys()
 
-    refused = score("--score", str(folders["later"]), "--k", "3")
+    refused = run_ranks(0, EVALUATE, None, "--score", str(folders["later"]), "--k", "3")
     assert refused.returncode == 2
     assert "--k is 3, but eval.generation.num_samples is 2" in refused.stderr
     with (folders["later"] / "samples.jsonl").open("a") as file:
         file.write(json.dumps({"task_id": samples(folders["once"])[0]["task_id"], "completion": "    return 1"}) + "\n")
-    refused = score("--score", str(folders["later"]))
+    refused = run_ranks(0, EVALUATE, None, "--score", str(folders["later"]))
     assert refused.returncode == 2
     assert "samples.jsonl has changed since" in refused.stderr
 
 
 def test_an_adapter_of_another_backbone_is_refused_with_status_2(
-    tiny_t5: Path, adapter: Path, launch: Launch, tmp_path: Path
+    tiny_t5: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
-    result = launch(
+    result = run_ranks(
         0, EVALUATE, evaluation_settings(tiny_t5), "--adapter", str(adapter), "--out", str(tmp_path / "out")
     )
     assert result.returncode == 2
@@ -115,7 +114,9 @@ def test_an_adapter_of_another_backbone_is_refused_with_status_2(
     assert "Traceback" not in result.stdout
 
 
-def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
+def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run", max_steps=4)
     settings["eval"] = {
         "metric": "pass@1",
@@ -123,7 +124,7 @@ def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(tiny_llama: Path, lau
         "max_examples": 5,
         "generation": {"max_new_tokens": 6, "batch_size": 2},
     }
-    result = launch(2, "launchers/train.py", settings)
+    result = run_ranks(2, "launchers/train.py", settings)
     assert result.returncode == 0, result.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/pass@1" in line] == [2, 4]
@@ -132,14 +133,8 @@ def test_pass_at_1_chooses_the_best_checkpoint_under_zero3(tiny_llama: Path, lau
     assert model.num_virtual_tokens == 5
 
 
-def score(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, EVALUATE, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
-    )
-
-
 @pytest.mark.parametrize("problem_format", ["mbpp-paper", "mbpp"])
-def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: Path) -> None:
+def test_samples_of_another_tool_are_only_scored(problem_format: str, run_ranks: RunRanks, tmp_path: Path) -> None:
     problems = load_problems(DataConfig(format=problem_format), "test")
     right, wrong, rest = problems[0], problems[1], problems[2:]
     lines = [{"task_id": right.task_id, "completion": right.target, "model": "other"}]
@@ -148,9 +143,8 @@ def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: 
     ]
     path = tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    result = score(
-        "--samples", str(path), "--problem_format", problem_format, "--split", "test", "--out", str(tmp_path / "out")
-    )
+    flags = ["--samples", str(path), "--problem_format", problem_format, "--split", "test"]
+    result = run_ranks(0, EVALUATE, None, *flags, "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["pass@1"]["mean"] == pytest.approx(1 / len(problems))
@@ -171,11 +165,13 @@ def test_samples_of_another_tool_are_only_scored(problem_format: str, tmp_path: 
         (["--score", "OUT", "--split", "test"], "--split: unknown flag"),
     ],
 )
-def test_a_mistake_in_scoring_is_told_without_a_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_mistake_in_scoring_is_told_without_a_traceback(
+    arguments: list[str], message: str, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({"task_id": load_problems(DataConfig(), "test")[0].task_id, "completion": ""}) + "\n")
     places = {"SAMPLES": str(path), "OUT": str(tmp_path / "out")}
-    result = score(*(places.get(argument, argument) for argument in arguments))
+    result = run_ranks(0, EVALUATE, None, *(places.get(argument, argument) for argument in arguments))
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

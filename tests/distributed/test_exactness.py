@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from adept_ds.config import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
-from tests.real_runs import REPOSITORY, free_port, losses, run_settings
+from tests.conftest import RunRanks, losses, run_settings
 
 pytestmark = pytest.mark.slow
 STEPS = 20
@@ -92,7 +90,7 @@ def run_dirs(
     tiny_llama: Path,
     tiny_t5: Path,
     t5_data: Path,
-    environment: dict[str, str],
+    run_ranks: RunRanks,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[int], Path]:
     """Take all runs of a number of ranks, once; four ranks stand for two nodes."""
@@ -115,36 +113,18 @@ def run_dirs(
 
     def run(ranks: int) -> Path:
         if ranks not in done:
-            file = root / f"{ranks}.json"
-            file.write_text(json.dumps([settings(ranks, name, wanted) for name, wanted in RUNS[ranks].items()]))
-            start_ranks(ranks, file, environment | {"ADEPT_DS_TEST_FP16": "1"})
+            train_all(run_ranks, ranks, [settings(ranks, name, wanted) for name, wanted in RUNS[ranks].items()])
             done.add(ranks)
         return root
 
     return run
 
 
-def start_ranks(ranks: int, runs: Path, environment: dict[str, str]) -> None:
-    """As a batch system starts tasks; of four ranks each pair is a node."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "tests/distributed/run_all.py", "--config", str(runs)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-6000:]
+def train_all(run_ranks: RunRanks, ranks: int, runs: list[dict[str, Any]]) -> None:
+    """All runs in one start of the ranks; of four ranks each pair is a node."""
+    nodes = 2 if ranks == 4 else 1
+    result = run_ranks(ranks, "tests/distributed/run_all.py", runs, nodes=nodes, ADEPT_DS_TEST_FP16="1")
+    assert result.returncode == 0, result.stdout[-6000:]
 
 
 class Plain:
@@ -275,7 +255,7 @@ RESUMED = {
 
 @pytest.fixture(scope="module")
 def resumed_dirs(
-    run_dirs: Callable[[int], Path], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    run_dirs: Callable[[int], Path], run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     root = tmp_path_factory.mktemp("resumed")
     configs = []
@@ -288,8 +268,7 @@ def resumed_dirs(
         settings["train"]["sharding"] = sharding
         del settings["deepspeed"]["zero_optimization"]["stage"]
         configs.append(settings)
-    (root / "runs.json").write_text(json.dumps(configs))
-    start_ranks(4, root / "runs.json", environment | {"ADEPT_DS_TEST_FP16": "1"})
+    train_all(run_ranks, 4, configs)
     return root
 
 

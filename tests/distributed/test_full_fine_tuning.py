@@ -22,7 +22,7 @@ from transformers import (
 from adept_ds.checkpoint import newest_checkpoint
 from adept_ds.config import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
-from tests.real_runs import Launch, losses, run_settings
+from tests.conftest import RunRanks, losses, run_settings
 
 pytestmark = pytest.mark.slow
 STEPS, HALF = 10, 5
@@ -72,7 +72,7 @@ def t5_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dirs(
-    tiny_llama: Path, tiny_t5: Path, t5_data: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path, tiny_t5: Path, t5_data: Path, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """All runs, in one start of the ranks."""
     root = tmp_path_factory.mktemp("full")
@@ -94,7 +94,7 @@ def run_dirs(
         checkpoint = root / name / "checkpoints" / f"step-{HALF:08d}"
         runs.append(settings(name, root / f"{name}-resumed", RATE) | {"resume": str(checkpoint)})
     runs += [settings(name, root / f"{name}-untouched", 1e-30, max_steps=3) for name in UNTOUCHED]
-    result = launch(2, "tests/distributed/run_all.py", runs)
+    result = run_ranks(2, "tests/distributed/run_all.py", runs)
     assert result.returncode == 0, result.stdout[-6000:]
     return root
 
@@ -204,13 +204,13 @@ def test_a_damaged_part_is_detected_and_the_older_checkpoint_taken(run_dirs: Pat
 
 @pytest.mark.parametrize(("ranks", "stage"), [(0, 3), (2, 2)])
 def test_other_ranks_or_another_stage_are_refused(
-    ranks: int, stage: int, run_dirs: Path, tiny_llama: Path, launch: Launch, tmp_path: Path
+    ranks: int, stage: int, run_dirs: Path, tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     settings = json.loads((run_dirs / "llama-stage3" / "config.json").read_text())
     settings["logging"]["run_dir"] = str(tmp_path / "run")
     settings["deepspeed"]["zero_optimization"]["stage"] = stage
     checkpoint = run_dirs / "llama-stage3" / "checkpoints" / f"step-{HALF:08d}"
-    result = launch(ranks, "launchers/train.py", settings, "--resume", str(checkpoint))
+    result = run_ranks(ranks, "launchers/train.py", settings, "--resume", str(checkpoint))
     assert result.returncode != 0
     assert "split over 2 ranks at ZeRO stage 3, which DeepSpeed cannot split anew" in result.stdout
     assert "Traceback" not in result.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from tests.real_runs import REPOSITORY, free_port
+from tests.conftest import RunRanks
+from tests.ranks import REPOSITORY
 
 pytestmark = pytest.mark.slow
 MB = 2**20
@@ -57,47 +56,32 @@ def write_checkpoint(config: LlamaConfig, folder: Path) -> Path:
     return folder
 
 
-def load_on(
-    ranks: int, model: Path, quantization: str, warm_up: Path, environment: dict[str, str]
-) -> list[dict[str, Any]]:
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "tests/distributed/load_rank.py", str(model), quantization, str(warm_up)],
-            cwd=REPOSITORY,
-            env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
+def load_on(run_ranks: RunRanks, ranks: int, model: Path, quantization: str, warm_up: Path) -> list[dict[str, Any]]:
+    script = "tests/distributed/load_rank.py"
+    result = run_ranks(ranks, script, None, str(model), quantization, str(warm_up))
+    assert result.returncode == 0, result.stdout[-4000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == ranks
+    return found
 
 
 @pytest.mark.parametrize(("ranks", "quantization"), [(4, "nf4"), (2, "none")])
 def test_a_rank_never_holds_more_than_its_part_and_one_layer(
-    billion: Path, ranks: int, quantization: str, tiny_llama: Path, environment: dict[str, str]
+    billion: Path, ranks: int, quantization: str, tiny_llama: Path, run_ranks: RunRanks
 ) -> None:
     layer = 2 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192)
-    for rank in load_on(ranks, billion, quantization, tiny_llama, environment):
+    for rank in load_on(run_ranks, ranks, billion, quantization, tiny_llama):
         assert rank["own"] == pytest.approx(rank["whole"] / ranks, rel=1e-3)
         assert rank["peak"] < rank["own"] + layer, rank
         assert rank["peak"] < 0.6 * rank["whole"]
 
 
-def test_four_bits_a_weight_and_a_half(tiny_llama: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_four_bits_a_weight_and_a_half(tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     """SmolLM2-135M's shape, on 2 ranks: its table stays in 16 bits."""
     shape = json.loads((REPOSITORY / "adept_ds/architectures/smollm2-135m-instruct.json").read_text())
     model = write_checkpoint(AutoConfig.for_model(**shape), tmp_path)
     table = 49152 * 576
-    for rank in load_on(2, model, "nf4", tiny_llama, environment):
+    for rank in load_on(run_ranks, 2, model, "nf4", tiny_llama):
         assert rank["dense"] == 2 * 134_515_008
         linear = 134_515_008 - table - 61 * 576
         assert rank["own"] == pytest.approx((2 * table + 61 * 2 * 576 + linear * 4.5 / 8) / 2, rel=1e-3)

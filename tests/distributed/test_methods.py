@@ -19,9 +19,9 @@ from adept_ds.data import EncodedDataset, collate, global_batches, load_examples
 from adept_ds.method_config import PromptTuningConfig
 from adept_ds.model import get_adept_model
 from adept_ds.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
-from tests.real_runs import losses, run_settings
+from tests.conftest import RunRanks, losses, run_settings
 
-from .test_exactness import largest_difference, start_ranks
+from .test_exactness import largest_difference, train_all
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 6, 3
@@ -93,14 +93,9 @@ def resumed(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    all_settings: dict[Any, dict], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def trained(all_settings: dict[Any, dict], run_ranks: RunRanks) -> None:
     """All runs, and some of their second halves, in one start of two ranks."""
-    file = tmp_path_factory.mktemp("runs") / "runs.json"
-    second_halves = [resumed(all_settings[run]) for run in RESUMED]
-    file.write_text(json.dumps([*all_settings.values(), *second_halves]))
-    start_ranks(2, file, environment)
+    train_all(run_ranks, 2, [*all_settings.values(), *(resumed(all_settings[run]) for run in RESUMED)])
 
 
 def in_one_process(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[list[float], dict[str, Tensor]]:

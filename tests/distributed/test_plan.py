@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from adept_ds.backbone import load_architecture
 from adept_ds.config import RunConfig
 from adept_ds.memory_plan import Cluster, MemoryModel
-from tests.real_runs import VOCABULARY, Launch, run_settings, save
+from tests.conftest import RunRanks, run_settings
+from tests.models import llama_config, save, t5_config
 
 pytestmark = pytest.mark.slow
 
@@ -29,37 +29,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def backbones(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Models with enough layers for gathers to come and go."""
-    torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    t5 = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        d_kv=16,
-        d_ff=160,
-        num_layers=4,
-        num_heads=4,
-        pad_token_id=0,
-        eos_token_id=2,
-        decoder_start_token_id=0,
-    )
+    llama = llama_config(vocab_size=400, hidden_size=64, intermediate_size=160, num_hidden_layers=6)
+    t5 = t5_config(vocab_size=400, d_model=64, d_kv=16, d_ff=160, num_layers=4, dropout_rate=0.1)
     models = {"llama": LlamaForCausalLM(llama), "t5": T5ForConditionalGeneration(t5)}
     return {name: save(model, tiny_tokenizer, tmp_path_factory.mktemp(name)) for name, model in models.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_hold_and_gather_what_was_planned(
-    case: str, backbones: dict[str, Path], launch: Launch, tmp_path: Path
+    case: str, backbones: dict[str, Path], run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     name, model, train, zero = CASES[case]
     settings = run_settings(backbones[name], tmp_path / "run", max_steps=5, warmup_steps=0, **train)
@@ -67,7 +45,7 @@ def test_two_ranks_hold_and_gather_what_was_planned(
     settings["eval"] = {"every_steps": 5, "max_examples": 2}
     settings["deepspeed"]["zero_optimization"] |= zero
     out = tmp_path / "measured.json"
-    result = launch(2, "tests/distributed/zero3_meter.py", settings, "--out", str(out))
+    result = run_ranks(2, "tests/distributed/zero3_meter.py", settings, "--out", str(out))
     assert result.returncode == 0, result.stdout
     measured = json.loads(out.read_text())
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.real_runs import REPOSITORY, free_port
+from tests.conftest import RunRanks
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def bytes_by_variant(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def bytes_by_variant(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     folder = tmp_path_factory.mktemp("depths")
     for layers in (1, 3):
         torch.manual_seed(0)
@@ -24,25 +22,11 @@ def bytes_by_variant(environment: dict[str, str], tmp_path_factory: pytest.TempP
         LlamaForCausalLM(LlamaConfig(vocab_size=400, num_hidden_layers=layers, **shape)).save_pretrained(
             folder / str(layers)
         )
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "tests/distributed/saved_bytes.py", str(folder / "1"), str(folder / "3")],
-            cwd=REPOSITORY,
-            env=environment | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-4000:]
-    return json.loads(outputs[0].splitlines()[-1])
+    arguments = (str(folder / "1"), str(folder / "3"))
+    result = run_ranks(2, "tests/distributed/saved_bytes.py", None, *arguments)
+    assert result.returncode == 0, result.stdout[-4000:]
+    (found,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return found
 
 
 @pytest.mark.parametrize("variant", ["ours", "ours, nf4"])

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.real_runs import Launch, Start, losses, run_settings
+from tests.conftest import Launch, Start, losses, run_settings
 
 pytestmark = pytest.mark.slow
 
 SWEEP = "launchers/sweep.py"
-STEPS = 60
+STEPS = 120
 
 
 def states(folder: Path) -> list[str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from adept_ds.model import AdaptedModel
-from tests.real_runs import Launch, losses, run_settings, save
+from tests.conftest import Launch, RunRanks, losses, run_settings
+from tests.models import EOS, save, seeded, t5_config, talkative_t5
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +38,12 @@ def settings(model: Path, run_dir: Path, local_tasks: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(
-    tiny_t5: Path, local_tasks: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactory
+    tiny_t5: Path, local_tasks: Path, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     """A run on two ranks, and its settings."""
     run_dir = tmp_path_factory.mktemp("tasks") / "run"
     chosen = settings(tiny_t5, run_dir, local_tasks)
-    result = launch(2, "launchers/train.py", chosen)
+    result = run_ranks(2, "launchers/train.py", chosen)
     assert result.returncode == 0, result.stdout
     assert "train: 48 examples" in result.stdout
     assert "validation: 8 examples" in result.stdout
@@ -57,12 +57,14 @@ def test_a_mixture_trains(run: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
 
 
-def test_scores_do_not_depend_on_ranks(run: tuple[Path, dict[str, Any]], launch: Launch, tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_ranks(
+    run: tuple[Path, dict[str, Any]], launch: Launch, run_ranks: RunRanks, tmp_path: Path
+) -> None:
     run_dir, chosen = run
     chosen = {**chosen, "eval": {"generation": {"batch_size": 3}}}
-    for ranks in (2, 0):
+    for start, ranks in ((launch, 2), (run_ranks, 0)):
         out = str(tmp_path / str(ranks))
-        result = launch(ranks, "evals/text2text.py", chosen, "--adapter", str(run_dir / "best"), "--out", out)
+        result = start(ranks, "evals/text2text.py", chosen, "--adapter", str(run_dir / "best"), "--out", out)
         assert result.returncode == 0, result.stdout
     for task in ("rte", "cb"):
         two, one = ((tmp_path / ranks / task / "predictions.jsonl").read_text() for ranks in ("2", "0"))
@@ -77,15 +79,12 @@ def test_scores_do_not_depend_on_ranks(run: tuple[Path, dict[str, Any]], launch:
 
 
 @pytest.fixture(scope="module")
-def talkative_t5(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def talkative(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny T5 with weights that make it say something else to every input, half of its tokens ending an answer."""
-    folder = tmp_path_factory.mktemp("talkative")
-    torch.manual_seed(0)
-    config = T5Config.from_pretrained(tiny_t5, initializer_factor=2.0)
-    model = T5ForConditionalGeneration(config)
-    torch.nn.init.normal_(model.shared.weight, std=0.3)
-    model.generation_config.eos_token_id = list(range(2, config.vocab_size, 2))
-    return save(model, AutoTokenizer.from_pretrained(tiny_t5), folder)
+    config = t5_config(vocab_size=400, d_ff=64, initializer_factor=2.0)
+    model = seeded(lambda: talkative_t5(config), seed=3)
+    model.generation_config.eos_token_id = [EOS, *range(2, config.vocab_size, 2)]
+    return save(model, tiny_tokenizer, tmp_path_factory.mktemp("talkative"))
 
 
 def free_text_settings(model: Path, run_dir: Path, folder: Path) -> dict[str, Any]:
@@ -107,12 +106,12 @@ def free_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ranks_whose_answers_end_early_wait_for_the_others_and_the_best_has_the_best_metric(
-    talkative_t5: Path, free_text: Path, launch: Launch, tmp_path: Path
+    talkative: Path, free_text: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     evaluations = {}
     for ranks in (2, 0):
         run_dir = tmp_path / str(ranks)
-        result = launch(ranks, "launchers/train.py", free_text_settings(talkative_t5, run_dir, free_text))
+        result = run_ranks(ranks, "launchers/train.py", free_text_settings(talkative, run_dir, free_text))
         assert result.returncode == 0, result.stdout
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         evaluations[ranks] = [line for line in lines if "eval/task" in line]
@@ -124,9 +123,9 @@ def test_ranks_whose_answers_end_early_wait_for_the_others_and_the_best_has_the_
     best = max(evaluations[2], key=lambda line: line["eval/task"])
     assert (status["best_step"], status["best_value"]) == (best["step"], best["eval/task"])
 
-    backbone = T5ForConditionalGeneration.from_pretrained(talkative_t5)
+    backbone = T5ForConditionalGeneration.from_pretrained(talkative)
     model = AdaptedModel.from_pretrained(backbone, tmp_path / "2" / "best")
-    tokenizer = AutoTokenizer.from_pretrained(talkative_t5)
+    tokenizer = AutoTokenizer.from_pretrained(talkative)
     texts = [json.loads(line)["text"] for line in (free_text / "train.jsonl").read_text().splitlines()]
     answers = [model.generate(tokenizer(text, return_tensors="pt").input_ids, max_new_tokens=20)[0] for text in texts]
     assert len({len(answer) for answer in answers}) > 2

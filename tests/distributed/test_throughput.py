@@ -9,7 +9,7 @@ import pytest
 
 from adept_ds.benchmark import Options, benchmark
 from adept_ds.config import RunConfig
-from tests.real_runs import Launch, run_settings
+from tests.conftest import Launch, run_settings
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from adept_ds.config import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
 from adept_ds.method_config import AdeptConfig
 from adept_ds.model import get_adept_model
-from tests.real_runs import Launch, Start, losses, run_settings
+from tests.conftest import Launch, RunRanks, Start, losses, run_settings
 
 TRAIN = "launchers/train.py"
 pytestmark = pytest.mark.slow
@@ -123,9 +123,9 @@ def settings_of(run_dir: Path, copy: Path) -> dict[str, Any]:
     return settings
 
 
-def test_a_resumed_run_is_equal_to_the_bit(whole_run: Path, launch: Launch, tmp_path: Path) -> None:
+def test_a_resumed_run_is_equal_to_the_bit(whole_run: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     copy = resumed_copy(whole_run, tmp_path / "run", last_step=5)
-    result = launch(2, TRAIN, settings_of(whole_run, copy), "--resume", "auto")
+    result = run_ranks(2, TRAIN, settings_of(whole_run, copy), "--resume", "auto")
     assert result.returncode == 0, result.stdout
     assert "step-00000005" in result.stdout
     assert losses(copy) == losses(whole_run)
@@ -134,14 +134,14 @@ def test_a_resumed_run_is_equal_to_the_bit(whole_run: Path, launch: Launch, tmp_
 
 
 def test_a_run_resumes_on_another_number_of_ranks_past_a_damaged_checkpoint(
-    whole_run: Path, launch: Launch, tmp_path: Path
+    whole_run: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     copy = resumed_copy(whole_run, tmp_path / "run", last_step=10)
     (copy / "checkpoints" / "step-00000010" / "optimizer.safetensors").write_bytes(b"cut short")
     half_written = copy / "checkpoints" / "step-00000011"
     half_written.mkdir()
     (half_written / "state.json").write_text("{}")
-    result = launch(0, TRAIN, settings_of(whole_run, copy), "--resume", "auto")
+    result = run_ranks(0, TRAIN, settings_of(whole_run, copy), "--resume", "auto")
     assert result.returncode == 0, result.stdout
     assert "step-00000011 is not a whole checkpoint" in result.stdout
     assert "step-00000010 is damaged: optimizer.safetensors" in result.stdout
@@ -160,14 +160,29 @@ def signal_ranks(process: Any) -> None:
         os.kill(rank, signal.SIGUSR1)
 
 
+LONG = 60
+"""Steps of a run that is interrupted: enough for a signal to come in time on a busy machine."""
+
+
+def long_settings(model: Path, run_dir: Path) -> dict[str, Any]:
+    """The checkpoints of the schedule are out of the way: what is resumed from is what a signal saved."""
+    return run_settings(model, run_dir, max_steps=LONG, save_every=LONG) | {"eval": {"every_steps": LONG}}
+
+
+@pytest.fixture(scope="module")
+def long_run(tiny_llama: Path, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("long") / "run"
+    result = run_ranks(2, TRAIN, long_settings(tiny_llama, run_dir))
+    assert result.returncode == 0, result.stdout
+    return run_dir
+
+
 @pytest.mark.parametrize(("send", "name"), [(signal_group, "SIGTERM"), (signal_ranks, "SIGUSR1")])
 def test_a_signal_saves_at_the_next_step_and_nothing_is_lost(
-    send: Any, name: str, tiny_llama: Path, whole_run: Path, start: Start, launch: Launch, tmp_path: Path
+    send: Any, name: str, tiny_llama: Path, long_run: Path, start: Start, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    settings = run_settings(tiny_llama, run_dir)
-    # The checkpoints of the schedule are out of the way: what is resumed from is what the signal saved.
-    settings["train"]["save_every"] = 12
+    settings = long_settings(tiny_llama, run_dir)
     process = start(2, TRAIN, settings)
     try:
         wait_for_steps(run_dir, 2, process)
@@ -178,14 +193,14 @@ def test_a_signal_saves_at_the_next_step_and_nothing_is_lost(
             os.killpg(process.pid, signal.SIGKILL)
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["signal"]) == ("interrupted", name), output
-    assert 2 <= status["step"] < 12
+    assert 2 <= status["step"] < LONG
     if send is signal_ranks:  # The launcher's own status after it was signalled is its own.
         assert process.returncode == 0
-    assert losses(run_dir) == losses(whole_run)[: status["step"]]
+    assert losses(run_dir) == losses(long_run)[: status["step"]]
 
-    result = launch(2, TRAIN, settings, "--resume", "auto")
+    result = run_ranks(2, TRAIN, settings, "--resume", "auto")
     assert result.returncode == 0, result.stdout
-    assert losses(run_dir) == losses(whole_run)
+    assert losses(run_dir) == losses(long_run)
 
 
 def wait_for_steps(run_dir: Path, steps: int, process: Any) -> None:
@@ -214,40 +229,40 @@ def ranks_of(session: int) -> list[int]:
     return ranks
 
 
-def test_bf16_follows_fp32(tiny_llama: Path, whole_run: Path, launch: Launch, tmp_path: Path) -> None:
+def test_bf16_follows_fp32(tiny_llama: Path, whole_run: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run")
     settings["model"]["dtype"] = "bf16"
-    result = launch(2, TRAIN, settings)
+    result = run_ranks(2, TRAIN, settings)
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=3e-3)
 
 
 def test_accumulation_and_checkpointing_change_nothing(
-    tiny_llama: Path, whole_run: Path, launch: Launch, tmp_path: Path
+    tiny_llama: Path, whole_run: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run", micro_batch_size=1, activation_checkpointing=True)
-    result = launch(2, TRAIN, settings)
+    result = run_ranks(2, TRAIN, settings)
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path / "run") == pytest.approx(losses(whole_run), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_every_zero_stage_trains_and_resumes_alike(
-    stage: int, tiny_llama: Path, whole_run: Path, launch: Launch, tmp_path: Path
+    stage: int, tiny_llama: Path, whole_run: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     settings = run_settings(tiny_llama, tmp_path / "whole")
     settings["deepspeed"] = {"zero_optimization": {"stage": stage}}
-    result = launch(0, TRAIN, settings)
+    result = run_ranks(0, TRAIN, settings)
     assert result.returncode == 0, result.stdout
     assert losses(tmp_path / "whole") == pytest.approx(losses(whole_run), rel=1e-5)
 
     copy = resumed_copy(tmp_path / "whole", tmp_path / "copy", last_step=5)
-    result = launch(0, TRAIN, settings_of(tmp_path / "whole", copy), "--resume", "auto")
+    result = run_ranks(0, TRAIN, settings_of(tmp_path / "whole", copy), "--resume", "auto")
     assert result.returncode == 0, result.stdout
     assert losses(copy) == losses(tmp_path / "whole")
 
 
-def test_t5_trains_on_two_ranks_as_on_one(tiny_t5: Path, launch: Launch, tmp_path: Path) -> None:
+def test_t5_trains_on_two_ranks_as_on_one(tiny_t5: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     rows = [{"prompt": f"sum of {a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -255,14 +270,14 @@ def test_t5_trains_on_two_ranks_as_on_one(tiny_t5: Path, launch: Launch, tmp_pat
     for ranks in (2, 0):
         settings = run_settings(tiny_t5, tmp_path / f"run{ranks}", max_steps=8)
         settings["data"] = {"format": "jsonl", "path": str(data), "validation_path": str(data)}
-        result = launch(ranks, TRAIN, settings)
+        result = run_ranks(ranks, TRAIN, settings)
         assert result.returncode == 0, result.stdout
         curves.append(losses(tmp_path / f"run{ranks}"))
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert curves[0][-1] < curves[0][0]
 
 
-def test_dropout_is_on_from_the_first_step(tiny_t5: Path, launch: Launch, tmp_path: Path) -> None:
+def test_dropout_is_on_from_the_first_step(tiny_t5: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_t5, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.3}))
@@ -271,16 +286,16 @@ def test_dropout_is_on_from_the_first_step(tiny_t5: Path, launch: Launch, tmp_pa
     settings = run_settings(model, tmp_path / "run", max_steps=4, global_batch_size=1)
     settings["train"]["learning_rate"] = {"soft_prompt": 1e-30, "network": 1e-30}
     settings["data"] = {"format": "jsonl", "path": str(data)}
-    result = launch(0, TRAIN, settings)
+    result = run_ranks(0, TRAIN, settings)
     assert result.returncode == 0, result.stdout
     # Nothing is learnt from one example over and over, so the losses would be equal without dropout.
     assert len(set(losses(tmp_path / "run"))) == 4
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run", save_every=1)
     settings["train"]["learning_rate"] = {"soft_prompt": 1e30, "network": 1e30}
-    result = launch(0, TRAIN, settings)
+    result = run_ranks(0, TRAIN, settings)
     assert result.returncode == 2
     assert "the step was not taken" in result.stdout
     assert "Traceback" not in result.stdout

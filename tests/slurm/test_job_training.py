@@ -14,7 +14,8 @@ import pytest
 
 from adept_ds.checkpoint import load_checkpoint
 from adept_ds.run_folder import CHECKPOINTS_NAME, list_checkpoints
-from tests.real_runs import Launch, free_port, losses, run_settings
+from tests.conftest import Launch, losses, run_settings
+from tests.ranks import free_port
 
 from .conftest import REPOSITORY, Cluster, Run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real_runs import run_settings
+from tests.conftest import run_settings
 
 from .conftest import REPOSITORY, Cluster
 
