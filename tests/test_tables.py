@@ -257,7 +257,7 @@ def test_the_entry_point_writes_all_files_for_a_folder_of_runs(
     assert "http" not in page.replace("https://arxiv.org", "")
     shown = capsys.readouterr().out
     assert "65.00 ± 7.07 (-17.00)" in shown
-    assert "loss 0.5500 ± 0.0707" in shown
+    assert "task 0.5500 ± 0.0707" in shown
 
 
 def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:
