@@ -14,7 +14,6 @@ Use, on a backbone as it is:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -23,8 +22,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from adept_ds import adapter_io, model_io
@@ -36,6 +34,7 @@ from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
 from adept_ds.method_config import AdapterSettings, FullConfig, MethodConfig
 from adept_ds.methods import Method, create_method
 from adept_ds.methods.base import attribute_set
+from adept_ds.prompt_hiding import plain_ids, prompt_hidden
 from adept_ds.sharding import full_numel
 from adept_ds.soft_prompt import inserted
 
@@ -254,75 +253,13 @@ class AdaptedModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         ids, mask = self.add_prompt(input_ids, attention_mask, self._row_prompts(input_ids, task_ids))
-        with self._prompt_hidden_from_processors(), self._reading(attention_mask):
+        columns = 0 if self.is_encoder_decoder else self.num_virtual_tokens
+        with prompt_hidden(self.backbone, self.vocabulary_size, columns), self._reading(attention_mask):
             output = self.backbone.generate(input_ids=ids, attention_mask=mask, **kwargs)
         if isinstance(output, Tensor):
-            return self._plain_ids(output)
-        output.sequences = self._plain_ids(output.sequences)
+            return plain_ids(output, self.vocabulary_size)
+        output.sequences = plain_ids(output.sequences, self.vocabulary_size)
         return output
-
-    def _plain_ids(self, ids: Tensor) -> Tensor:
-        """Take the prompt's ids out [B, l + S] -> [B, S]. Every row has as many of them, so the rest is rectangular."""
-        return ids[ids < self.vocabulary_size].view(ids.shape[0], -1)
-
-    @contextmanager
-    def _prompt_hidden_from_processors(self) -> Iterator[None]:
-        """Make logits processors and stopping criteria of `generate` what they are without a prompt.
-
-        They look up scores and strings by id, where an id above V is out of range, and they compare numbers of columns
-        with `max_length` and the like. So they see ids and lengths without the prompt, and a `max_length` or
-        `min_length` asked for does not count it.
-        """
-        backbone = self.backbone
-        prepare_length = backbone._prepare_generated_length
-        make_processors, make_criteria = backbone._get_logits_processor, backbone._get_stopping_criteria
-        columns = 0 if self.is_encoder_decoder else self.num_virtual_tokens
-        plain_ids: Any = self._plain_ids
-
-        class PlainProcessors(LogitsProcessorList):
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                return super().__call__(plain_ids(input_ids), scores, **kwargs)
-
-        class PlainCriteria(StoppingCriteriaList):
-            def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                return super().__call__(plain_ids(input_ids), scores, **kwargs)
-
-        def lengthened(config: GenerationConfig, by: int) -> GenerationConfig:
-            config = copy.copy(config)
-            for name in ("max_length", "min_length"):
-                if getattr(config, name):
-                    setattr(config, name, getattr(config, name) + by)
-            return config
-
-        def prepare_with_prompt(
-            generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
-        ) -> GenerationConfig:
-            config = lengthened(generation_config, columns)
-            if has_default_max_length:
-                # It counts from the end of what is read, prompt included.
-                config.max_length = generation_config.max_length
-            return prepare_length(generation_config=config, has_default_max_length=has_default_max_length, **kwargs)
-
-        def plain_processors(
-            generation_config: GenerationConfig, input_ids_seq_length: int, encoder_input_ids: Tensor, **kwargs: Any
-        ) -> LogitsProcessorList:
-            processors = make_processors(
-                generation_config=lengthened(generation_config, -columns),
-                input_ids_seq_length=input_ids_seq_length - columns,
-                encoder_input_ids=plain_ids(encoder_input_ids),
-                **kwargs,
-            )
-            return PlainProcessors(processors)
-
-        def plain_criteria(generation_config: GenerationConfig, **kwargs: Any) -> StoppingCriteriaList:
-            return PlainCriteria(make_criteria(generation_config=lengthened(generation_config, -columns), **kwargs))
-
-        with (
-            attribute_set(backbone, "_prepare_generated_length", prepare_with_prompt),
-            attribute_set(backbone, "_get_logits_processor", plain_processors),
-            attribute_set(backbone, "_get_stopping_criteria", plain_criteria),
-        ):
-            yield
 
     def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` (fp32); `facts` go into the former. A method that
