@@ -129,8 +129,7 @@ def test_a_cancelled_job_is_gone_and_stays_so(cluster: Cluster, stub: StubRun) -
     (line,) = stub.history()
     assert (line["ended_by"], line["requeued"]) == ("cancelled", False)
     for node in ("n1", "n2"):
-        assert cluster.processes(node, str(stub.run_dir)) == []
-        assert cluster.processes(node, "train.py") == []
+        assert cluster.processes(node, str(stub.config)) == []
     assert int(cluster.job(job)["Restarts"]) == 0
 
 

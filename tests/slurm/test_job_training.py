@@ -154,7 +154,7 @@ def test_a_cancelled_run_goes_on_on_another_number_of_nodes(
     run.wait_for_step(3)
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
-    assert [cluster.processes(node, TRAIN) for node in ("n1", "n2")] == [[], []]
+    assert [cluster.processes(node, str(run.config)) for node in ("n1", "n2")] == [[], []]
     assert run.history()[0]["ended_by"] == "cancelled"
     newest = list_checkpoints(run.run_dir / CHECKPOINTS_NAME)[-1]
     assert load_checkpoint(newest).state.step >= 3
