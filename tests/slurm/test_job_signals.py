@@ -324,3 +324,14 @@ def test_the_time_limit_itself_warns_in_time(cluster: Cluster, at_its_limit: tup
     cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1)
     assert run.history()[0]["ended_by"] == "time limit"
     assert run.history()[0]["to_step"] > 0
+
+
+def test_a_run_that_cannot_save_before_it_is_preempted_goes_on_from_its_last_checkpoint(
+    cluster: Cluster, stub: StubRun
+) -> None:
+    job = stub.submit("--time=5", STUB_FAIL="0 hang 7", STUB_STEP_SECONDS="0.1")
+    stub.wait_for_step(6)
+    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    cluster.wait(job, "PENDING", restarts=1)
+    (line,) = stub.history()
+    assert (line["ended_by"], line["requeued"], line["to_step"]) == ("preempted", True, 5)
