@@ -1,7 +1,7 @@
 # make env    the environment in .venv, pinned by constraints.txt
 # make test   the test suite
 # make demo   fine-tune a small model with ADePT on two ZeRO-3 ranks and grade what it writes
-# make lint   ruff and mypy
+# make lint   ruff, mypy and shellcheck
 # make clean  remove the environment, the demo's model and its run
 #
 # PYTHON       interpreter that .venv is made from (3.11 or newer)
@@ -23,6 +23,7 @@ STAMP := .venv/.installed
 MODEL := models/smollm2-135m-instruct
 CONFIG := ds_configs/smollm2_135m_demo.json
 RUN := runs/demo
+SCRIPTS := .ci/run $(wildcard launchers/slurm/*.sh launchers/slurm/*.sbatch)
 
 # Programs that pip installed, and the ones that they start, come from .venv first.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -49,6 +50,8 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	for script in $(SCRIPTS); do bash -n "$$script"; done
+	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
 # Decoding is in fp32: on a CPU it is faster than in bf16, and the adapter is fp32 anyway.
 demo: env

@@ -1,7 +1,7 @@
 """Tries of a run under SLURM: one line each in its `history.jsonl`, and whether another one follows.
 
     python -m adept_ds.slurm.tries begin --nodes "n1 n2" --alive "11 12" -- CONFIG [--section.key VALUE ..]
-    python -m adept_ds.slurm.tries end --run_dir RUN --part rank --status 0 --warned 1 --cancelled 0 --facts ...
+    python -m adept_ds.slurm.tries end --run_dir RUN --part rank --status 0 --warned 1 --preempted 0 --cancelled 0 ..
 
 The batch script calls `begin` before it starts anything, and `end` when it is over. `begin` prints the config, the run
 folder, the folder of the ranks' logs, and how many numbers of steps are not to be used again. A job that SLURM starts
@@ -40,6 +40,10 @@ STOPPED = 1
 REQUEUE = 75
 """Exit status of `end` when the job is to be requeued (EX_TEMPFAIL)."""
 DEFAULT_MAX_RESTARTS = 20
+TOO_LATE = (
+    "the time limit came before the run had saved, so it was not requeued; a new submission goes on from the last "
+    "checkpoint. Give it more seconds of warning (sbatch --signal=B:USR1@SECONDS): twice a step and a save"
+)
 STEPS_OF_A_TRY = 4
 """Most calls of srun in a try: node check, staging, ranks, and the question for nodes that are gone."""
 NETWORK_ERROR = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|Broken pipe|NCCL|gloo|Dist\w+Error")
@@ -236,9 +240,12 @@ def _judge(this: Try, state: str | None, flags: argparse.Namespace) -> tuple[Try
     job = dict(re.findall(r"(\w+)=(\S+)", flags.facts))
     if flags.cancelled:
         # SLURM counts a restart as soon as it ends a job for one.
-        requeued = int(job.get("Restarts", "0")) > this.number
-        why = "cancelled" if not requeued else "node failure" if flags.lost else "requeued"
-        return replace(this, ended_by=why, requeued=requeued), TERMINATED
+        if int(job.get("Restarts", "0")) > this.number:
+            why = "node failure" if flags.lost else "preempted" if flags.preempted else "requeued"
+            return replace(this, ended_by=why, requeued=True), TERMINATED
+        if job.get("Reason") == "TimeLimit":
+            return replace(this, ended_by="time limit", requeued=False, error=TOO_LATE), TERMINATED
+        return replace(this, ended_by="cancelled", requeued=False), TERMINATED
     if flags.status and flags.lost:
         error = f"no answer from {flags.lost}"
         return replace(this, ended_by="node failure", requeued=True, error=error), REQUEUE
@@ -248,7 +255,7 @@ def _judge(this: Try, state: str | None, flags: argparse.Namespace) -> tuple[Try
     if state == "finished":
         return replace(this, ended_by="finished", requeued=False), 0
     # A cluster that warns of preemption by TERM sends it to the ranks alone.
-    preempted = job.get("PreemptTime", "None") != "None"
+    preempted = flags.preempted or job.get("PreemptTime", "None") != "None"
     if (flags.run_dir / STOP_NAME).exists() or not (flags.warned or preempted):
         return replace(this, ended_by="stopped", requeued=False), 0
     return replace(this, ended_by="preempted" if preempted else "time limit", requeued=True), REQUEUE
@@ -309,6 +316,7 @@ def main(arguments: Sequence[str]) -> int | None:
     last.add_argument("--part", help="what ran last")
     last.add_argument("--status", type=int, help="its exit status")
     last.add_argument("--warned", type=int)
+    last.add_argument("--preempted", type=int)
     last.add_argument("--cancelled", type=int)
     last.add_argument("--facts", help="the line of `scontrol -o show job`")
     last.add_argument("--lost", default="", help="nodes of the job that do not answer")

@@ -17,8 +17,8 @@ export ADEPT_DS_SCRATCH=$scratch
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # srun does not inherit it from sbatch.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-# On network file systems the locks in these folders can hang.
-export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$scratch/datasets}
+# On network file systems the locks in these folders can hang. Without a hub, data sets are where they were prepared.
+[[ ${HF_HUB_OFFLINE:-0} == 1 ]] || export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$scratch/datasets}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$scratch/torch_extensions}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 # A progress bar in a log is a line every so many seconds.

@@ -211,8 +211,8 @@ class Run:
 class StubRun(Run):
     """A run whose trainer is `stub_train.py`, in a repository made of links to the rest of ours."""
 
-    def __init__(self, cluster: Cluster, folder: Path, name: str = "run") -> None:
-        super().__init__(cluster, folder, stub_settings(), stub_root(folder / "repository"), name)
+    def __init__(self, cluster: Cluster, folder: Path, name: str = "run", **sections: dict[str, Any]) -> None:
+        super().__init__(cluster, folder, stub_settings() | sections, stub_root(folder / "repository"), name)
 
     def seen(self, restarts: int = 0) -> list[dict[str, Any]]:
         """The environment that each rank saw in a try, with its arguments and its model."""

@@ -129,8 +129,7 @@ def test_a_cancelled_job_is_gone_and_stays_so(cluster: Cluster, stub: StubRun) -
     (line,) = stub.history()
     assert (line["ended_by"], line["requeued"]) == ("cancelled", False)
     for node in ("n1", "n2"):
-        assert cluster.processes(node, str(stub.run_dir)) == []
-        assert cluster.processes(node, "train.py") == []
+        assert cluster.processes(node, str(stub.config)) == []
     assert int(cluster.job(job)["Restarts"]) == 0
 
 
@@ -325,3 +324,14 @@ def test_the_time_limit_itself_warns_in_time(cluster: Cluster, at_its_limit: tup
     cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1)
     assert run.history()[0]["ended_by"] == "time limit"
     assert run.history()[0]["to_step"] > 0
+
+
+def test_a_run_that_cannot_save_before_it_is_preempted_goes_on_from_its_last_checkpoint(
+    cluster: Cluster, stub: StubRun
+) -> None:
+    job = stub.submit("--time=5", STUB_FAIL="0 hang 7", STUB_STEP_SECONDS="0.1")
+    stub.wait_for_step(6)
+    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    cluster.wait(job, "PENDING", restarts=1)
+    (line,) = stub.history()
+    assert (line["ended_by"], line["requeued"], line["to_step"]) == ("preempted", True, 5)

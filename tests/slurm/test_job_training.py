@@ -155,7 +155,7 @@ def test_a_cancelled_run_goes_on_on_another_number_of_nodes(
     run.wait_for_step(3)
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
-    assert [cluster.processes(node, TRAIN) for node in ("n1", "n2")] == [[], []]
+    assert [cluster.processes(node, str(run.config)) for node in ("n1", "n2")] == [[], []]
     assert run.history()[0]["ended_by"] == "cancelled"
     newest = list_checkpoints(run.run_dir / CHECKPOINTS_NAME)[-1]
     assert load_checkpoint(newest).state.step >= 3
@@ -189,3 +189,27 @@ def test_after_a_kill_within_a_save_the_checkpoint_before_it_is_taken(
     assert ".step-00000010.tmp: the save was cut short" in log
     assert "step-00000005" in log[log.index("going on from") :].splitlines()[0]
     assert losses(run.run_dir) == pytest.approx(uninterrupted.losses, rel=1e-5)
+
+
+def test_an_evaluation_decodes_on_both_nodes_and_scores_and_a_report_follows(
+    cluster: Cluster, uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    run = uninterrupted.run
+    out = run.run_dir / "eval" / "tuned"
+    scripts = REPOSITORY / "launchers" / "slurm"
+    small = ["--eval.max_examples", "3", "--eval.generation.max_new_tokens", "4", "--eval.sandbox.isolation", "none"]
+    job = cluster.sbatch(
+        *(*Run.HEADERS, "--output=eval.log", scripts / "eval_mbpp.sbatch", run.config),
+        *("--adapter", run.run_dir / "best", "--out", out, *small),
+        cwd=tmp_path,
+    )
+    report = cluster.sbatch(
+        *(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", "--output=report.log"),
+        *(scripts / "report.sbatch", run.run_dir),
+        cwd=tmp_path,
+    )
+    assert cluster.wait(job)["JobState"] == "COMPLETED", (tmp_path / "eval.log").read_text()
+    assert json.loads((out / "summary.json").read_text())["problems"] == 3
+    assert "rank-1.log" in os.listdir(tmp_path / f"slurm-{job}.ranks")
+    assert cluster.wait(report)["JobState"] == "COMPLETED", (tmp_path / "report.log").read_text()
+    assert (run.run_dir / "report.html").is_file()
