@@ -104,8 +104,8 @@ def site_lines(site: SiteConfig, root: Path, python: str, binds: Sequence[Path],
         own["HF_HUB_OFFLINE"] = "1"
     own |= {name: quote_variable(value) for name, value in {**more, **site.env}.items()}
     return [
-        "# A warning that comes before the job's own handling of it must not end this shell.",
-        "trap '' USR1",
+        "# A warning that comes before the job's own handling of it must not end this shell, and is not forgotten.",
+        "trap 'warned=1' USR1",
         *(f"module load {shlex.quote(name)} || exit 1" for name in site.modules),
         *site.setup,
         *(f"export {name}={value}" for name, value in own.items()),

@@ -210,6 +210,6 @@ def test_an_evaluation_decodes_on_both_nodes_and_scores_and_a_report_follows(
     )
     assert cluster.wait(job)["JobState"] == "COMPLETED", (tmp_path / "eval.log").read_text()
     assert json.loads((out / "summary.json").read_text())["problems"] == 3
-    assert "rank-1.log" in os.listdir(tmp_path / f"slurm-{job}.ranks")
+    assert "rank-1.log" in os.listdir(tmp_path / "eval.ranks")
     assert cluster.wait(report)["JobState"] == "COMPLETED", (tmp_path / "report.log").read_text()
     assert (run.run_dir / "report.html").is_file()

@@ -41,6 +41,7 @@ def test_train_evaluate_report(cluster: Cluster, tiny_llama: Path, tmp_path: Pat
         facts = cluster.wait(job, timeout=400)
         assert facts["JobState"] == "COMPLETED", log.read_text() if log.exists() else facts
     assert cluster.job(jobs["score"])["Partition"] == "urgent"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "runs"]
 
     summary = json.loads((run / "eval" / "adept" / "summary.json").read_text())
     assert (summary["problems"], summary["samples"], summary["adapter"]) == (6, 6, "runs/tiny/best")
