@@ -30,7 +30,8 @@ from adept_ds.errors import UserError
 from adept_ds.files import atomic_write, read_json
 from adept_ds.learning_curve import learning_curve, series
 from adept_ds.metrics import PairedDifference, paired_difference, problem_scores
-from adept_ds.tracking import METRICS_NAME, read_metrics
+from adept_ds.run_folder import METRICS_NAME
+from adept_ds.tracking import read_metrics
 
 SHOWN_PROBLEMS = 6
 AnySummary = TypeVar("AnySummary", bound=BaseModel)

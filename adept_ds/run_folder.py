@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 STATUS_NAME = "status.json"
+METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 CHECKPOINT_PREFIX = "step-"
 

@@ -23,8 +23,8 @@ from adept_ds.errors import UserError
 from adept_ds.files import read_json
 from adept_ds.metrics import problem_scores
 from adept_ds.results import RESULTS_NAME, SUMMARY_NAME, read_results
-from adept_ds.run_folder import CONFIG_NAME, MAY_CHANGE, SEED_KEYS, STATUS_NAME
-from adept_ds.tracking import METRICS_NAME, read_metrics
+from adept_ds.run_folder import CONFIG_NAME, MAY_CHANGE, METRICS_NAME, SEED_KEYS, STATUS_NAME
+from adept_ds.tracking import read_metrics
 
 PASS_AT_1 = "pass@1"
 BUNDLED = "bundled problems"

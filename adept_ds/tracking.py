@@ -11,8 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from adept_ds.config import LoggingConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write
-
-METRICS_NAME = "metrics.jsonl"
+from adept_ds.run_folder import METRICS_NAME
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from adept_ds.config import LoggingConfig
 from adept_ds.errors import UserError
-from adept_ds.tracking import METRICS_NAME, MetricsLog, check_trackers, read_metrics
+from adept_ds.run_folder import METRICS_NAME
+from adept_ds.tracking import MetricsLog, check_trackers, read_metrics
 
 NO_TRACKERS = LoggingConfig(trackers=())
 

@@ -13,15 +13,13 @@ from typing import Any
 from adept_ds.errors import UserError
 from adept_ds.files import read_json
 from adept_ds.results import SUMMARY_NAME
-from adept_ds.run_folder import CONFIG_NAME, STATUS_NAME, read_status
+from adept_ds.run_folder import CONFIG_NAME, METRICS_NAME, STATUS_NAME, read_status
 from adept_ds.slurm import queue
 from adept_ds.slurm.queue import QueuedJob
 from adept_ds.slurm.record import find_task, read_submission
 from adept_ds.slurm.submission import KINDS
 from adept_ds.slurm.tries import Try, read_history
 
-METRICS_NAME = "metrics.jsonl"
-"""As in `adept_ds.tracking`, which takes seconds to import."""
 SILENCE_SECONDS = 600
 """A run outside SLURM that has written nothing for so long is taken for dead."""
 FAILED = "failed"
@@ -226,7 +224,10 @@ def _scores(folder: Path) -> str | None:
     for path in sorted(folder.glob(f"eval/**/{SUMMARY_NAME}")):
         summary = read_json(path)
         if "pass@1" in summary:
-            figures.append(f"{path.parent.name} pass@1 {100 * summary['pass@1']['mean']:.1f} %")
+            name, value = "pass@1", summary["pass@1"]["mean"]
+        else:
+            name, value = next((name, one["value"]) for name, one in summary["metrics"].items())
+        figures.append(f"{path.parent.relative_to(folder / 'eval')} {name} {100 * value:.1f} %")
     return ", ".join(figures) or None
 
 

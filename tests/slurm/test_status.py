@@ -106,8 +106,11 @@ def test_a_finished_run_has_its_score(tmp_path: Path, state_of: Any) -> None:
     submitted(run, train="7", eval="8")
     (run / "eval" / "adept").mkdir(parents=True)
     (run / "eval" / "adept" / "summary.json").write_text('{"pass@1": {"mean": 0.4322}}')
+    (run / "eval" / "test" / "rte").mkdir(parents=True)
+    figures = '{"metrics": {"accuracy": {"value": 0.82, "low": 0.75}, "f1": {"value": 0.7}}}'
+    (run / "eval" / "test" / "rte" / "summary.json").write_text(figures)
     found = state_of(run, ended="COMPLETED")
-    assert (found.state, found.score) == ("finished", "adept pass@1 43.2 %")
+    assert (found.state, found.score) == ("finished", "adept pass@1 43.2 %, test/rte accuracy 82.0 %")
 
 
 @pytest.mark.parametrize(
