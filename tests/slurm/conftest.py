@@ -75,8 +75,9 @@ class Cluster:
 
     def processes(self, node: str, text: str) -> list[int]:
         """Process ids, as the node counts them, whose command lines hold `text`."""
-        lines = self.execute(node, "ps", "-eo", "pid=,args=").splitlines()
-        return [int(line.split()[0]) for line in lines if text in line and "ps -eo" not in line]
+        # At full width, which ps does not take where COLUMNS is set, as it is in pytest-xdist's workers.
+        lines = self.execute(node, "ps", "-wweo", "pid=,args=").splitlines()
+        return [int(line.split()[0]) for line in lines if text in line and "ps -wweo" not in line]
 
     def cancel_all(self) -> None:
         """Cancel what is left of the jobs that were submitted here, and wait until the nodes are free."""

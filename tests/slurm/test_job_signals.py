@@ -87,8 +87,8 @@ def test_a_warning_while_the_ranks_import_is_not_lost(cluster: Cluster, stub: St
     ranks = "launchers/train.py"
     wait_for(lambda: all(cluster.processes(node, ranks) for node in ("n1", "n2")), 30, stub.last_words)
     warn(cluster, job)
-    cluster.wait(job, "PENDING", restarts=1)
-    (line,) = stub.history()
+    cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1)
+    line = stub.history()[0]
     assert (line["ended_by"], line["requeued"]) == ("time limit", True)
     assert 1 <= line["to_step"] < 20
 
@@ -332,6 +332,6 @@ def test_a_run_that_cannot_save_before_it_is_preempted_goes_on_from_its_last_che
     job = stub.submit("--time=5", STUB_FAIL="0 hang 7", STUB_STEP_SECONDS="0.1")
     stub.wait_for_step(6)
     cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    cluster.wait(job, "PENDING", restarts=1)
-    (line,) = stub.history()
+    cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1)
+    line = stub.history()[0]
     assert (line["ended_by"], line["requeued"], line["to_step"]) == ("preempted", True, 5)
