@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from adept_ds.model import AdaptedModel, get_adept_model
 
 __all__ = ["AdaptedModel", "AdeptConfig", "get_adept_model"]
+
+# On CPUs with AVX512-BF16 bitsandbytes recommends, on every rank, to install a kernel that only its own layers take.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
