@@ -172,7 +172,11 @@ def test_a_wrong_command_ends_with_one_message(folder: Path, arguments: str, mes
 
 def test_ctrl_c_ends_the_command_and_all_that_it_started(folder: Path) -> None:
     line = command(folder, "run", "@sleeps.py", "--tests", "@tests.json", "--timeout", "50")
-    process = subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell starts what runs in its background with SIGINT ignored, the tests themselves perhaps.
+    process = subprocess.Popen(
+        line, cwd=REPOSITORY, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     time.sleep(3)
     started = children.read_text().split()
