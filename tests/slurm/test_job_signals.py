@@ -29,7 +29,7 @@ def warn(cluster: Cluster, job: str) -> None:
 def at_its_limit(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[StubRun, str]:
     """A job whose warning comes when SLURM next looks at time limits, twice a minute; other tests need not wait."""
     run = StubRun(whole_cluster, tmp_path_factory.mktemp("limit"))
-    job = run.submit("--time=1", "--signal=B:USR1@50", STUB_STEP_SECONDS="3")
+    job = run.submit("--time=2", "--signal=B:USR1@80", STUB_STEP_SECONDS="5")
     whole_cluster.jobs.remove(job)
     return run, job
 
