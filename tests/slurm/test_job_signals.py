@@ -27,8 +27,8 @@ def warn(cluster: Cluster, job: str) -> None:
 
 @pytest.fixture(scope="module")
 def at_its_limit(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[StubRun, str]:
-    """A job whose warning comes 40 to 100 s after its start, as SLURM sends it up to a minute early; other tests need not
-    wait for it."""
+    """A job whose warning comes 40 to 100 s after its start, as SLURM sends it up to a minute early; other tests need
+    not wait for it."""
     run = StubRun(whole_cluster, tmp_path_factory.mktemp("limit"))
     job = run.submit("--time=3", "--signal=B:USR1@80", STUB_STEP_SECONDS="8")
     whole_cluster.jobs.remove(job)
