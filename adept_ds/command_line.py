@@ -31,7 +31,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--world_size",
-        type=_count,
+        type=parse_count,
         default=launcher_world_size(),
         metavar="N",
         help="ranks to plan for in --dry_run (default: those of the launcher, or 1)",
@@ -134,7 +134,8 @@ def launcher_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
+    """Read the value of a flag that takes a number of things: an integer >= 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
     return int(text)

@@ -18,7 +18,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from adept_ds.command_line import launcher_world_size, parse_command_line
+from adept_ds.command_line import launcher_world_size, parse_command_line, parse_count
 from adept_ds.entry_point import is_main_rank, run_entry_point
 from adept_ds.files import atomic_write
 
@@ -35,21 +35,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="measure these too: PEFT's prompt tuning and LoRA (peft), one of them, or prompt tuning on rows padded to "
         "the maximum that the data section allows (peft-padded)",
     )
-    parser.add_argument("--steps", type=_count, default=8, metavar="N", help="steps a round (default: 8)")
-    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="rounds after the warm-up (default: 5)")
+    parser.add_argument("--steps", type=parse_count, default=8, metavar="N", help="steps a round (default: 8)")
+    parser.add_argument(
+        "--rounds", type=parse_count, default=5, metavar="N", help="rounds after the warm-up (default: 5)"
+    )
     parser.add_argument(
         "--random_init", action="store_true", help="random weights of the model's architecture, no checkpoint"
     )
     parser.add_argument(
-        "--synthetic", type=_count, metavar="LENGTH", help="examples of so many random tokens, no data and no tokenizer"
+        "--synthetic",
+        type=parse_count,
+        metavar="LENGTH",
+        help="examples of so many random tokens, no data and no tokenizer",
     )
     parser.add_argument("--out", metavar="FILE", help="write the figures to this JSON file too")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
-    return int(text)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from adept_ds.command_line import parse_command_line
+from adept_ds.command_line import parse_command_line, parse_count
 from adept_ds.config_base import parse_bytes
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
@@ -23,8 +23,10 @@ from adept_ds.files import atomic_write
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the planner's own flags."""
-    parser.add_argument("--gpus", type=_count, metavar="N", help="GPUs of each node (default: those of this machine)")
-    parser.add_argument("--nodes", type=_count, default=1, metavar="M", help="nodes (default: 1)")
+    parser.add_argument(
+        "--gpus", type=parse_count, metavar="N", help="GPUs of each node (default: those of this machine)"
+    )
+    parser.add_argument("--nodes", type=parse_count, default=1, metavar="M", help="nodes (default: 1)")
     parser.add_argument(
         "--gpu_memory",
         type=_bytes,
@@ -32,12 +34,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="memory of a GPU: 80GB, 79.6GiB (default: this machine's)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures, in bytes, to this file too")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
-    return int(text)
 
 
 def _bytes(text: str) -> int:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adept_ds.command_line import parse_command_line, parse_flags
+from adept_ds.command_line import parse_command_line, parse_count, parse_flags
 from adept_ds.config_loader import LoadedConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError, did_you_mean
@@ -36,7 +36,7 @@ ROOT = Path(os.environ.get("ADEPT_DS_ROOT") or Path(__file__).resolve().parent.p
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of all commands that submit."""
-    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--nodes", type=parse_count, default=1, metavar="N", help="nodes (default: 1)")
     parser.add_argument("--dry_run", action="store_true", help="print what would be submitted, and end")
     add_site_flags(parser)
 
@@ -58,7 +58,7 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FOLDER", help="where it goes (default: eval/METHOD or eval/base of the run)")
     parser.add_argument("--split", metavar="SPLIT", help="problems that count (default: test)")
-    parser.add_argument("--k", type=_count, nargs="+", metavar="K", help="the k of pass@k (default: 1)")
+    parser.add_argument("--k", type=parse_count, nargs="+", metavar="K", help="the k of pass@k (default: 1)")
     parser.add_argument("--paper_scoring", action="store_true", help="as in evals/mbpp.py")
     add_common_flags(parser)
 
@@ -66,19 +66,13 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `sweep`."""
     parser.add_argument("--grid", nargs="+", metavar="GRID", help="as in launchers/sweep.py")
-    parser.add_argument("--concurrent", type=_count, metavar="N", help="so many runs at a time (default: all)")
+    parser.add_argument("--concurrent", type=parse_count, metavar="N", help="so many runs at a time (default: all)")
     add_common_flags(parser)
 
 
 def add_stop_flags(parser: argparse.ArgumentParser) -> None:
     """Arguments of `stop`."""
     parser.add_argument("run_dir", nargs="+", type=Path, metavar="RUN", help="run folder, or a sweep's")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
-    return int(text)
 
 
 def parse(
