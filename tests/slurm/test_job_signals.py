@@ -28,7 +28,7 @@ def warn(cluster: Cluster, job: str) -> None:
 @pytest.fixture(scope="module")
 def at_its_limit(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[StubRun, str]:
     """A job whose warning comes 40 to 100 s after its start, as SLURM sends it up to a minute early; other tests need
-    not wait for it."""
+    not wait for it. Those that preempt what runs stand after the one that does."""
     run = StubRun(whole_cluster, tmp_path_factory.mktemp("limit"))
     job = run.submit("--time=3", "--signal=B:USR1@80", STUB_STEP_SECONDS="8")
     whole_cluster.jobs.remove(job)
@@ -100,16 +100,9 @@ def test_a_second_warning_does_not_kill_ranks_that_have_saved(cluster: Cluster, 
     for _ in range(10):
         warn(cluster, job)
     cluster.wait(job, "PENDING", restarts=1)
-    assert stub.history()[0]["error"] is None
-    assert stub.status()["state"] == "interrupted"
-
-
-def test_preemption_that_is_announced_by_term_is_one_too(cluster: Cluster, stub: StubRun) -> None:
-    job = stub.submit("--signal=B:TERM@60", STUB_STEP_SECONDS=SLOWLY)
-    stub.wait_for_step(2)
-    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    assert cluster.wait(job)["JobState"] == "COMPLETED", stub.last_words()
-    assert [line["ended_by"] for line in stub.history()] == ["preempted", "finished"]
+    line = stub.history()[0]
+    assert (line["ended_by"], line["requeued"], line["error"]) == ("time limit", True, None)
+    assert line["to_step"] >= 1
 
 
 def test_scontrol_requeue_goes_on_from_the_last_step(cluster: Cluster, stub: StubRun) -> None:
@@ -325,6 +318,14 @@ def test_the_time_limit_itself_warns_in_time(cluster: Cluster, at_its_limit: tup
     cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1, timeout=150)
     assert run.history()[0]["ended_by"] == "time limit"
     assert run.history()[0]["to_step"] > 0
+
+
+def test_preemption_that_is_announced_by_term_is_one_too(cluster: Cluster, stub: StubRun) -> None:
+    job = stub.submit("--signal=B:TERM@60", STUB_STEP_SECONDS=SLOWLY)
+    stub.wait_for_step(2)
+    cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert cluster.wait(job)["JobState"] == "COMPLETED", stub.last_words()
+    assert [line["ended_by"] for line in stub.history()] == ["preempted", "finished"]
 
 
 def test_a_run_that_cannot_save_before_it_is_preempted_goes_on_from_its_last_checkpoint(
