@@ -13,6 +13,7 @@ from adept_ds.config import DataConfig
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 
 def is_local(source: str) -> bool:
@@ -32,6 +33,11 @@ def missing_model_files(source: str, revision: str | None = None) -> list[str]:
         return [WEIGHTS_NAME]
     shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [name for name in shards if _find(source, revision, name) is None]
+
+
+def is_tokenizer_here(source: str) -> bool:
+    """Whether a tokenizer is on this machine: its folder, or in the hub's cache a file that comes with every one."""
+    return Path(source).is_dir() if is_local(source) else _find(source, None, TOKENIZER_CONFIG_NAME) is not None
 
 
 def is_dataset_cached(name: str) -> bool:

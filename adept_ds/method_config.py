@@ -37,6 +37,11 @@ class MethodSettings(Section):
         """Tasks with a soft prompt of their own, in the order of their prompts; none where one serves all."""
         return ()
 
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """Adapters that training starts from, by the setting that names each."""
+        return {}
+
 
 class PromptlessSettings(MethodSettings):
     """Base for methods that put no tokens in front of the input."""
@@ -54,6 +59,16 @@ class AdapterSettings(MethodSettings):
     """Adapter folder whose values are the starting point: of the same method, settings of the same sizes, and the same
     backbone, trained on a source task (SPoT; the paper's few-shot protocol). Training starts as initialised below if
     not given."""
+
+    @property
+    def source_prompts(self) -> dict[str, str]:
+        """Adapters of source tasks, of method `pt`, by the setting that names each."""
+        return {}
+
+    @property
+    def adapter_folders(self) -> dict[str, str]:
+        """See `MethodSettings.adapter_folders`."""
+        return self.source_prompts | ({} if self.init_from is None else {"method.init_from": self.init_from})
 
 
 class PromptSettings(AdapterSettings):
@@ -175,6 +190,11 @@ class MptConfig(PromptSettings):
         """See `MethodSettings.prompt_tasks`."""
         return self.tasks
 
+    @property
+    def source_prompts(self) -> dict[str, str]:
+        """See `AdapterSettings.source_prompts`. The teachers, in the order of the tasks."""
+        return {f"method.teachers.{task}": self.teachers[task] for task in self.tasks if self.teachers}
+
     @model_validator(mode="after")
     def _check_tasks(self) -> Self:
         if len(set(self.tasks)) < len(self.tasks):
@@ -203,6 +223,11 @@ class AttemptConfig(PromptSettings):
     """Width r of the network's hidden layer."""
     temperature: PositiveFloat | None = None
     """Temperature of the softmax over the prompts; e d if not given, as published."""
+
+    @property
+    def source_prompts(self) -> dict[str, str]:
+        """See `AdapterSettings.source_prompts`."""
+        return {f"method.sources[{number}]": folder for number, folder in enumerate(self.sources)}
 
 
 class PrefixTuningConfig(AdapterSettings, PromptlessSettings):

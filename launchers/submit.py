@@ -2,6 +2,7 @@
 
     python launchers/submit.py train --config ds_configs/llama3_8b.json --gpus-per-node 4 --then-eval mbpp
     python launchers/submit.py eval --config ds_configs/llama3_8b.json --adapter runs/llama3_8b/best
+    python launchers/submit.py train --config ds_configs/t5_base.json --then-eval text2text
     python launchers/submit.py sweep --config ds_configs/t5_base.json --grid 'train.seed=[1, 2, 3]' --concurrent 2
     python launchers/submit.py prefetch --config ds_configs/llama3_8b.json
     python launchers/submit.py stop runs/llama3_8b
@@ -45,8 +46,9 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `train`."""
     parser.add_argument(
         "--then_eval",
-        choices=("mbpp",),
-        help="evaluate the best checkpoint after the last try: samples on one node's GPUs, scores on cpu_partition",
+        choices=submission.BENCHMARKS,
+        help="evaluate the best checkpoint after the last try, on one node's GPUs: text2text if the data are tasks, "
+        "else mbpp, whose programs then run on cpu_partition",
     )
     add_common_flags(parser)
 
@@ -57,9 +59,9 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--adapter", metavar="FOLDER", help="adapter or model to evaluate (default: the backbone alone)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="where it goes (default: eval/METHOD or eval/base of the run)")
-    parser.add_argument("--split", metavar="SPLIT", help="problems that count (default: test)")
-    parser.add_argument("--k", type=parse_count, nargs="+", metavar="K", help="the k of pass@k (default: 1)")
-    parser.add_argument("--paper_scoring", action="store_true", help="as in evals/mbpp.py")
+    parser.add_argument("--split", metavar="SPLIT", help="problems or examples that count (default: test)")
+    parser.add_argument("--k", type=parse_count, nargs="+", metavar="K", help="the k of MBPP's pass@k (default: 1)")
+    parser.add_argument("--paper_scoring", action="store_true", help="MBPP: as in evals/mbpp.py")
     add_common_flags(parser)
 
 
@@ -102,26 +104,33 @@ def train(arguments: Sequence[str]) -> int:
         jobs.append(submission.train_job(run, cluster, flags.nodes))
         problems = run_problems(run, cluster.site, flags.nodes)
     if flags.then_eval:
+        if flags.then_eval != submission.benchmark(run):
+            raise UserError(
+                f"--then-eval {flags.then_eval}: data.format is {run.data.format!r}, expected --then-eval "
+                f"{submission.benchmark(run)}"
+            )
         adapter = str(folder / "best")
         out = submission.evaluation_out(run, adapter)
         evaluation = submission.evaluation_jobs(run, cluster, 1, adapter, out)
-        jobs += evaluation if jobs else submission.left_of_evaluation(evaluation, Path(out))
+        jobs += evaluation if jobs else submission.left_of_evaluation(evaluation, run, Path(out))
     return submit(jobs, problems, loaded, cluster, flags)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Submit an evaluation on MBPP: samples on GPUs, scores on CPUs, report."""
+    """Submit an evaluation, by evals/text2text.py if the data are tasks, else by evals/mbpp.py, and a report."""
     flags, loaded, cluster = parse(arguments, "eval", add_eval_flags)
     run = loaded.run
     problems = [*path_problems(run, cluster.site.offline)]
     if flags.adapter is not None and not Path(flags.adapter).is_dir():
         problems.append(f"--adapter {flags.adapter}: no such folder")
+    if submission.benchmark(run) != "mbpp" and (flags.k or flags.paper_scoring):
+        raise UserError(f"--k and --paper-scoring are MBPP's; data.format is {run.data.format!r}")
     more = ["--split", flags.split] if flags.split else []
     more += ["--paper_scoring"] if flags.paper_scoring else []
     more += ["--k", *map(str, flags.k)] if flags.k else []
     out = flags.out or submission.evaluation_out(run, flags.adapter)
     jobs = submission.evaluation_jobs(run, cluster, flags.nodes, flags.adapter, out, more)
-    return submit(submission.left_of_evaluation(jobs, Path(out)), problems, loaded, cluster, flags)
+    return submit(submission.left_of_evaluation(jobs, run, Path(out)), problems, loaded, cluster, flags)
 
 
 def sweep(arguments: Sequence[str]) -> int:

@@ -119,8 +119,8 @@ class Attempt(PromptedMethod):
         if table.weight.is_meta or generator is None:
             self._sources = torch.zeros(len(config.sources), config.num_virtual_tokens, table.embedding_dim)
         else:
-            folders = {f"method.sources[{number}]": folder for number, folder in enumerate(config.sources)}
-            self._sources = load_source_prompts(folders, config.num_virtual_tokens, backbone_facts(backbone))
+            length, facts = config.num_virtual_tokens, backbone_facts(backbone)
+            self._sources = load_source_prompts(config.source_prompts, length, facts)
         super().inject(backbone, tokenizer, generator)
 
     def make_embedding(

@@ -78,8 +78,8 @@ class MultitaskPromptTuning(PromptedMethod):
             if table.weight.is_meta:
                 self._teachers = torch.zeros(len(config.tasks), config.num_virtual_tokens, table.embedding_dim)
             elif generator is not None:
-                folders = {f"method.teachers.{task}": config.teachers[task] for task in config.tasks}
-                self._teachers = load_source_prompts(folders, config.num_virtual_tokens, backbone_facts(backbone))
+                length, facts = config.num_virtual_tokens, backbone_facts(backbone)
+                self._teachers = load_source_prompts(config.source_prompts, length, facts)
         if self._teachers is not None:
             self.distillation = Distillation(
                 first_teacher=len(config.tasks),

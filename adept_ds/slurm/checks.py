@@ -9,7 +9,15 @@ from adept_ds.config import RunConfig
 from adept_ds.config_base import parse_bytes
 from adept_ds.deepspeed_config import batch_arithmetic
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.hub import hub_data_sets, is_dataset_cached, is_hub_data, is_local, missing_model_files
+from adept_ds.hub import (
+    TOKENIZER_CONFIG_NAME,
+    hub_data_sets,
+    is_dataset_cached,
+    is_hub_data,
+    is_local,
+    is_tokenizer_here,
+    missing_model_files,
+)
 from adept_ds.run_folder import CONFIG_NAME, check_same_run
 from adept_ds.slurm import queue
 from adept_ds.slurm.site import SiteConfig, parse_time
@@ -26,7 +34,7 @@ def run_problems(run: RunConfig, site: SiteConfig, nodes: int) -> list[str]:
         lambda: _check_run_folder(run),
     ]
     problems = [message for check in checks if (message := _message(check)) is not None]
-    unseen = [*path_problems(run, site.offline)]
+    unseen = [*path_problems(run, site.offline), *adapter_problems(run)]
     if not (problems or unseen) and (message := _message(lambda: _check_memory(run, site, nodes))):
         problems.append(message)
     return problems + unseen
@@ -40,8 +48,8 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
         if missing:
             yield _not_there("model.name_or_path", model.name_or_path, missing)
     tokenizer = model.tokenizer
-    if tokenizer and is_local(tokenizer) and not Path(tokenizer).is_dir():
-        yield f"model.tokenizer is {tokenizer!r}: no such folder"
+    if tokenizer and (is_local(tokenizer) or offline) and not is_tokenizer_here(tokenizer):
+        yield _not_there("model.tokenizer", tokenizer, [TOKENIZER_CONFIG_NAME])
     for key, path in (("data.path", data.path), ("data.validation_path", data.validation_path)):
         if path is not None and not Path(path).exists() and not is_hub_data(data, path):
             folder = Path(path).parent
@@ -51,6 +59,13 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
         for name in hub_data_sets(data):
             if not is_dataset_cached(name):
                 yield f"the data set {name!r} is not in this machine's cache, and the nodes are offline; {PREFETCH}"
+
+
+def adapter_problems(run: RunConfig) -> Iterator[str]:
+    """Adapters that the training of a run starts from and that are not there."""
+    for key, folder in run.method.adapter_folders.items():
+        if not Path(folder).is_dir():
+            yield _no_folder(key, folder)
 
 
 def slurm_problems(site: SiteConfig, jobs: Sequence[Job]) -> list[str]:
@@ -114,8 +129,12 @@ def _not_there(key: str, source: str, missing: Sequence[str]) -> str:
     if not is_local(source):
         where = f"{missing[0]} is not in this machine's cache, and the nodes are offline"
         return f"{key} is {source!r}, of which {where}; {PREFETCH}"
-    path = Path(source)
-    if not path.is_dir():
-        near = did_you_mean(source, map(str, path.parent.iterdir())) if path.parent.is_dir() else ""
-        return f"{key} is {source!r}: no such folder{near}"
+    if not Path(source).is_dir():
+        return _no_folder(key, source)
     return f"{key} is {source!r}, where {', '.join(missing)} is missing; expected a safetensors checkpoint"
+
+
+def _no_folder(key: str, source: str) -> str:
+    parent = Path(source).parent
+    near = did_you_mean(source, map(str, parent.iterdir())) if parent.is_dir() else ""
+    return f"{key} is {source!r}: no such folder{near}"

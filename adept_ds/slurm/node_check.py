@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
+from huggingface_hub.constants import is_offline_mode
 
 from adept_ds.command_line import parse_command_line
 from adept_ds.config import RunConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import NodeError, UserError
+from adept_ds.slurm.checks import adapter_problems, path_problems
 
 PACKAGES = (
     "accelerate",
@@ -45,9 +45,6 @@ PACKAGES = (
 TIMEOUT = timedelta(seconds=120)
 """For ranks to arrive, packages to be read from a cold network file system included, and for the all-reduce."""
 DEFAULT_MIN_FREE_GB = 1.0
-FILE_SUFFIXES = (".json", ".jsonl", ".gz")
-HUB_FILES = ("config.json", "tokenizer_config.json")
-"""A model, or a tokenizer alone, has one of them."""
 
 
 @dataclass(frozen=True)
@@ -114,21 +111,12 @@ def _version(package: str) -> str:
 
 
 def _source_problems(run: RunConfig) -> Iterator[str]:
-    """Models, files and folders of the config that this node cannot read."""
+    """Models, adapters and data of the config that this node cannot read."""
+    yield from path_problems(run, is_offline_mode())
+    yield from adapter_problems(run)
     for key, name in sources(run).items():
-        path = Path(name)
-        is_hub_id = name.count("/") <= 1 and not name.startswith((".", "/")) and path.suffix not in FILE_SUFFIXES
-        if path.exists():
-            if not os.access(path, os.R_OK):
-                yield f"{key} {name} is not readable"
-        elif not is_hub_id:
-            yield f"{key} {name} is not there"
-        elif key.startswith("model.") and is_offline_mode() and not _is_cached(name, run.model.revision):
-            yield f"{key} {name} is not in the hub's cache {HF_HUB_CACHE}, and the hub is off (HF_HUB_OFFLINE)"
-
-
-def _is_cached(name: str, revision: str | None) -> bool:
-    return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in HUB_FILES)
+        if Path(name).exists() and not os.access(name, os.R_OK):
+            yield f"{key} is {name!r}, which is not readable"
 
 
 def sources(run: RunConfig) -> dict[str, str]:
@@ -138,7 +126,7 @@ def sources(run: RunConfig) -> dict[str, str]:
         "model.tokenizer": run.model.tokenizer,
         "data.path": run.data.path,
         "data.validation_path": run.data.validation_path,
-        "method.init_from": getattr(run.method, "init_from", None),
+        **run.method.adapter_folders,
         **{f"data.hub_ids.{name}": source for name, source in run.data.hub_ids.items()},
     }
     return {key: source for key, source in named.items() if source is not None}

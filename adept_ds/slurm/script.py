@@ -92,6 +92,7 @@ def site_lines(site: SiteConfig, root: Path, python: str, binds: Sequence[Path],
         "ADEPT_DS_ROOT": shlex.quote(str(root)),
         "ADEPT_DS_PYTHON": shlex.quote(python),
         "ADEPT_DS_MAX_RESTARTS": str(site.max_restarts),
+        "ADEPT_DS_WARNING_SECONDS": str(site.warning_seconds),
     }
     if site.container:
         own["ADEPT_DS_CONTAINER"] = shlex.quote(f"{site.container_command} {site.container}")

@@ -3,9 +3,9 @@
     RUN/slurm/submission.json     ids of the jobs by kind     RUN/slurm/config.json    the config as it was submitted
     RUN/slurm/train.sbatch, ..    the scripts                 RUN/slurm/JOB.log        a log for each job
 
-The chain is train, eval (samples, on GPUs), score (runs them, on CPUs), report. Each follows if the one before it has
-succeeded; a training that is requeued keeps its id, so that they wait for its last try. A sweep is one job array, with
-the same files in the sweep's folder.
+The chain is train, eval (on GPUs), score (runs the programs that MBPP's eval has sampled, on CPUs), report. Each
+follows if the one before it has succeeded; a training that is requeued keeps its id, so that they wait for its last
+try. A sweep is one job array, with the same files in the sweep's folder.
 """
 
 from __future__ import annotations
@@ -36,12 +36,9 @@ from adept_ds.slurm.tries import STOP_NAME
 Kind = Literal["train", "eval", "score", "report"]
 KINDS: tuple[Kind, ...] = ("train", "eval", "score", "report")
 
-TEMPLATES: dict[Kind, str] = {
-    "train": "train.sbatch",
-    "eval": "eval_mbpp.sbatch",
-    "score": "score_mbpp.sbatch",
-    "report": "report.sbatch",
-}
+Benchmark = Literal["mbpp", "text2text"]
+BENCHMARKS: tuple[Benchmark, ...] = ("mbpp", "text2text")
+"""What an evaluation is on, by the name of its program in `evals`."""
 BACKBONE_ALONE = "base"
 """Name of the evaluation of a backbone without adapter."""
 
@@ -89,7 +86,7 @@ def train_job(run: RunConfig, cluster: Cluster, nodes: int) -> Job:
     """The training of one run."""
     folder = cluster.cwd / run.logging.run_dir
     options = [*_options("train", folder, "%j", cluster, nodes), "--dependency=singleton"]
-    return _job("train", folder, run, cluster, options, [str(config_path(folder))])
+    return _job("train", "train", folder, run, cluster, options, [str(config_path(folder))])
 
 
 def array_job(run: RunConfig, cluster: Cluster, nodes: int, count: int, concurrent: int | None) -> Job:
@@ -99,13 +96,18 @@ def array_job(run: RunConfig, cluster: Cluster, nodes: int, count: int, concurre
         *_options("train", folder, "%A_%a", cluster, nodes),
         f"--array=0-{count - 1}{f'%{concurrent}' if concurrent else ''}",
     ]
-    return _job("train", folder, run, cluster, options, [str(members_path(folder))])
+    return _job("train", "train", folder, run, cluster, options, [str(members_path(folder))])
+
+
+def benchmark(run: RunConfig) -> Benchmark:
+    """What a run is evaluated on: the tasks that it is trained on, else MBPP."""
+    return "text2text" if run.data.format == "tasks" else "mbpp"
 
 
 def evaluation_jobs(
     run: RunConfig, cluster: Cluster, nodes: int, adapter: str | None, out: str, flags: Sequence[str] = ()
 ) -> list[Job]:
-    """Samples, scores and report of an evaluation on MBPP.
+    """Samples, scores and report of an evaluation on what the run is trained for.
 
     Args:
         run: The run.
@@ -113,28 +115,32 @@ def evaluation_jobs(
         nodes: Nodes for the samples.
         adapter: Adapter or model folder; None for the backbone alone.
         out: Folder of the evaluation.
-        flags: Further flags of `evals/mbpp.py`.
+        flags: Further flags of the program in `evals`.
     """
     folder = cluster.cwd / run.logging.run_dir
-    words: dict[Kind, list[str]] = {
-        "eval": [
-            str(config_path(folder)),
-            *(("--adapter", adapter) if adapter else ()),
-            *("--out", out, "--samples_only"),
-            *flags,
-        ],
-        "score": [out],
-        "report": [run.logging.run_dir],
-    }
+    # Generated programs are run apart, where no GPU waits for them. Texts are scored at once.
+    apart = benchmark(run) == "mbpp"
+    evaluation = [
+        str(config_path(folder)),
+        *(("--adapter", adapter) if adapter else ()),
+        *("--out", out),
+        *["--samples_only"] * apart,
+        *flags,
+    ]
+    words: list[tuple[Kind, str, list[str]]] = [("eval", f"eval_{benchmark(run)}", evaluation)]
+    if apart:
+        words.append(("score", "score_mbpp", [out]))
+    words.append(("report", "report", [run.logging.run_dir]))
     return [
-        _job(kind, folder, run, cluster, _options(kind, folder, "%j", cluster, nodes), arguments)
-        for kind, arguments in words.items()
+        _job(kind, template, folder, run, cluster, _options(kind, folder, "%j", cluster, nodes), arguments)
+        for kind, template, arguments in words
     ]
 
 
-def left_of_evaluation(jobs: Sequence[Job], out: Path) -> Sequence[Job]:
-    """Those jobs of an evaluation that are not done: samples that are there are scored only."""
-    if (out / SUMMARY_NAME).is_file():
+def left_of_evaluation(jobs: Sequence[Job], run: RunConfig, out: Path) -> Sequence[Job]:
+    """Those jobs of an evaluation that are not done: samples of programs that are there are scored only."""
+    folders = [out / name for name in run.data.tasks] or [out]
+    if all((folder / SUMMARY_NAME).is_file() for folder in folders):
         return []
     return jobs[1:] if (out / GENERATION_NAME).is_file() else jobs
 
@@ -155,7 +161,13 @@ def evaluation_out(run: RunConfig, adapter: str | None) -> str:
 
 
 def _job(
-    kind: Kind, folder: Path, run: RunConfig, cluster: Cluster, options: Sequence[str], arguments: Sequence[str]
+    kind: Kind,
+    template: str,
+    folder: Path,
+    run: RunConfig,
+    cluster: Cluster,
+    options: Sequence[str],
+    arguments: Sequence[str],
 ) -> Job:
     site = cluster.site
     home = Path(os.path.expandvars(site.env.get("HF_HOME", "$HOME/.cache/huggingface")))
@@ -164,7 +176,7 @@ def _job(
         # Without the hub a data set is read from the cache in which it was prepared.
         more["HF_DATASETS_CACHE"] = str(home / "datasets")
     lines = site_lines(site, cluster.root, cluster.python, (cluster.root, cluster.cwd, folder, home), more)
-    text = render(cluster.root / SCRIPTS / TEMPLATES[kind], options, lines, arguments)
+    text = render(cluster.root / SCRIPTS / f"{template}.sbatch", options, lines, arguments)
     return Job(kind, folder / SLURM_FOLDER / f"{kind}.sbatch", text)
 
 

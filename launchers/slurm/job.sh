@@ -68,6 +68,17 @@ run_ranks() {
     step=
 }
 
+# run_evaluation ARGUMENT..: run_ranks, with a log for each rank in a folder beside the job's own, to the end of the job.
+run_evaluation() {
+    local log logs
+    log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+    logs=${log%.log}.ranks
+    mkdir -p "$logs"
+    run_ranks "$logs/rank" "$@"
+    ((status == 0)) || tool tries failure "$logs"
+    exit "$status"
+}
+
 # run_here ARGUMENT..: the interpreter with ARGUMENT.. as one task. Nothing passes signals on: these jobs start anew.
 run_here() { srun --ntasks=1 --label "${container[@]}" "$python" "$@"; }
 

@@ -36,7 +36,7 @@ def test_faults_of_one_node_end_the_job_before_anything_is_loaded(cluster: Clust
             cluster.execute("n2", "umount", str(place))
     log = run.last_words()
     assert "n2: 0.0 GB are free on ADEPT_DS_SCRATCH /mnt/small, expected 1" in log
-    assert f"n2: data.path {data}/train.jsonl is not there" in log
+    assert f"n2: data.path is '{data}/train.jsonl': no such file or folder" in log
     assert f"n2: accelerate is 0.0.1, on n1 it is {importlib.metadata.version('accelerate')}" in log
     assert "  n1: " not in log
     assert "--exclude=n2" in log
@@ -50,7 +50,7 @@ def test_a_fault_of_all_nodes_excludes_none(cluster: Cluster, stub: StubRun) -> 
     job = stub.submit("--nodes=1", ADEPT_DS_NODE_CHECK="1", HF_HUB_OFFLINE="1")
     assert cluster.wait(job, timeout=60)["JobState"] == "FAILED"
     log = stub.last_words()
-    assert "n1: model.name_or_path stub/model is not in the hub's cache" in log
+    assert "n1: model.name_or_path is 'stub/model', of which config.json is not in this machine's cache" in log
     assert "--exclude" not in log
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,24 @@ def warn(cluster: Cluster, job: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def at_its_limit(whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[StubRun, str]:
-    """A job whose warning comes 40 to 100 s after its start, as SLURM sends it up to a minute early; other tests need
-    not wait for it. Those that preempt what runs stand after the one that does."""
-    run = StubRun(whole_cluster, tmp_path_factory.mktemp("limit"))
-    job = run.submit("--time=3", "--signal=B:USR1@80", STUB_STEP_SECONDS="8")
-    whole_cluster.jobs.remove(job)
-    return run, job
+def at_their_limit(
+    whole_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[StubRun, str]]]:
+    """Jobs that are warned 40 s after their start, or up to a minute later by SLURM, whose signals may be so early.
+    Other tests need not wait for them; those that preempt what runs stand after the one that does."""
+    jobs = {}
+    for warned_by, signal, seconds in (("SLURM", "USR1@80", "20"), ("the job itself", "CONT@60", "280")):
+        run = StubRun(whole_cluster, tmp_path_factory.mktemp("limit"))
+        limit = ("--time=3", f"--signal=B:{signal}")
+        job = run.submit(*limit, STUB_STEP_SECONDS="8", ADEPT_DS_WARNING_SECONDS=seconds)
+        whole_cluster.jobs.remove(job)
+        jobs[warned_by] = run, job
+    yield jobs
+    whole_cluster.jobs.extend(job for _, job in jobs.values())
+    whole_cluster.cancel_all()
 
 
-@pytest.mark.usefixtures("at_its_limit")
+@pytest.mark.usefixtures("at_their_limit")
 def test_a_run_ends_and_its_history_has_one_line(cluster: Cluster, stub: StubRun) -> None:
     job = stub.submit()
     assert cluster.wait(job)["JobState"] == "COMPLETED", stub.last_words()
@@ -312,8 +321,11 @@ def test_a_config_with_a_mistake_costs_a_second(cluster: Cluster, stub: StubRun)
     assert not (stub.run_dir / "history.jsonl").exists()
 
 
-def test_the_time_limit_itself_warns_in_time(cluster: Cluster, at_its_limit: tuple[StubRun, str]) -> None:
-    run, job = at_its_limit
+@pytest.mark.parametrize("warned_by", ["SLURM", "the job itself"])
+def test_the_time_limit_warns_in_time(
+    cluster: Cluster, at_their_limit: dict[str, tuple[StubRun, str]], warned_by: str
+) -> None:
+    run, job = at_their_limit[warned_by]
     cluster.jobs.append(job)
     cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1, timeout=150)
     assert run.history()[0]["ended_by"] == "time limit"

@@ -289,6 +289,52 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert "nothing to do" in submit(*arguments, cwd=tmp_path).stdout
 
 
+def test_tasks_are_scored_where_they_are_generated(tmp_path: Path) -> None:
+    path = config(tmp_path, data={"format": "tasks", "tasks": ["rte", "cb"], "path": str(tmp_path)})
+    arguments = ("train", "--config", path, "--dry-run", "--then-eval")
+    found = scripts(submit(*arguments, "text2text", cwd=tmp_path).stdout)
+    assert list(found) == ["train", "eval", "report"]
+    (command,) = (line for line in found["eval"].splitlines() if line.startswith("set -- "))
+    assert command.endswith("/slurm/config.json --adapter runs/x/best --out runs/x/eval/adept")
+    assert "evals/text2text.py" in found["eval"]
+    assert "--dependency=afterok:JOB_ID_OF_EVAL" in submit(*arguments, "text2text", cwd=tmp_path).stdout
+
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "status.json").write_text('{"state": "finished"}')
+    for task, left in (("rte", ["eval", "report"]), ("cb", [])):
+        folder = tmp_path / "runs" / "x" / "eval" / "adept" / task
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+        assert list(scripts(submit(*arguments, "text2text", cwd=tmp_path).stdout)) == left
+
+    refused = submit(*arguments, "mbpp", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--then-eval mbpp: data.format is 'tasks', expected --then-eval text2text" in refused.stderr
+    refused = submit("eval", "--config", path, "--k", "1", "10", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--k and --paper-scoring are MBPP's; data.format is 'tasks'" in refused.stderr
+
+
+def test_adapters_that_a_run_starts_from_are_to_be_there(tmp_path: Path) -> None:
+    (tmp_path / "teacher").mkdir()
+    method = {
+        "name": "mpt",
+        "tasks": ["rte", "cb"],
+        "teachers": {"rte": "teacher", "cb": "teachr"},
+        "init_from": "runs/source/best",
+    }
+    data = {"format": "tasks", "tasks": ["rte", "cb"], "path": str(tmp_path)}
+    path = config(tmp_path, data=data, method=method)
+    done = submit("train", "--config", path, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "method.teachers.cb is 'teachr': no such folder; did you mean 'teacher'?" in done.stderr
+    assert "method.init_from is 'runs/source/best': no such folder" in done.stderr
+    assert "method.teachers.rte" not in done.stderr
+    # An adapter that is trained does not need them any more.
+    done = submit("eval", "--config", path, "--adapter", "teacher", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_names_of_jobs_tell_run_folders_apart(tmp_path: Path) -> None:
     assert job_name(tmp_path / "a" / "run") != job_name(tmp_path / "b" / "run")
     assert re.fullmatch(r"adept_ds-it_s_-[0-9a-f]{8}\.eval", job_name(Path("/x/it's "), "eval"))
