@@ -112,7 +112,7 @@ def load_backbone(
         return backbone.requires_grad_(False).to(device)
     weights = weight_files(config)
     backbone = _empty_backbone(config, architecture)
-    partitioner = Partitioner(deepspeed_config, device, shard_group) if deepspeed_config else None
+    partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
     fill_backbone(backbone, config, weights, device, partitioner, show_progress)
     with suppress(OSError):  # not every checkpoint has one
         backbone.generation_config = GenerationConfig.from_pretrained(
@@ -136,7 +136,7 @@ def random_backbone(
     global _zero_init
     _zero_init = None
     backbone = _empty_backbone(config, architecture)
-    partitioner = Partitioner(deepspeed_config, device, shard_group) if deepspeed_config else None
+    partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
     fill_randomly(backbone, config, device, partitioner)
     return backbone.requires_grad_(False).eval()
 

@@ -216,6 +216,11 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
     if not run.method.saves_model:
         # DeepSpeed allocates the whole bucket, 2 GB by its default, for gradients of some hundred kilobytes.
         zero.setdefault("reduce_bucket_size", ADAPTER_BUCKET_ELEMENTS)
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        # A weight that is kept for a later use keeps its buffer too, and DeepSpeed fails once there is none left. It
+        # also fails where it reads ahead and meets a weight that is used twice, as in the forward and backward passes.
+        zero.setdefault("stage3_max_reuse_distance", 0)
+        zero.setdefault("stage3_prefetch_bucket_size", 0)
     config.setdefault("steps_per_print", STEPS_PER_PRINT)
     # The optimizer is torch's own AdamW, also where its states are offloaded to the CPU.
     config.setdefault("zero_allow_untested_optimizer", True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from adept_ds.errors import UserError
+
+SPARE_BUFFERS = 4
+"""Buffers for reading from a disk beside those for the weights of one layer."""
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -51,6 +59,35 @@ def node_group(ranks_by_node: Sequence[Sequence[int]]) -> dist.ProcessGroup | No
     return next(group for group, ranks in zip(groups, ranks_by_node, strict=True) if dist.get_rank() in ranks)
 
 
+def prepare_disk(offload: dict[str, Any], backbone: nn.Module, ranks: int) -> None:
+    """Give this rank a folder and buffers for weights that are offloaded to a disk.
+
+    The folder is a new one in `nvme_path`, which other runs may use too, and goes when the process ends. DeepSpeed
+    reads a weight's part into a buffer, which the part occupies while the weight is used. Where activations are
+    recomputed, that is as long as the layer's backward pass. If `buffer_size` (elements) or `buffer_count` is not set,
+    a buffer holds the largest part, and there is one for every matrix of a layer.
+
+    Args:
+        offload: The section `offload_param` of the completed configuration, which is changed.
+        backbone: Not yet split; its parameters may be on the meta device.
+        ranks: How many ranks share a parameter.
+
+    Raises:
+        UserError: The buffers that are set are too small.
+    """
+    largest = max(-(-parameter.numel() // ranks) for parameter in backbone.parameters())
+    if offload.setdefault("buffer_size", largest) < largest:
+        raise UserError(
+            f"deepspeed.zero_optimization.offload_param.buffer_size is {offload['buffer_size']}, and a rank's part of "
+            f"the largest weight has {largest} elements; expected that or more, or no value"
+        )
+    layers = (layer for module in backbone.modules() if isinstance(module, nn.ModuleList) for layer in module)
+    matrices = (sum(parameter.dim() > 1 for parameter in layer.parameters()) for layer in layers)
+    offload.setdefault("buffer_count", max(matrices, default=0) + SPARE_BUFFERS)
+    offload["nvme_path"] = tempfile.mkdtemp(prefix="adept_ds-", dir=offload["nvme_path"])
+    atexit.register(shutil.rmtree, offload["nvme_path"], ignore_errors=True)
+
+
 class Partitioner:
     """Splits parameters over ranks by ZeRO-3, one by one, before there is an engine.
 
@@ -58,15 +95,25 @@ class Partitioner:
     rank hands in a tensor of which only its own part (`own_part`) has to hold values.
 
     Args:
-        config: The completed `deepspeed` section, at stage 3.
+        config: The completed `deepspeed` section, at stage 3. Its disk, if it offloads to one, is prepared.
+        backbone: Whose parameters are going to be split.
         device: This rank's device.
         group: The ranks among which frozen parameters are split; all if None. What is not split here is split over all
             ranks by the engine.
     """
 
-    def __init__(self, config: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        backbone: nn.Module,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         import deepspeed
 
+        offload = config["zero_optimization"].get("offload_param", {})
+        if offload.get("device") == "nvme":
+            prepare_disk(offload, backbone, dist.get_world_size(group))
         # An empty module: sets up what DeepSpeed needs and splits nothing yet.
         self._zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
         self.device = device

@@ -147,9 +147,12 @@ Launch = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture(scope="session")
 def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Start an entry point on so many ranks of the real `deepspeed` launcher; on 0 ranks with plain python."""
+    """Start an entry point on so many ranks of the real `deepspeed` launcher; on 0 ranks with plain python.
 
-    def start_ranks(ranks: int, script: str, settings: Any, *arguments: str) -> subprocess.Popen:
+    Keywords are further environment variables.
+    """
+
+    def start_ranks(ranks: int, script: str, settings: Any, *arguments: str, **variables: str) -> subprocess.Popen:
         config = tmp_path_factory.mktemp("config") / "run.json"
         config.write_text(json.dumps(settings))
         launcher = (
@@ -158,7 +161,7 @@ def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
         return subprocess.Popen(
             [*launcher, script, "--config", str(config), *arguments],
             cwd=REPOSITORY,
-            env=environment,
+            env=environment | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -172,8 +175,10 @@ def start(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 def launch(start: Start) -> Launch:
     """As `start`, and wait for the end."""
 
-    def launch_ranks(ranks: int, script: str, settings: Any, *arguments: str) -> subprocess.CompletedProcess:
-        process = start(ranks, script, settings, *arguments)
+    def launch_ranks(
+        ranks: int, script: str, settings: Any, *arguments: str, **variables: str
+    ) -> subprocess.CompletedProcess:
+        process = start(ranks, script, settings, *arguments, **variables)
         try:
             output, _ = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:

@@ -290,6 +290,14 @@ def test_only_split_weights_are_offloaded():
         complete(make_run({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}), 1)
 
 
+def test_a_disk_is_read_when_a_weight_is_needed_unless_the_section_says_otherwise(tmp_path):
+    zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    completed = complete(make_run({"zero_optimization": zero}), 1).config["zero_optimization"]
+    assert (completed["stage3_max_reuse_distance"], completed["stage3_prefetch_bucket_size"]) == (0, 0)
+    completed = complete(make_run({"zero_optimization": zero | {"stage3_max_reuse_distance": 9}}), 1).config
+    assert completed["zero_optimization"]["stage3_max_reuse_distance"] == 9
+
+
 @pytest.mark.parametrize(("sharding", "stage"), [("node", 3), ("global", 3), ("replicate", 1)])
 def test_sharding_sets_the_stage(sharding, stage):
     assert complete(make_run({}, sharding=sharding), 1).config["zero_optimization"]["stage"] == stage

@@ -17,6 +17,7 @@ from adept_ds.errors import UserError
 from adept_ds.methods import Untuned
 from adept_ds.model import AdaptedModel
 from adept_ds.quantization import QuantizedLinear
+from adept_ds.sharding import prepare_disk
 
 NAMES = ["llama", "codegen", "t5-tied", "t5-untied", "gpt2"]
 
@@ -156,3 +157,20 @@ def test_a_half_written_cache_is_not_read(saved, tmp_path: Path) -> None:
     file.write_bytes(b"cut short")
     load(folder, quantized_cache=str(cache))
     assert entry.is_dir()
+
+
+def test_a_buffer_holds_the_largest_part_and_there_are_some_for_each_matrix_of_a_layer(
+    make_backbone, tmp_path: Path
+) -> None:
+    backbone = make_backbone("llama")
+    largest = max(parameter.numel() for parameter in backbone.parameters())
+    section = {"device": "nvme", "nvme_path": str(tmp_path)}
+    first, second = dict(section), dict(section)
+    prepare_disk(first, backbone, 3)
+    prepare_disk(second, backbone, 3)
+    assert 3 * (first["buffer_size"] - 1) < largest <= 3 * first["buffer_size"]
+    assert first["buffer_count"] >= 7  # four of the attention's, three of the feed-forward part's
+    assert len({first["nvme_path"], second["nvme_path"], str(tmp_path)}) == 3
+    assert Path(first["nvme_path"]).parent == tmp_path
+    with pytest.raises(UserError, match=rf"buffer_size is 10, and a rank's part .* has {largest} elements"):
+        prepare_disk(section | {"buffer_size": 10}, backbone, 1)
