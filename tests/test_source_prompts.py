@@ -368,6 +368,15 @@ def test_attempt_of_a_causal_model_does_not_look_at_the_answer(make_backbone: Ma
     assert not torch.allclose(answers, other_input, atol=1e-3)
 
 
+def test_attempt_refuses_an_input_in_parts(make_backbone: Make, make_sources) -> None:
+    config = AttemptConfig(num_virtual_tokens=LENGTH, sources=make_sources("llama"), bottleneck=5)
+    model = get_adept_model(make_backbone("llama"), config).eval()
+    ids = random_ids(2, 9)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
+    with pytest.raises(ValueError, match="generate without prefill_chunk_size"):
+        model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=5)
+
+
 def test_attempt_without_anything_to_read_has_gradients(make_backbone: Make, make_sources) -> None:
     config = AttemptConfig(num_virtual_tokens=LENGTH, sources=make_sources("llama"))
     model = get_adept_model(make_backbone("llama"), config).train()

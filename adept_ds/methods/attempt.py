@@ -71,6 +71,20 @@ class AttemptEmbedding(PromptedEmbedding):
         self.network = network
         self.temperature = temperature
 
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """See `PromptedEmbedding.forward`.
+
+        Raises:
+            ValueError: There is a prompt to read, but not the whole of the input that it depends on.
+        """
+        is_whole = self.context is not None and self.context.shape[1] == input_ids.shape[1]
+        if self.enabled and not is_whole and bool((input_ids >= self.num_embeddings).any()):
+            raise ValueError(
+                "the prompt of ATTEMPT depends on the whole input, and a part of it came alone; generate without "
+                "prefill_chunk_size"
+            )
+        return super().forward(input_ids)
+
     def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
         """See `PromptedEmbedding.read_prompt`."""
         assert self.soft_prompt is not None
