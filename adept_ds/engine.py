@@ -30,6 +30,7 @@ from torch import Tensor
 
 from adept_ds.deepspeed_config import SHARDED_STAGE
 from adept_ds.distributed import World, ranks_by_node
+from adept_ds.entry_point import is_main_rank
 from adept_ds.errors import UserError
 from adept_ds.methods.base import attribute_set
 from adept_ds.model import AdaptedModel
@@ -58,12 +59,16 @@ def check_offload(config: dict[str, Any]) -> None:
     """
     for name in ("offload_param", "offload_optimizer"):
         device = config["zero_optimization"].get(name, {}).get("device")
-        if device == "nvme" and not deepspeed.ops.__compatible_ops__["async_io"]:
+        if device != "nvme":
+            continue
+        if not deepspeed.ops.__compatible_ops__["async_io"]:
             raise UserError(
                 f"deepspeed.zero_optimization.{name}.device is 'nvme', for which DeepSpeed builds its async_io "
                 "extension; that needs a C++ compiler and libaio with its headers (Debian's libaio-dev), which are not "
                 "here; expected 'cpu', or install them"
             )
+        if is_main_rank():
+            print(f"deepspeed.zero_optimization.{name}: DeepSpeed builds async_io now, unless it has; it takes minutes")
 
 
 def shard_options(config: dict[str, Any], sharding: str | None, world: World) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adept_ds.errors import UserError
+from adept_ds.errors import NodeError, UserError
 
 SPARE_BUFFERS = 4
 """Buffers for reading from a disk beside those for the weights of one layer."""
@@ -74,6 +77,7 @@ def prepare_disk(offload: dict[str, Any], backbone: nn.Module, ranks: int) -> No
 
     Raises:
         UserError: The buffers that are set are too small.
+        NodeError: This node cannot write into `nvme_path`, or not directly, as on some file systems.
     """
     largest = max(-(-parameter.numel() // ranks) for parameter in backbone.parameters())
     if offload.setdefault("buffer_size", largest) < largest:
@@ -84,8 +88,16 @@ def prepare_disk(offload: dict[str, Any], backbone: nn.Module, ranks: int) -> No
     layers = (layer for module in backbone.modules() if isinstance(module, nn.ModuleList) for layer in module)
     matrices = (sum(parameter.dim() > 1 for parameter in layer.parameters()) for layer in layers)
     offload.setdefault("buffer_count", max(matrices, default=0) + SPARE_BUFFERS)
-    offload["nvme_path"] = tempfile.mkdtemp(prefix="adept_ds-", dir=offload["nvme_path"])
-    atexit.register(shutil.rmtree, offload["nvme_path"], ignore_errors=True)
+    try:
+        folder = tempfile.mkdtemp(prefix="adept_ds-", dir=offload["nvme_path"])
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.close(os.open(Path(folder) / "probe", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+    except OSError as error:
+        raise NodeError(
+            f"deepspeed.zero_optimization.offload_param.nvme_path is {offload['nvme_path']!r}, where {platform.node()} "
+            f"cannot write past the cache: {error.strerror}; expected a folder on a local disk that you may write to"
+        ) from None
+    offload["nvme_path"] = folder
 
 
 class Partitioner:

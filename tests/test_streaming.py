@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adept_ds.backbone import load_backbone
 from adept_ds.config import ModelConfig
-from adept_ds.errors import UserError
+from adept_ds.errors import NodeError, UserError
 from adept_ds.methods import Untuned
 from adept_ds.model import AdaptedModel
 from adept_ds.quantization import QuantizedLinear
@@ -174,3 +174,8 @@ def test_a_buffer_holds_the_largest_part_and_there_are_some_for_each_matrix_of_a
     assert Path(first["nvme_path"]).parent == tmp_path
     with pytest.raises(UserError, match=rf"buffer_size is 10, and a rank's part .* has {largest} elements"):
         prepare_disk(section | {"buffer_size": 10}, backbone, 1)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(make_backbone) -> None:
+    with pytest.raises(NodeError, match=r"nvme_path is '/proc/self', where .* cannot write past the cache"):
+        prepare_disk({"device": "nvme", "nvme_path": "/proc/self"}, make_backbone("llama"), 1)
