@@ -48,7 +48,7 @@ def at_their_limit(
 def test_a_run_ends_and_its_history_has_one_line(cluster: Cluster, stub: StubRun) -> None:
     job = stub.submit()
     assert cluster.wait(job)["JobState"] == "COMPLETED", stub.last_words()
-    assert not cluster.processes("n1", str(stub.config))
+    wait_for(lambda: not cluster.processes("n1", str(stub.config)), 10, lambda: "processes of the job are left")
     (line,) = stub.history()
     assert line["started"] <= line["ended"]
     del line["started"], line["ended"]

@@ -63,7 +63,7 @@ def test_two_nodes_train_to_the_end_by_way_of_the_first_ones_address(uninterrupt
     assert uninterrupted.run.status()["state"] == "finished"
     assert len(uninterrupted.losses) == STEPS
     assert uninterrupted.losses[-1] < uninterrupted.losses[0]
-    assert "198.51.100.11" in uninterrupted.peers.replace(os.environ.get("LOCAL_SLURM_SUBNET", "-"), "198.51.100")
+    assert f"{uninterrupted.run.cluster.environment['LOCAL_SLURM_SUBNET']}.11]" in uninterrupted.peers
     assert "127.0.0.1" not in uninterrupted.peers
 
 
