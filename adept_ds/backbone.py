@@ -26,7 +26,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
 from adept_ds.config import ModelConfig
-from adept_ds.errors import UserError, did_you_mean
+from adept_ds.errors import UserError, did_you_mean_path
 from adept_ds.hub import is_local
 from adept_ds.sharding import Partitioner
 from adept_ds.streaming import fill_backbone, fill_randomly
@@ -174,10 +174,8 @@ def weight_files(config: ModelConfig) -> list[Path]:
 
 def _from_source(auto: Any, key: str, source: str, **options: Any) -> Any:
     """Call `auto.from_pretrained`, turning what a user can mend into a `UserError`."""
-    path = Path(source)
-    if is_local(source) and not path.is_dir():
-        siblings = [str(folder) for folder in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{key} is {source!r}: no such folder{did_you_mean(source, siblings)}")
+    if is_local(source) and not Path(source).is_dir():
+        raise UserError(f"{key} is {source!r}: no such folder{did_you_mean_path(source)}")
     with _told_as_user_error(key, source):
         return auto.from_pretrained(source, **options)
 

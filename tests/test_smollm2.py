@@ -15,7 +15,7 @@ from adept_ds.config import DataConfig, ModelConfig
 from adept_ds.data import load_examples
 from adept_ds.method_config import AttemptConfig, FullConfig, MethodConfig, PromptTuningConfig
 from adept_ds.model import AdaptedModel, get_adept_model
-from tests.test_methods import METHODS
+from tests.test_methods import METHODS, take_steps
 
 pytestmark = pytest.mark.slow
 
@@ -61,16 +61,7 @@ def test_a_method_learns_a_solution_and_is_saved(
     if isinstance(config, AttemptConfig):
         config = config.model_copy(update={"sources": sources})
     model = get_adept_model(backbone_of(smollm2), config).train()
-    named = model.trainable_parameters()
-    groups = model.learning_rate_groups().items()
-    optimizer = torch.optim.Adam([{"params": [named[n] for n in names], "lr": RATES[g]} for g, names in groups])
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=problem, labels=problem).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = take_steps(model, {"input_ids": problem, "labels": problem}, 5, RATES)
     assert losses[-1] < 0.97 * losses[0]
 
     expected = logits(model, problem)

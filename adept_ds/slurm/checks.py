@@ -8,7 +8,7 @@ from pathlib import Path
 from adept_ds.config import RunConfig
 from adept_ds.config_base import parse_bytes
 from adept_ds.deepspeed_config import batch_arithmetic
-from adept_ds.errors import UserError, did_you_mean
+from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
 from adept_ds.hub import (
     TOKENIZER_CONFIG_NAME,
     hub_data_sets,
@@ -52,9 +52,7 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
         yield _not_there("model.tokenizer", tokenizer, [TOKENIZER_CONFIG_NAME])
     for key, path in (("data.path", data.path), ("data.validation_path", data.validation_path)):
         if path is not None and not Path(path).exists() and not is_hub_data(data, path):
-            folder = Path(path).parent
-            near = did_you_mean(path, map(str, folder.iterdir())) if folder.is_dir() else ""
-            yield f"{key} is {path!r}: no such file or folder{near}"
+            yield f"{key} is {path!r}: no such file or folder{did_you_mean_path(path)}"
     if offline:
         for name in hub_data_sets(data):
             if not is_dataset_cached(name):
@@ -65,7 +63,7 @@ def adapter_problems(run: RunConfig) -> Iterator[str]:
     """Adapters that the training of a run starts from and that are not there."""
     for key, folder in run.method.adapter_folders.items():
         if not Path(folder).is_dir():
-            yield _no_folder(key, folder)
+            yield f"{key} is {folder!r}: no such folder{did_you_mean_path(folder)}"
 
 
 def slurm_problems(site: SiteConfig, jobs: Sequence[Job]) -> list[str]:
@@ -130,11 +128,5 @@ def _not_there(key: str, source: str, missing: Sequence[str]) -> str:
         where = f"{missing[0]} is not in this machine's cache, and the nodes are offline"
         return f"{key} is {source!r}, of which {where}; {PREFETCH}"
     if not Path(source).is_dir():
-        return _no_folder(key, source)
+        return f"{key} is {source!r}: no such folder{did_you_mean_path(source)}"
     return f"{key} is {source!r}, where {', '.join(missing)} is missing; expected a safetensors checkpoint"
-
-
-def _no_folder(key: str, source: str) -> str:
-    parent = Path(source).parent
-    near = did_you_mean(source, map(str, parent.iterdir())) if parent.is_dir() else ""
-    return f"{key} is {source!r}: no such folder{near}"
