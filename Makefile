@@ -55,7 +55,7 @@ lint: env
 
 # Decoding is in fp32: on a CPU it is faster than in bf16, and the adapter is fp32 anyway.
 demo: env
-	$(BIN)/python -m adept_ds.demo_model $(MODEL)
+	$(BIN)/python -m adept_ds.tools.demo_model $(MODEL)
 	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 launchers/train.py --config $(CONFIG) --resume auto
 	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 evals/mbpp.py --config $(CONFIG) --model.dtype fp32 --out $(RUN)/eval/base
 	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 evals/mbpp.py --config $(CONFIG) --model.dtype fp32 --adapter $(RUN)/best --out $(RUN)/eval/adept

@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adept_ds.method_config import AdeptConfig
-    from adept_ds.model import AdaptedModel, get_adept_model
+    from adept_ds.config.method import AdeptConfig
+    from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 
 __all__ = ["AdaptedModel", "AdeptConfig", "get_adept_model"]
 
@@ -18,11 +18,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 def __getattr__(name: str) -> Any:
     """Import the public names when they are asked for: a config or the sandbox needs no torch."""
     if name == "AdeptConfig":
-        from adept_ds.method_config import AdeptConfig
+        from adept_ds.config.method import AdeptConfig
 
         return AdeptConfig
     if name in __all__:
-        from adept_ds import model
+        from adept_ds.model import adapted_model
 
-        return getattr(model, name)
+        return getattr(adapted_model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from adept_ds.errors import UserError
-from adept_ds.slurm.environment import take_slurm_ranks
+from adept_ds.rank_environment import take_slurm_ranks
 
 Result = TypeVar("Result")
 
@@ -121,3 +121,22 @@ def on_main_rank(function: Callable[[], Result], world: World) -> Result:
     if message is not None:
         raise UserError(message) if is_user_error else MainRankError(f"rank 0 failed: {message}")
     return outcome[0]
+
+
+def own_rank() -> int:
+    """Rank of this process; 0 where there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def rank_count() -> int:
+    """Number of ranks; 1 where there is no process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_all_ranks(condition: bool) -> bool:
+    """Whether the condition holds on every rank. Collective; works without a process group."""
+    if rank_count() == 1:
+        return condition
+    answers: list[bool] = [False] * rank_count()
+    dist.all_gather_object(answers, condition)
+    return all(answers)

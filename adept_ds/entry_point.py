@@ -10,14 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adept_ds.errors import NodeError, UserError
-from adept_ds.slurm.environment import take_slurm_ranks
+from adept_ds.rank_environment import is_main_rank, take_slurm_ranks
 
 USER_ERROR_STATUS = 2
-
-
-def is_main_rank() -> bool:
-    """Whether the launcher made this process rank 0; for use before the process group exists."""
-    return int(os.environ.get("RANK") or 0) == 0
 
 
 def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:

@@ -16,7 +16,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adept_ds.command_line import parse_command_line, parse_flags
+from adept_ds.config.command_line import parse_command_line, parse_flags
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError, did_you_mean
 
@@ -46,10 +46,10 @@ def sizes(arguments: Sequence[str]) -> None:
     flags, loaded = parse_command_line(arguments, f"{PROGRAM} sizes", __doc__ or "", add_sizes_flags)
     if not flags.adapter:
         raise UserError("--adapter FOLDER is needed, for example runs/t5_base/best")
-    from adept_ds.analysis import embedding_sizes
     from adept_ds.data import EncodedDataset, load_examples
     from adept_ds.distributed import init_world
-    from adept_ds.tuned import load_tuned
+    from adept_ds.evaluation.analysis import embedding_sizes
+    from adept_ds.evaluation.tuned import load_tuned
 
     run, world = loaded.run, init_world()
     examples = load_examples(run.data, "train")
@@ -68,10 +68,10 @@ def speed(arguments: Sequence[str]) -> None:
     flags, loaded = parse_command_line(arguments, f"{PROGRAM} speed", __doc__ or "", add_speed_flags)
     from statistics import median
 
-    from adept_ds.analysis import samples_per_second
     from adept_ds.data.tasks import load_task_examples
     from adept_ds.distributed import init_world
-    from adept_ds.tuned import load_tuned
+    from adept_ds.evaluation.analysis import samples_per_second
+    from adept_ds.evaluation.tuned import load_tuned
 
     run = loaded.run
     if not run.data.tasks:
@@ -89,7 +89,7 @@ def speed(arguments: Sequence[str]) -> None:
 def variant(arguments: Sequence[str]) -> None:
     """Write an adapter with other settings."""
     flags = parse_flags(arguments, f"{PROGRAM} variant", __doc__ or "", add_variant_flags)
-    from adept_ds.analysis import write_variant
+    from adept_ds.evaluation.analysis import write_variant
 
     write_variant(flags.adapter, flags.set, flags.out)
     print(f"written: {flags.out}")

@@ -12,12 +12,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adept_ds.command_line import parse_flags
-from adept_ds.comparison import compare, comparison_json, comparison_text
+from adept_ds.config.command_line import parse_flags
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
+from adept_ds.evaluation.comparison import compare, comparison_json, comparison_text
+from adept_ds.evaluation.results import RESULTS_NAME, read_results
 from adept_ds.files import atomic_write
-from adept_ds.results import RESULTS_NAME, read_results
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

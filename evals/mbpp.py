@@ -19,8 +19,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from adept_ds.command_line import parse_command_line, parse_flags
-from adept_ds.config import SandboxConfig
+from adept_ds.config.command_line import parse_command_line, parse_flags
+from adept_ds.config.run import SandboxConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 
@@ -119,13 +119,13 @@ def main(arguments: Sequence[str]) -> None:
     if flags.k and min(flags.k) < 1:
         raise UserError(f"--k {min(flags.k)}: expected 1 or more")
     # The libraries behind these take seconds to load; a mistake on the command line is told before.
-    from adept_ds import evaluate
+    from adept_ds.evaluation import mbpp
 
     if "--score" in given:
         changed = sandbox_settings(flags).model_dump(mode="json", exclude_unset=True)
-        evaluate.score_generation(flags.score, flags.k, flags.paper_scoring, changed)
+        mbpp.score_generation(flags.score, flags.k, flags.paper_scoring, changed)
     elif "--samples" in given:
-        evaluate.score_file(
+        mbpp.score_file(
             flags.samples,
             flags.problems,
             flags.problem_format,
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
             flags.paper_scoring,
         )
     else:
-        evaluate.evaluate(
+        mbpp.evaluate(
             loaded.run,
             flags.adapter,
             flags.out,

@@ -3,10 +3,9 @@
     python evals/report.py runs/demo
     python evals/report.py runs/rte_* runs/my_sweep --out report
 
-For one run folder, writes `learning_curve.png` and `report.html` into it and prints the figures (`adept_ds.report`).
-For several, for a folder of run folders (a sweep's), or with --out, compares their evaluations: mean and standard
-deviation over seeds, intervals, and the paper's figures beside them, in report.md, report.csv and report.html with
-learning curves (`adept_ds.tables`).
+For one run folder, writes `learning_curve.png` and `report.html` into it and prints the figures. For several, for a
+folder of run folders (a sweep's), or with --out, compares their evaluations: mean and standard deviation over seeds,
+intervals, and the paper's figures beside them, in report.md, report.csv and report.html with learning curves.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adept_ds.command_line import parse_flags
+from adept_ds.config.command_line import parse_flags
 from adept_ds.entry_point import run_entry_point
-from adept_ds.report import read_run, text_report, write_report
-from adept_ds.run_folder import CONFIG_NAME
+from adept_ds.reports.run_report import read_run, text_report, write_report
+from adept_ds.storage.run_folder import CONFIG_NAME
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +42,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def report_tables(run_dirs: Sequence[Path], out: Path) -> None:
     """Compare many runs."""
-    from adept_ds.paper import paper_figures
-    from adept_ds.run_results import read_runs
-    from adept_ds.tables import build_tables
-    from adept_ds.tables_report import write_tables
+    from adept_ds.reports.paper import paper_figures
+    from adept_ds.reports.run_results import read_runs
+    from adept_ds.reports.tables import build_tables
+    from adept_ds.reports.tables_report import write_tables
 
     records, notes = read_runs(run_dirs)
     paper = paper_figures()

@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adept_ds.command_line import parse_command_line
-from adept_ds.config import DataConfig, RunConfig
+from adept_ds.config.command_line import parse_command_line
+from adept_ds.config.run import DataConfig, RunConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--out FOLDER is needed, for example results/rte")
     run = with_tasks(loaded.run, flags.task)
     # The libraries behind this take seconds to load; a mistake on the command line is told before.
-    from adept_ds.evaluate_tasks import evaluate_tasks
+    from adept_ds.evaluation.text2text import evaluate_tasks
 
     evaluate_tasks(run, flags.adapter, flags.out, flags.split)
 

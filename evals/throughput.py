@@ -18,9 +18,10 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from adept_ds.command_line import launcher_world_size, parse_command_line, parse_count
-from adept_ds.entry_point import is_main_rank, run_entry_point
+from adept_ds.config.command_line import launcher_world_size, parse_command_line, parse_count
+from adept_ds.entry_point import run_entry_point
 from adept_ds.files import atomic_write
+from adept_ds.rank_environment import is_main_rank
 
 AGAINST = ("peft", "peft-prompt-tuning", "peft-lora", "peft-padded")
 

@@ -14,8 +14,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from adept_ds.command_line import parse_command_line, parse_count
-from adept_ds.config_base import parse_bytes
+from adept_ds.config.base import parse_bytes
+from adept_ds.config.command_line import parse_command_line, parse_count
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
@@ -49,9 +49,10 @@ def main(arguments: Sequence[str]) -> int:
     # The libraries behind these take seconds to load; a mistake in the config is told before.
     import torch
 
-    from adept_ds.memory_plan import Cluster
-    from adept_ds.memory_report import memory_json, memory_text, plan_memory
-    from adept_ds.plan import resolve_architecture
+    from adept_ds.backbone.load import resolve_architecture
+    from adept_ds.planner.memory import Cluster
+    from adept_ds.planner.memory_plan import plan_memory
+    from adept_ds.planner.memory_report import memory_json, memory_text
 
     gpus_here = torch.cuda.device_count()
     if flags.gpu_memory is None and flags.gpus is not None and not gpus_here:

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from adept_ds.command_line import parse_flags
+from adept_ds.config.command_line import parse_flags
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 from adept_ds.slurm.status import FAILED, RunState, read_states, run_folders

@@ -21,8 +21,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from adept_ds.command_line import parse_command_line, parse_count, parse_flags
-from adept_ds.config_loader import LoadedConfig
+from adept_ds.config.command_line import parse_command_line, parse_count, parse_flags
+from adept_ds.config.loader import LoadedConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write
@@ -138,7 +138,7 @@ def sweep(arguments: Sequence[str]) -> int:
     flags, loaded, cluster = parse(arguments, "sweep", add_sweep_flags)
     if not flags.grid:
         raise UserError("--grid is needed: a JSON file, or key=[values] items such as 'train.seed=[1, 2, 3]'")
-    from adept_ds.sweep import members, read_grid, write_config, write_tables
+    from adept_ds.training.sweep import members, read_grid, write_config, write_tables
 
     found = members(loaded, read_grid(flags.grid))
     left = [member for member in found if not submission.is_finished(member.run_dir)]

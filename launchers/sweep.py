@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from adept_ds.command_line import parse_command_line
+from adept_ds.config.command_line import parse_command_line
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
-from adept_ds.sweep import members, read_grid, read_outcome, summary, write_config, write_tables
+from adept_ds.training.sweep import members, read_grid, read_outcome, summary, write_config, write_tables
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 
@@ -34,7 +34,7 @@ TRAIN = Path(__file__).resolve().parent / "train.py"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags beside --config and the settings."""
     parser.add_argument(
-        "--grid", nargs="+", metavar="GRID", help="JSON file, or key=[values] items (see adept_ds.sweep)"
+        "--grid", nargs="+", metavar="GRID", help="JSON file, or key=[values] items (see adept_ds.training.sweep)"
     )
     parser.add_argument(
         "--launcher",

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adept_ds.command_line import parse_command_line
-from adept_ds.entry_point import is_main_rank, run_entry_point
+from adept_ds.config.command_line import parse_command_line
+from adept_ds.entry_point import run_entry_point
+from adept_ds.rank_environment import is_main_rank
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,12 +22,12 @@ def main(arguments: Sequence[str]) -> None:
     flags, loaded = parse_command_line(arguments, "deepspeed launchers/train.py", __doc__ or "")
     # The libraries behind these take seconds to load; a mistake in the config is told before.
     if flags.dry_run:
-        from adept_ds.plan import dry_run
+        from adept_ds.planner.dry_run import dry_run
 
         if is_main_rank():
             print(dry_run(loaded, flags.world_size))
         return
-    from adept_ds.train import train
+    from adept_ds.training.recipe import train
 
     train(loaded.run, flags.resume)
 

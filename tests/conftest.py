@@ -16,11 +16,11 @@ import torch.distributed as dist
 from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data import load_examples
-from adept_ds.demo_model import PACKAGE, make_demo_model
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
+from adept_ds.tools.demo_model import PACKAGE, make_demo_model
 from tests.models import BACKBONES, byte_tokenizer, character_tokenizer, llama_config, save, seeded, t5_config
 from tests.ranks import REPOSITORY, fork_ranks, free_port
 

@@ -23,7 +23,14 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STREAMS = ("stdout", "stderr")
-LIBRARIES = ["adept_ds.benchmark", "adept_ds.evaluate", "adept_ds.plan", "adept_ds.train", "bitsandbytes", "peft"]
+LIBRARIES = [
+    "adept_ds.benchmark",
+    "adept_ds.evaluation.mbpp",
+    "adept_ds.planner.dry_run",
+    "adept_ds.training.recipe",
+    "bitsandbytes",
+    "peft",
+]
 
 
 def free_port() -> int:

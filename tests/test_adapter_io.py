@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from adept_ds import adapter_io
+from adept_ds.config.method import AdeptConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.storage import adapter_folder
 from tests.models import VOCABULARY, WIDTH
 
 Make = Callable[[str], PreTrainedModel]
@@ -34,7 +34,7 @@ def saved(make_backbone: Make, tmp_path: Path) -> Path:
 
 
 def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
-    path = folder / adapter_io.CONFIG_NAME
+    path = folder / adapter_folder.CONFIG_NAME
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
@@ -42,11 +42,11 @@ def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
 
 def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors, and the digest with them: a folder that is whole but does not fit."""
-    path = folder / adapter_io.TENSORS_NAME
+    path = folder / adapter_folder.TENSORS_NAME
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
-    digest = adapter_io.hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = adapter_folder.hashlib.sha256(path.read_bytes()).hexdigest()
     edit_config(folder, lambda config: config.update(tensors_sha256=digest))
 
 
@@ -66,7 +66,7 @@ def test_round_trip_is_bit_exact(make_backbone: Make, tmp_path, name):
 
 
 def test_the_file_holds_fp32_under_the_methods_names(saved: Path):
-    tensors = load_file(saved / adapter_io.TENSORS_NAME)
+    tensors = load_file(saved / adapter_folder.TENSORS_NAME)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         "soft_prompt": (3, WIDTH),
         "network.w_down": (WIDTH, 2),
@@ -78,7 +78,7 @@ def test_the_file_holds_fp32_under_the_methods_names(saved: Path):
 
 
 def test_the_config_tells_backbone_versions_and_facts(saved: Path):
-    config = json.loads((saved / adapter_io.CONFIG_NAME).read_text())
+    config = json.loads((saved / adapter_folder.CONFIG_NAME).read_text())
     assert config["method"]["num_virtual_tokens"] == 3
     assert config["step"] == 12
     assert set(config["versions"]) == {"adept_ds", "torch", "transformers", "deepspeed"}
@@ -93,10 +93,10 @@ def test_an_adapter_loads_on_its_backbone_in_another_precision(make_backbone: Ma
 
 def test_the_fingerprint_sees_other_embeddings(make_backbone: Make):
     backbone = make_backbone("llama")
-    before = adapter_io.embedding_fingerprint(backbone.get_input_embeddings())
+    before = adapter_folder.embedding_fingerprint(backbone.get_input_embeddings())
     with torch.no_grad():
         backbone.get_input_embeddings().weight.mul_(1.1)
-    assert adapter_io.embedding_fingerprint(backbone.get_input_embeddings()) != before
+    assert adapter_folder.embedding_fingerprint(backbone.get_input_embeddings()) != before
 
 
 def other_backbone(**changes: int) -> PreTrainedModel:
@@ -119,7 +119,7 @@ def test_another_backbone_is_refused(saved: Path, changes, message):
         AdaptedModel.from_pretrained(other_backbone(**changes), saved)
 
 
-@pytest.mark.parametrize("name", [adapter_io.CONFIG_NAME, adapter_io.TENSORS_NAME])
+@pytest.mark.parametrize("name", [adapter_folder.CONFIG_NAME, adapter_folder.TENSORS_NAME])
 def test_a_missing_file_is_named(make_backbone: Make, saved: Path, name):
     (saved / name).unlink()
     with pytest.raises(UserError, match=f"is not an adapter folder: it has no {re.escape(name)}"):
@@ -127,39 +127,39 @@ def test_a_missing_file_is_named(make_backbone: Make, saved: Path, name):
 
 
 def test_a_damaged_tensor_file_is_refused(saved: Path):
-    path = saved / adapter_io.TENSORS_NAME
+    path = saved / adapter_folder.TENSORS_NAME
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="is damaged or belongs to another"):
-        adapter_io.load_adapter(saved)
+        adapter_folder.load_adapter(saved)
 
 
 def test_a_file_that_is_no_safetensors_file_is_refused(saved: Path):
-    (saved / adapter_io.TENSORS_NAME).write_bytes(b"none")
-    digest = adapter_io.hashlib.sha256(b"none").hexdigest()
+    (saved / adapter_folder.TENSORS_NAME).write_bytes(b"none")
+    digest = adapter_folder.hashlib.sha256(b"none").hexdigest()
     edit_config(saved, lambda config: config.update(tensors_sha256=digest))
     with pytest.raises(UserError, match="is not a safetensors file"):
-        adapter_io.load_adapter(saved)
+        adapter_folder.load_adapter(saved)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"peft_type": "LORA"}'])
 def test_a_config_that_is_not_ours_is_refused(saved: Path, text):
-    (saved / adapter_io.CONFIG_NAME).write_text(text)
+    (saved / adapter_folder.CONFIG_NAME).write_text(text)
     with pytest.raises(UserError, match="is not a config of an adept_ds adapter"):
-        adapter_io.load_adapter(saved)
+        adapter_folder.load_adapter(saved)
 
 
 def test_an_unknown_setting_is_refused(saved: Path):
     edit_config(saved, lambda config: config["method"].update(bottlneck=3))
     with pytest.raises(UserError, match="bottlneck"):
-        adapter_io.load_adapter(saved)
+        adapter_folder.load_adapter(saved)
 
 
 def test_another_format_is_refused(saved: Path):
     edit_config(saved, lambda config: config.update(format="adept_ds/9"))
     with pytest.raises(UserError, match="has the format 'adept_ds/9'; this version reads 'adept_ds/1'"):
-        adapter_io.load_adapter(saved)
+        adapter_folder.load_adapter(saved)
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_tensors_that_do_not_fit_are_refused(make_backbone: Make, saved: Path, c
 def test_saving_again_replaces_the_adapter(make_backbone: Make, saved: Path):
     get_adept_model(make_backbone("llama"), AdeptConfig(num_virtual_tokens=9)).save_pretrained(saved)
     assert AdaptedModel.from_pretrained(make_backbone("llama"), saved).num_virtual_tokens == 9
-    assert sorted(path.name for path in saved.iterdir()) == [adapter_io.CONFIG_NAME, adapter_io.TENSORS_NAME]
+    assert sorted(path.name for path in saved.iterdir()) == [adapter_folder.CONFIG_NAME, adapter_folder.TENSORS_NAME]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from adept_ds.adept import AdeptEmbedding, TokenSharedNetwork, down_projection_bound
+from adept_ds.config.method import AdeptConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import get_adept_model
-from adept_ds.soft_prompt import SoftPrompt
+from adept_ds.methods.adept import AdeptEmbedding, TokenSharedNetwork, down_projection_bound
+from adept_ds.methods.soft_prompt import SoftPrompt
+from adept_ds.model.adapted_model import get_adept_model
 from tests.models import VOCABULARY, WIDTH
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adept_ds.adapter_io import load_adapter
-from adept_ds.analysis import Moments, embedding_sizes, samples_per_second, write_variant
-from adept_ds.config import DataConfig, RunConfig
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import DataConfig, RunConfig
 from adept_ds.data import EncodedDataset
 from adept_ds.data.tasks import TaskExamples, load_task_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.evaluation.analysis import Moments, embedding_sizes, samples_per_second, write_variant
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.storage.adapter_folder import load_adapter
 from evals.analysis import main
 
 

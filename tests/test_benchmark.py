@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
-from adept_ds.backbone import load_architecture
+from adept_ds.backbone.frozen_linear import FrozenLinear
+from adept_ds.backbone.load import load_architecture
 from adept_ds.benchmark import Options, benchmark, measure, text_report
 from adept_ds.benchmark.contenders import (
     AGAINST,
@@ -34,10 +35,9 @@ from adept_ds.benchmark.memory import held_bytes, step_growth
 from adept_ds.benchmark.operators import ATTENTION, BACKBONE, GROUPS, LINEAR, OTHER, event_groups
 from adept_ds.benchmark.phases import BACKWARD, FORWARD, GATHER, LOSS, PHASES, STEP, PhaseClock, clocked
 from adept_ds.benchmark.work import build_work, choose_batches
-from adept_ds.config import RunConfig
-from adept_ds.deepspeed_config import batch_arithmetic
+from adept_ds.config.batch import batch_arithmetic
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
-from adept_ds.frozen_linear import FrozenLinear
 from evals import throughput
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from importlib import resources
 
 import pytest
 
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data import Problem, load_problems, read_problems
 from adept_ds.sandbox import Program, Sandbox, Verdict
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from adept_ds import adapter_io
-from adept_ds.checkpoint import (
+from adept_ds.config.method import AdeptConfig
+from adept_ds.distributed import World
+from adept_ds.errors import UserError
+from adept_ds.storage import adapter_folder
+from adept_ds.storage.checkpoint import (
     OPTIMIZER_NAME,
     SHARDED,
     Checkpoint,
@@ -25,9 +28,6 @@ from adept_ds.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
-from adept_ds.distributed import World
-from adept_ds.errors import UserError
-from adept_ds.method_config import AdeptConfig
 from tests.conftest import WORLD
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -36,7 +36,7 @@ MOMENTS = {"soft_prompt.exp_avg": torch.tensor([[1e-9, 2.0], [3.0, 4.0]]), "netw
 
 
 def write_states(folder: Path) -> None:
-    adapter_io.save_adapter(folder, AdeptConfig(num_virtual_tokens=2), VALUES, {"name_or_path": "tiny"}, {})
+    adapter_folder.save_adapter(folder, AdeptConfig(num_virtual_tokens=2), VALUES, {"name_or_path": "tiny"}, {})
     write_tensors(folder / OPTIMIZER_NAME, MOMENTS)
 
 
@@ -65,7 +65,7 @@ def test_round_trip_is_bit_exact(tmp_path):
 
 
 def test_a_checkpoint_is_an_adapter(tmp_path):
-    assert adapter_io.load_adapter(save(tmp_path, 7)).method.num_virtual_tokens == 2
+    assert adapter_folder.load_adapter(save(tmp_path, 7)).method.num_virtual_tokens == 2
 
 
 def test_the_newest_is_taken(tmp_path):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from adept_ds.command_line import parse_command_line
-from adept_ds.config_loader import flatten, load_config
-from adept_ds.config_schema import declared_settings, method_docs
+from adept_ds.config.command_line import parse_command_line
+from adept_ds.config.loader import flatten, load_config
+from adept_ds.config.schema import declared_settings, method_docs
 from adept_ds.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -165,7 +165,7 @@ def test_the_launcher_prints_the_resolved_config():
 
 def test_settings_are_read_without_torch_or_deepspeed():
     code = (
-        "import sys; from adept_ds.command_line import parse_command_line as parse;"
+        "import sys; from adept_ds.config.command_line import parse_command_line as parse;"
         f"parse(['--config', {CONFIG!r}], 'x', 'x');"
         "assert not {'torch', 'deepspeed', 'transformers'} & sys.modules.keys()"
     )

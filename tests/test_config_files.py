@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from adept_ds.config import RunConfig
-from adept_ds.config_loader import load_config
-from adept_ds.config_schema import json_schema
+from adept_ds.config.loader import load_config
+from adept_ds.config.run import RunConfig
+from adept_ds.config.schema import json_schema
 from adept_ds.data.tasks import find_task
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -21,7 +21,7 @@ def load(name: str) -> RunConfig:
 
 def test_the_schema_is_fresh():
     assert (FOLDER / "schema.json").read_text() == json_schema(), (
-        "run: python -m adept_ds.config_schema ds_configs/schema.json"
+        "run: python -m adept_ds.config.schema ds_configs/schema.json"
     )
 
 

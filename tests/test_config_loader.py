@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from adept_ds.config_loader import config_hash, load_config, resolved_json
+from adept_ds.config.loader import config_hash, load_config, resolved_json
+from adept_ds.config.method import AdeptConfig, FullConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import AdeptConfig, FullConfig
 
 MINIMAL: dict[str, Any] = {"model": {"name_or_path": "some/model"}, "train": {"epochs": 3}}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data import load_examples, load_problems, read_problems, read_samples
 from adept_ds.data.jsonl import read_rows
 from adept_ds.data.mbpp import MbppRecord, parse_record, to_humaneval

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from adept_ds.config import RunConfig, TrainConfig
-from adept_ds.deepspeed_config import (
+from adept_ds.config.deepspeed import (
     OFFLOAD_KEYS,
     REFUSED_KEYS,
     SECTION_KEYS,
@@ -18,6 +17,7 @@ from adept_ds.deepspeed_config import (
     contradictions,
     section_problems,
 )
+from adept_ds.config.run import RunConfig, TrainConfig
 from adept_ds.errors import UserError
 
 

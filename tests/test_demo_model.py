@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from adept_ds.demo_model import MANIFEST, WHEEL_SHA256, is_complete, main, make_demo_model
 from adept_ds.errors import UserError
+from adept_ds.tools.demo_model import MANIFEST, WHEEL_SHA256, is_complete, main, make_demo_model
 
 
 def write_conversion(folder: Path, weights: bytes = b"weights") -> None:
@@ -32,7 +32,7 @@ def test_a_complete_folder_is_left_alone_and_nothing_slow_is_imported(tmp_path: 
     folder = tmp_path / "demo"
     write_conversion(folder)
     before = folder.stat().st_mtime_ns
-    call = f"import sys, adept_ds.demo_model as m; m.main([{str(folder)!r}]); print('torch' in sys.modules)"
+    call = f"import sys, adept_ds.tools.demo_model as m; m.main([{str(folder)!r}]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", call], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False"
     assert folder.stat().st_mtime_ns == before

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adept_ds.config import DataConfig, GenerationConfig, RunConfig
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
 from adept_ds.data.tasks import TaskExamples, load_task_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
-from adept_ds.evaluate_tasks import greedy, score_to_folder, validation_metrics
-from adept_ds.generate import generate_samples
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import get_adept_model
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.text2text import greedy, score_to_folder, validation_metrics
+from adept_ds.model.adapted_model import get_adept_model
 from evals.text2text import main, with_tasks
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from adept_ds.frozen_linear import FrozenLinear, replace_frozen_linears
+from adept_ds.backbone.frozen_linear import FrozenLinear, replace_frozen_linears
 
 
 def layers(bias: bool, dtype: torch.dtype) -> tuple[nn.Linear, FrozenLinear]:

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from adept_ds.adapter_io import load_adapter
-from adept_ds.config import ModelConfig
+from adept_ds.config.method import FullConfig
+from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import FullConfig
-from adept_ds.model import get_adept_model
-from adept_ds.model_io import save_model
-from adept_ds.tuned import load_tuned
+from adept_ds.evaluation.tuned import load_tuned
+from adept_ds.model.adapted_model import get_adept_model
+from adept_ds.storage.adapter_folder import load_adapter
+from adept_ds.storage.model_folder import save_model
 from tests.conftest import WORLD
 from tests.models import VOCABULARY
 

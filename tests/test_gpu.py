@@ -16,16 +16,16 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, T5Config
 
-from adept_ds.backbone import random_backbone
-from adept_ds.config import DataConfig, GenerationConfig, RunConfig
+from adept_ds.backbone.load import random_backbone
+from adept_ds.backbone.quantization import QuantizedLinear, Scheme
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
 from adept_ds.data import load_problems
 from adept_ds.distributed import World
-from adept_ds.generate import generate_samples
-from adept_ds.loss import IGNORE_INDEX
-from adept_ds.memory_plan import Cluster, MemoryModel
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import AdaptedModel, get_adept_model
-from adept_ds.quantization import QuantizedLinear, Scheme
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.model.loss import IGNORE_INDEX
+from adept_ds.planner.memory import Cluster, MemoryModel
 
 from .models import llama_config, save, seeded
 from .ranks import REPOSITORY, free_port

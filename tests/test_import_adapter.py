@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
-from adept_ds.config import ModelConfig
+from adept_ds.backbone.load import resolve_architecture
+from adept_ds.config.method import AdeptConfig, DeptConfig
+from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
-from adept_ds.import_adapter import import_adapter
-from adept_ds.method_config import AdeptConfig, DeptConfig
-from adept_ds.model import AdaptedModel
-from adept_ds.plan import resolve_architecture
+from adept_ds.model.adapted_model import AdaptedModel
+from adept_ds.tools.import_adapter import import_adapter
 from tests.conftest import RunRanks
 
 A, B = "prompt_encoder.lora_embedding_A", "prompt_encoder.lora_embedding_B"
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused(published: Path, tmp_path: Path, change, m
 
 
 def test_command(published: Path, tmp_path: Path, run_ranks: RunRanks) -> None:
-    module = "adept_ds.import_adapter"
+    module = "adept_ds.tools.import_adapter"
     done = run_ranks(0, module, None, str(published), str(tmp_path / "adapter"))
     assert done.returncode == 0, done.stderr
     assert "'num_virtual_tokens': 60" in done.stdout

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from adept_ds import loss as loss_module
+from adept_ds.config.method import AdeptConfig
 from adept_ds.errors import UserError
-from adept_ds.loss import IGNORE_INDEX, LossHead, SoftTargets, shift_labels
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.model import loss as loss_module
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.model.loss import IGNORE_INDEX, LossHead, SoftTargets, shift_labels
 from tests.models import EOS, PAD, VOCABULARY, llama_config
 
 

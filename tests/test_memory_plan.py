@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, T5Config
 
-from adept_ds.config import RunConfig
-from adept_ds.memory_plan import (
+from adept_ds.config.run import RunConfig
+from adept_ds.planner.memory import (
     NCCL_BYTES,
     PROCESS_BYTES,
     USABLE_SHARE,
@@ -19,8 +19,9 @@ from adept_ds.memory_plan import (
     largest_size,
     with_sharding,
 )
-from adept_ds.memory_report import memory_text, plan_memory
-from adept_ds.meta_step import meta_model
+from adept_ds.planner.memory_plan import plan_memory
+from adept_ds.planner.memory_report import memory_text
+from adept_ds.planner.meta_step import meta_model
 
 LLAMA = LlamaConfig(
     vocab_size=1_000,

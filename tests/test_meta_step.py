@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, PreTrainedConfig, T5Config
 
-from adept_ds.config import RunConfig
-from adept_ds.loss import IGNORE_INDEX
-from adept_ds.meta_step import StepShape, StepTrace, meta_model, trace_step
-from adept_ds.model import AdaptedModel, get_adept_model
-from adept_ds.quantization import Scheme, quantize_linears
+from adept_ds.backbone.quantization import Scheme, quantize_linears
+from adept_ds.config.run import RunConfig
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.model.loss import IGNORE_INDEX
+from adept_ds.planner.meta_step import StepShape, StepTrace, meta_model, trace_step
 
 SHAPE = StepShape(micro_batch_size=3, input_length=120, label_length=40)
 VOCABULARY = 3_000
@@ -179,7 +179,7 @@ def test_a_real_70b_shape_from_its_config_alone(tmp_path: Path):
     shape = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     shape |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    from adept_ds.backbone import load_architecture
+    from adept_ds.backbone.load import load_architecture
 
     run = run_of(model={"name_or_path": str(tmp_path), "dtype": "bf16"}, train={"activation_checkpointing": True})
     trace = trace_step(meta_model(run, load_architecture(run.model)), StepShape(1, 512, 128))

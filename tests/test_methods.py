@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from adept_ds.adapter_io import save_adapter
-from adept_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from adept_ds.errors import UserError
-from adept_ds.frozen_linear import FrozenLinear
-from adept_ds.meta_step import meta_model
-from adept_ds.method_config import (
+from adept_ds.backbone.frozen_linear import FrozenLinear
+from adept_ds.backbone.quantization import Scheme, quantize_linears
+from adept_ds.config.method import (
     AdapterConfig,
     AdapterDropConfig,
     AdeptConfig,
@@ -33,8 +30,11 @@ from adept_ds.method_config import (
     PromptTuningConfig,
     PTuningConfig,
 )
-from adept_ds.model import AdaptedModel, get_adept_model
-from adept_ds.quantization import Scheme, quantize_linears
+from adept_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
+from adept_ds.errors import UserError
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.planner.meta_step import meta_model
+from adept_ds.storage.adapter_folder import save_adapter
 from tests.models import EOS, PAD, VOCABULARY, WIDTH
 
 Make = Callable[[str], PreTrainedModel]
@@ -294,7 +294,7 @@ COUNTS: list[tuple[MethodConfig, str, int, str]] = [
 
 @pytest.mark.parametrize(("method", "shape", "count", "figure"), COUNTS, ids=lambda value: getattr(value, "name", None))
 def test_counts_are_the_papers(method: MethodConfig, shape: str, count: int, figure: str) -> None:
-    file = resources.files("adept_ds") / "architectures" / f"{SHAPES[shape]}.json"
+    file = resources.files("adept_ds.backbone") / "architectures" / f"{SHAPES[shape]}.json"
     architecture = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
     run = RunConfig(
         model=ModelConfig(name_or_path=shape),

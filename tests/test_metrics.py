@@ -7,9 +7,9 @@ from itertools import combinations
 
 import pytest
 
-from adept_ds import metrics
 from adept_ds.errors import UserError
-from adept_ds.metrics import mean_pass_at_k, paired_difference, pass_at_k, problem_scores
+from adept_ds.evaluation import statistics
+from adept_ds.evaluation.statistics import mean_pass_at_k, paired_difference, pass_at_k, problem_scores
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (5, 2, 1), (6, 2, 3), (7, 6, 2), (7, 3, 7)])
@@ -71,7 +71,7 @@ def test_copies_of_one_sample_do_not_narrow_the_interval() -> None:
 
 @pytest.mark.parametrize("samples", [1, 10])
 def test_interval_covers_the_truth_as_often_as_it_says(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "RESAMPLES", 1000)
+    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
     rng = random.Random(0)
     covered = 0
     for _ in range(400):

@@ -11,10 +11,10 @@ from peft import PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StoppingCriteria
 
+from adept_ds.config.method import AdeptConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import AdeptConfig
 from adept_ds.methods import Untuned
-from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from tests.models import EOS, PAD, VOCABULARY, WIDTH
 
 LENGTH = 5

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from adept_ds.config import TrainConfig
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import get_adept_model
-from adept_ds.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import TrainConfig
+from adept_ds.model.adapted_model import get_adept_model
+from adept_ds.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
 
 Make = Callable[[str], PreTrainedModel]
 

@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from adept_ds.config_loader import load_config
+from adept_ds.config.loader import load_config
 from adept_ds.errors import UserError
-from adept_ds.plan import Plan, dry_run, make_plan
+from adept_ds.planner.dry_run import Plan, dry_run, make_plan
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 

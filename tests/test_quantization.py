@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from adept_ds.quantization import QuantizedLinear, Scheme, quantize_linears
+from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_linears
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme("nf4"), Scheme("nf4", double=True), Scheme("int8")]

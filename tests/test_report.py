@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from adept_ds.errors import UserError
-from adept_ds.learning_curve import smooth
-from adept_ds.report import read_run, text_report, write_report
+from adept_ds.reports.learning_curve import smooth
+from adept_ds.reports.run_report import read_run, text_report, write_report
 from tests.conftest import RunRanks
 
 REPORT = "evals/report.py"

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from adept_ds import adapter_io
-from adept_ds.checkpoint import OPTIMIZER_NAME, TrainerState, save_checkpoint, write_tensors
-from adept_ds.config import RunConfig
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import AdeptConfig
-from adept_ds.run_folder import RunFolder
+from adept_ds.storage import adapter_folder
+from adept_ds.storage.checkpoint import OPTIMIZER_NAME, TrainerState, find_checkpoint, save_checkpoint, write_tensors
+from adept_ds.storage.run_folder import RunFolder
 from tests.conftest import WORLD
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -31,14 +31,16 @@ def resolved(**sections: dict[str, Any]) -> dict[str, Any]:
 def start(path: Path, config: dict[str, Any], resume: str = "never") -> Any:
     """Open a folder as a process would that ends afterwards."""
     warnings: list[str] = []
-    return RunFolder(path).open(config, resume, warnings.append)
+    folder = RunFolder(path)
+    folder.open(config, resume)
+    return find_checkpoint(folder.checkpoints, resume, warnings.append)
 
 
 def write_checkpoint(root: Path, step: int) -> Path:
     tensors = {"x": torch.ones(1)}
 
     def write_states(folder: Path) -> None:
-        adapter_io.save_adapter(folder, AdeptConfig(), {"soft_prompt": torch.ones(1)}, {}, {})
+        adapter_folder.save_adapter(folder, AdeptConfig(), {"soft_prompt": torch.ones(1)}, {}, {})
         write_tensors(folder / OPTIMIZER_NAME, tensors)
 
     return save_checkpoint(root, TrainerState(step=step), write_states, tensors, 9, WORLD)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from adept_ds.comparison import compare
-from adept_ds.config import SandboxConfig
+from adept_ds.config.run import SandboxConfig
 from adept_ds.data import Problem, Sample
 from adept_ds.errors import UserError
-from adept_ds.results import read_results
+from adept_ds.evaluation.comparison import compare
+from adept_ds.evaluation.results import read_results
+from adept_ds.evaluation.scoring import score_samples, write_score
 from adept_ds.sandbox import Tests
-from adept_ds.scoring import score_samples, write_score
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ADD, SUBTRACT = "def f(a, b):\n    return a + b\n", "def f(a, b):\n    return a - b\n"

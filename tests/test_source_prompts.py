@@ -14,15 +14,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from adept_ds.config import DataConfig, GenerationConfig
+from adept_ds.config.method import AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
+from adept_ds.config.run import DataConfig, GenerationConfig
 from adept_ds.data import EncodedDataset, collate, load_examples
-from adept_ds.distillation import teacher_states
 from adept_ds.errors import UserError
-from adept_ds.generate import generate_samples
-from adept_ds.loss import IGNORE_INDEX, LossHead, shift_labels
-from adept_ds.meta_step import meta_model, trace_step
-from adept_ds.method_config import AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
-from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.model.distillation import teacher_states
+from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.planner.meta_step import meta_model, trace_step
 from tests.models import EOS, PAD, VOCABULARY, WIDTH
 from tests.test_meta_step import SHAPE, llama, run_of, t5
 from tests.test_methods import far_from_start, random_ids

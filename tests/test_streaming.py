@@ -11,13 +11,13 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from adept_ds.backbone import load_backbone
-from adept_ds.config import ModelConfig
+from adept_ds.backbone.load import load_backbone
+from adept_ds.backbone.quantization import QuantizedLinear
+from adept_ds.backbone.sharding import prepare_disk
+from adept_ds.config.run import ModelConfig
 from adept_ds.errors import NodeError, UserError
 from adept_ds.methods import Untuned
-from adept_ds.model import AdaptedModel
-from adept_ds.quantization import QuantizedLinear
-from adept_ds.sharding import prepare_disk
+from adept_ds.model.adapted_model import AdaptedModel
 
 NAMES = ["llama", "codegen", "t5-tied", "t5-untied", "gpt2"]
 

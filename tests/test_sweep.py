@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from adept_ds.config_loader import load_config
+from adept_ds.config.loader import load_config
 from adept_ds.errors import UserError
-from adept_ds.sweep import Member, members, read_grid, summary
+from adept_ds.training.sweep import Member, members, read_grid, summary
 from launchers.sweep import main
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"

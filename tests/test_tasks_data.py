@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from pydantic import ValidationError
 
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data import EncodedDataset, encode, load_examples, load_problems
 from adept_ds.data.tasks import TASKS, TaskExample, find_task, load_task_examples
 from adept_ds.data.tasks.sources import read_split

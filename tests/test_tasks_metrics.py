@@ -7,7 +7,9 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from adept_ds.data.tasks import TASKS, Task
-from adept_ds.data.tasks.metrics import (
+from adept_ds.errors import UserError
+from adept_ds.evaluation.statistics import bootstrap_interval
+from adept_ds.evaluation.text_metrics import (
     count_invalid,
     evaluate,
     evaluate_with_intervals,
@@ -15,8 +17,6 @@ from adept_ds.data.tasks.metrics import (
     normalize_answer,
     token_f1,
 )
-from adept_ds.errors import UserError
-from adept_ds.metrics import bootstrap_interval
 
 
 def score(name: str, predictions: list[str], references: list[str]) -> dict[str, float]:

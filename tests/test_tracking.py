@@ -8,10 +8,10 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from adept_ds.config import LoggingConfig
+from adept_ds.config.run import LoggingConfig
 from adept_ds.errors import UserError
-from adept_ds.run_folder import METRICS_NAME
-from adept_ds.tracking import MetricsLog, check_trackers, read_metrics
+from adept_ds.storage.metrics_log import MetricsLog, check_trackers
+from adept_ds.storage.run_folder import METRICS_NAME, read_metrics
 
 NO_TRACKERS = LoggingConfig(trackers=())
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adept_ds.backbone import DTYPES, check_precision, load_architecture
+from adept_ds.backbone.load import DTYPES, check_precision, load_architecture, resolve_architecture
 from adept_ds.benchmark.contenders import FLOOR, PEFT_PROMPT, Contender, build_contenders, quantized_layers
 from adept_ds.benchmark.flops import ModelFlops, peak_flops
 from adept_ds.benchmark.memory import held_bytes, step_growth
@@ -26,11 +26,11 @@ from adept_ds.benchmark.operators import operator_seconds
 from adept_ds.benchmark.phases import FORWARD, PHASES, STEP, PhaseClock, clocked
 from adept_ds.benchmark.report import text_report
 from adept_ds.benchmark.work import Work, build_work
-from adept_ds.config import RunConfig
-from adept_ds.deepspeed_config import batch_arithmetic, complete
+from adept_ds.config.batch import batch_arithmetic
+from adept_ds.config.deepspeed import complete
+from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World, gather_objects, init_world
-from adept_ds.memory_plan import decide_sharding
-from adept_ds.plan import resolve_architecture
+from adept_ds.planner.memory import decide_sharding
 
 __all__ = ["Options", "benchmark", "text_report"]
 

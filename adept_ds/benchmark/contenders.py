@@ -29,15 +29,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from adept_ds.backbone import DTYPES, load_backbone, random_backbone
+from adept_ds.backbone.load import DTYPES, load_backbone, random_backbone
+from adept_ds.backbone.quantization import QuantizedLinear
 from adept_ds.benchmark.work import Step, Work, padded_to, padded_tokens, with_prompt_positions
-from adept_ds.config import ModelConfig, RunConfig, TrainConfig
+from adept_ds.config.run import ModelConfig, RunConfig, TrainConfig
 from adept_ds.data import longest_example
 from adept_ds.errors import UserError
 from adept_ds.methods import Untuned
-from adept_ds.model import AdaptedModel, get_adept_model
-from adept_ds.optimizer import build_optimizer, set_learning_rates
-from adept_ds.quantization import QuantizedLinear
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.training.optimizer import build_optimizer, set_learning_rates
 
 OURS, FLOOR, STOCK_FLOOR = "adept_ds", "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"

@@ -1,4 +1,4 @@
-"""ADePT in DeepSpeed's engine on the ranks of a launcher, as `adept_ds.train` sets it up."""
+"""ADePT in DeepSpeed's engine on the ranks of a launcher, as `adept_ds.training.recipe` sets it up."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from adept_ds.backbone import load_backbone, random_backbone
+from adept_ds.backbone.load import load_backbone, random_backbone
 from adept_ds.benchmark.contenders import OURS, Contender
 from adept_ds.benchmark.work import Work, padded_tokens
-from adept_ds.config import RunConfig
-from adept_ds.deepspeed_config import DeepSpeedPlan
+from adept_ds.config.deepspeed import DeepSpeedPlan
+from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World
-from adept_ds.engine import Engine, prepare_deepspeed, shard_options
-from adept_ds.model import get_adept_model
-from adept_ds.optimizer import build_optimizer, set_learning_rates
+from adept_ds.model.adapted_model import get_adept_model
+from adept_ds.training.engine import Engine, prepare_deepspeed, shard_options
+from adept_ds.training.optimizer import build_optimizer, set_learning_rates
 
 
 class EngineContender(Contender):

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from adept_ds.backbone import load_tokenizer
-from adept_ds.config import RunConfig
+from adept_ds.backbone.load import load_tokenizer
+from adept_ds.config.batch import BatchArithmetic
+from adept_ds.config.run import RunConfig
 from adept_ds.data import Encoded, EncodedDataset, collate, global_batches, load_examples, rank_micro_batches
-from adept_ds.deepspeed_config import BatchArithmetic
 from adept_ds.errors import UserError
-from adept_ds.loss import IGNORE_INDEX
+from adept_ds.model.loss import IGNORE_INDEX
 
 SYNTHETIC_TARGET_SHARE = 0.3
 """Share of a synthetic example's tokens that have a label, for decoder-only models; MBPP's is 57 of 188."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data.records import Example
 from adept_ds.data.tasks import TaskExample, TaskExamples, longest_lengths
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.loss import IGNORE_INDEX
+from adept_ds.model.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

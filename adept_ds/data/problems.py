@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data.jsonl import Row, read_rows
 from adept_ds.data.mbpp import (
     HumanEvalRecord,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adept_ds.method_config import MethodConfig
+from adept_ds.config.method import MethodConfig
 from adept_ds.methods.adept import Adept
 from adept_ds.methods.attempt import Attempt
 from adept_ds.methods.base import Method

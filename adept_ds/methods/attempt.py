@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adept_ds.adapter_io import Adapter, backbone_facts
-from adept_ds.method_config import AttemptConfig
-from adept_ds.methods.base import attribute_set
+from adept_ds.config.method import AttemptConfig
+from adept_ds.contexts import attribute_set
 from adept_ds.methods.prompted import PromptedMethod
+from adept_ds.methods.soft_prompt import PromptedEmbedding, SoftPrompt
 from adept_ds.methods.source_prompts import load_source_prompts
-from adept_ds.soft_prompt import PromptedEmbedding, SoftPrompt
+from adept_ds.storage.adapter_folder import Adapter, backbone_facts
 
 INIT_STD = 0.01
 """Standard deviation of the draws that W_down and W_up start at, as in the published code."""

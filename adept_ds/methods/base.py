@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adept_ds.adapter_io import Adapter
-from adept_ds.distillation import Distillation
-from adept_ds.method_config import MethodConfig
+from adept_ds.config.method import MethodConfig
+from adept_ds.storage.adapter_folder import Adapter
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How training follows teachers, see `adept_ds.model.distillation`."""
+
+    first_teacher: int
+    """The teacher of a row with prompt k is prompt `first_teacher` + k."""
+    weight: float
+    """The factor w."""
+    temperature: float
+    """The temperature T."""
 
 
 class Method(Protocol):
@@ -81,28 +92,3 @@ class MethodDefaults:
     def reading(self, context: Tensor) -> AbstractContextManager[None]:
         """See `Method.reading`; here every row is read alike."""
         return nullcontext()
-
-
-@contextmanager
-def attribute_set(target: object, name: str, value: object) -> Iterator[None]:
-    """Set an instance attribute inside the block; after it the instance is as it was before."""
-    own = vars(target)
-    had, old = name in own, own.get(name)
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        if had:
-            setattr(target, name, old)
-        else:
-            delattr(target, name)
-
-
-@contextmanager
-def seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """Draw from torch's own generator inside the block, which libraries do, seeded like `generator`; after it the state
-    is as it was before."""
-    with torch.random.fork_rng(devices=[]):
-        if generator is not None:
-            torch.manual_seed(generator.initial_seed())
-        yield

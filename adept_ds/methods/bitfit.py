@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from adept_ds.method_config import BitFitConfig
-from adept_ds.methods.base import MethodDefaults, attribute_set
+from adept_ds.backbone.sharding import full_shape
+from adept_ds.config.method import BitFitConfig
+from adept_ds.contexts import attribute_set
+from adept_ds.methods.base import MethodDefaults
 from adept_ds.methods.layers import layer_index, norms, replace
-from adept_ds.sharding import full_shape
 
 HEAD = "lm_head.bias"
 """Name of the LM head's bias in the adapter file."""

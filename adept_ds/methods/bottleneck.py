@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adept_ds.method_config import AdapterConfig, AdapterDropConfig
-from adept_ds.methods.base import MethodDefaults, attribute_set
+from adept_ds.backbone.sharding import gathered
+from adept_ds.config.method import AdapterConfig, AdapterDropConfig
+from adept_ds.contexts import attribute_set
+from adept_ds.methods.base import MethodDefaults
 from adept_ds.methods.layers import layer_index, layer_names, norms, replace
-from adept_ds.sharding import gathered
 
 _INITIAL_STD = 0.01
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adept_ds.method_config import DeptConfig
+from adept_ds.config.method import DeptConfig
 from adept_ds.methods.prompted import PromptedMethod
-from adept_ds.soft_prompt import PromptedEmbedding
+from adept_ds.methods.soft_prompt import PromptedEmbedding
 
 SCALE = 8
 """Numerator of the factor before A B."""

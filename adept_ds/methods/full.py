@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adept_ds.config.method import FullConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import FullConfig
 from adept_ds.methods.base import MethodDefaults
 
 

@@ -4,7 +4,8 @@
     in  = concat(P_k, E)
 
 Source training learns P and the factors of several tasks together; which task a row is of is said by its prompt's ids.
-With teachers, prompts that prompt tuning has learned on each task alone, the loss is that of `adept_ds.distillation`.
+With teachers, prompts that prompt tuning has learned on each task alone, the loss is that of
+`adept_ds.model.distillation`.
 Target training starts from that adapter with one pair of factors: the mean of the source tasks', or those of one.
 
 The terms of the loss are means over the global batch's label tokens. The paper sums them, takes the hidden states of
@@ -23,14 +24,14 @@ from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adept_ds.adapter_io import Adapter, backbone_facts
-from adept_ds.distillation import Distillation
+from adept_ds.backbone.sharding import gathered
+from adept_ds.config.method import MptConfig
+from adept_ds.contexts import seeded
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.method_config import MptConfig
-from adept_ds.methods.base import seeded
+from adept_ds.methods.base import Distillation
 from adept_ds.methods.prompted import PromptedMethod, initial_prompt
 from adept_ds.methods.source_prompts import load_source_prompts
-from adept_ds.sharding import gathered
+from adept_ds.storage.adapter_folder import Adapter, backbone_facts
 
 FACTORS = ("prefix_task_cols", "prefix_task_rows")
 """PEFT's names of all tasks' u [n, l, r] and v [n, r, d]."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from adept_ds.method_config import PTuningConfig
-from adept_ds.methods.base import seeded
+from adept_ds.config.method import PTuningConfig
+from adept_ds.contexts import seeded
 from adept_ds.methods.prompted import PromptedMethod
 
 

@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adept_ds.contexts import seeded
 from adept_ds.errors import UserError
-from adept_ds.methods.base import MethodDefaults, seeded
+from adept_ds.methods.base import MethodDefaults
 from adept_ds.methods.layers import layer_names
 
 _ADAPTER = "default"

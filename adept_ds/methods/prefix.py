@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from adept_ds.method_config import PrefixTuningConfig
-from adept_ds.methods.base import MethodDefaults, attribute_set, seeded
+from adept_ds.config.method import PrefixTuningConfig
+from adept_ds.contexts import attribute_set, seeded
+from adept_ds.methods.base import MethodDefaults
 
 
 class PrefixTuning(MethodDefaults):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adept_ds.methods.prompted import PromptedMethod
-from adept_ds.soft_prompt import PromptedEmbedding
+from adept_ds.methods.soft_prompt import PromptedEmbedding
 
 
 class PromptTuning(PromptedMethod):

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from adept_ds.backbone.sharding import gathered
+from adept_ds.config.method import PromptSettings
+from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError
-from adept_ds.method_config import PromptSettings
-from adept_ds.methods.base import MethodDefaults, attribute_set
-from adept_ds.sharding import gathered
-from adept_ds.soft_prompt import SAMPLED_VOCABULARY, PromptedEmbedding, SoftPrompt
+from adept_ds.methods.base import MethodDefaults
+from adept_ds.methods.soft_prompt import SAMPLED_VOCABULARY, PromptedEmbedding, SoftPrompt
 
 
 class PromptedMethod(MethodDefaults):

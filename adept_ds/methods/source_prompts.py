@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adept_ds.adapter_io import check_backbone, check_tensors, load_adapter
+from adept_ds.config.method import PromptTuningConfig
 from adept_ds.errors import UserError
-from adept_ds.method_config import PromptTuningConfig
+from adept_ds.storage.adapter_folder import check_backbone, check_tensors, load_adapter
 
 
 def load_source_prompts(folders: Mapping[str, str], length: int, backbone: Mapping[str, Any]) -> Tensor:

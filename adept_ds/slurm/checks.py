@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from adept_ds.config import RunConfig
-from adept_ds.config_base import parse_bytes
-from adept_ds.deepspeed_config import batch_arithmetic
+from adept_ds.backbone.hub import TOKENIZER_CONFIG_NAME, is_local, is_tokenizer_here, missing_model_files
+from adept_ds.config.base import parse_bytes
+from adept_ds.config.batch import batch_arithmetic
+from adept_ds.config.run import RunConfig
+from adept_ds.data.hub import hub_data_sets, is_dataset_cached, is_hub_data
 from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
-from adept_ds.hub import (
-    TOKENIZER_CONFIG_NAME,
-    hub_data_sets,
-    is_dataset_cached,
-    is_hub_data,
-    is_local,
-    is_tokenizer_here,
-    missing_model_files,
-)
-from adept_ds.run_folder import CONFIG_NAME, check_same_run
 from adept_ds.slurm import queue
 from adept_ds.slurm.site import SiteConfig, parse_time
 from adept_ds.slurm.submission import Job
+from adept_ds.storage.run_folder import CONFIG_NAME, check_same_run
 
 PREFETCH = "fetch it where the hub can be reached, by python launchers/submit.py prefetch --config FILE"
 
@@ -113,9 +106,10 @@ def _check_memory(run: RunConfig, site: SiteConfig, nodes: int) -> None:
     """Ask the planner, where it is known how much memory a GPU has."""
     if site.gpu_memory is None or not site.gpus_per_node:
         return
-    from adept_ds.memory_plan import Cluster
-    from adept_ds.memory_report import memory_text, plan_memory
-    from adept_ds.plan import resolve_architecture
+    from adept_ds.backbone.load import resolve_architecture
+    from adept_ds.planner.memory import Cluster
+    from adept_ds.planner.memory_plan import plan_memory
+    from adept_ds.planner.memory_report import memory_text
 
     architecture, _ = resolve_architecture(run.model)
     plan = plan_memory(run, architecture, Cluster(nodes, site.ranks_per_node, parse_bytes(site.gpu_memory)))

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from huggingface_hub.constants import is_offline_mode
 
-from adept_ds.command_line import parse_command_line
-from adept_ds.config import RunConfig
+from adept_ds.config.command_line import parse_command_line
+from adept_ds.config.run import RunConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import NodeError, UserError
 from adept_ds.slurm.checks import adapter_problems, path_problems

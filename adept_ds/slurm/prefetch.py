@@ -11,10 +11,11 @@ from contextlib import suppress
 
 from transformers import GenerationConfig
 
-from adept_ds.backbone import load_architecture, load_tokenizer, weight_files
-from adept_ds.config import DataConfig, ModelConfig, RunConfig
+from adept_ds.backbone.hub import is_local, missing_model_files
+from adept_ds.backbone.load import load_architecture, load_tokenizer, weight_files
+from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data import load_examples
-from adept_ds.hub import hub_data_sets, is_dataset_cached, is_local, missing_model_files
+from adept_ds.data.hub import hub_data_sets, is_dataset_cached
 
 SPLITS = {"humaneval": ("test",), "jsonl": ("train", "validation")}
 """Splits of formats that do not have all three."""

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, ValidationInfo, field_validator
 
-from adept_ds.config_base import Count, CountOrZero, Section, parse_bytes
-from adept_ds.config_loader import load_settings
+from adept_ds.config.base import Count, CountOrZero, Section, parse_bytes
+from adept_ds.config.loader import load_settings
 from adept_ds.errors import UserError
 
 SITE_VARIABLE = "ADEPT_DS_SITE"

@@ -19,8 +19,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from adept_ds.command_line import parse_command_line
-from adept_ds.config import ModelConfig
+from adept_ds.config.command_line import parse_command_line
+from adept_ds.config.run import ModelConfig
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import NodeError, UserError
 

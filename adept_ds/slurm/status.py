@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.errors import UserError
+from adept_ds.evaluation.results import SUMMARY_NAME
 from adept_ds.files import read_json
-from adept_ds.results import SUMMARY_NAME
-from adept_ds.run_folder import CONFIG_NAME, METRICS_NAME, STATUS_NAME, read_status
 from adept_ds.slurm import queue
 from adept_ds.slurm.queue import QueuedJob
 from adept_ds.slurm.record import find_task, read_submission
 from adept_ds.slurm.submission import KINDS
 from adept_ds.slurm.tries import Try, read_history
+from adept_ds.storage.run_folder import CONFIG_NAME, METRICS_NAME, STATUS_NAME, read_status
 
 SILENCE_SECONDS = 600
 """A run outside SLURM that has written nothing for so long is taken for dead."""

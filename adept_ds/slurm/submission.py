@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from adept_ds.config import RunConfig
-from adept_ds.config_loader import resolved_json
+from adept_ds.config.loader import resolved_json
+from adept_ds.config.run import RunConfig
+from adept_ds.data.hub import hub_data_sets
 from adept_ds.errors import UserError
+from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME
 from adept_ds.files import atomic_write
-from adept_ds.hub import hub_data_sets
-from adept_ds.results import GENERATION_NAME, SUMMARY_NAME
-from adept_ds.run_folder import read_status
 from adept_ds.slurm import queue
 from adept_ds.slurm.record import SLURM_FOLDER, Submission, write_record
 from adept_ds.slurm.script import SCRIPTS, render, site_lines
 from adept_ds.slurm.site import SiteConfig
 from adept_ds.slurm.tries import STOP_NAME
+from adept_ds.storage.run_folder import read_status
 
 Kind = Literal["train", "eval", "score", "report"]
 KINDS: tuple[Kind, ...] = ("train", "eval", "score", "report")

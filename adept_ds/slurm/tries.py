@@ -22,11 +22,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from adept_ds.command_line import parse_command_line
+from adept_ds.config.command_line import parse_command_line
 from adept_ds.entry_point import USER_ERROR_STATUS, run_entry_point
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
-from adept_ds.run_folder import CONFIG_NAME, check_same_run, newest_step, read_status
+from adept_ds.storage.run_folder import CONFIG_NAME, check_same_run, newest_step, read_status
 
 HISTORY_NAME = "history.jsonl"
 STOP_NAME = "stop"

@@ -12,8 +12,8 @@ import json
 import os
 from pathlib import Path
 
-from adept_ds.config import RunConfig
-from adept_ds.train import train
+from adept_ds.config.run import RunConfig
+from adept_ds.training.recipe import train
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM
 
-from adept_ds import model as adept_model
-from adept_ds.backbone import load_backbone
-from adept_ds.config import ModelConfig
+from adept_ds.backbone.load import load_backbone
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import ModelConfig
 from adept_ds.distributed import init_world
-from adept_ds.engine import Engine, prepare_deepspeed
-from adept_ds.method_config import AdeptConfig
+from adept_ds.model import adapted_model
+from adept_ds.training.engine import Engine, prepare_deepspeed
 
 TOKENS = 64
 DEEPSPEED = {
@@ -70,9 +70,9 @@ def sharded(path: str, quantization: str | None, checkpointing: bool, own_linear
     prepare_deepspeed(world)
     settings = ModelConfig.model_validate({"name_or_path": path, "dtype": "fp32", "quantization": quantization})
     backbone = load_backbone(settings, world.device, deepspeed_config=DEEPSPEED, show_progress=False)
-    replace = adept_model.replace_frozen_linears if own_linears else lambda model: 0
-    with mock.patch.object(adept_model, "replace_frozen_linears", replace):
-        model = adept_model.get_adept_model(backbone, AdeptConfig(num_virtual_tokens=0))
+    replace = adapted_model.replace_frozen_linears if own_linears else lambda model: 0
+    with mock.patch.object(adapted_model, "replace_frozen_linears", replace):
+        model = adapted_model.get_adept_model(backbone, AdeptConfig(num_virtual_tokens=0))
     if checkpointing:
         model.checkpoint_activations()
     model.train()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adept_ds.config import DataConfig
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data import load_problems
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import AdaptedModel, get_adept_model
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from tests.conftest import Launch, RunRanks, run_settings
 
 EVALUATE = "evals/mbpp.py"

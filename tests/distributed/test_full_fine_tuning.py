@@ -19,9 +19,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from adept_ds.checkpoint import newest_checkpoint
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
+from adept_ds.storage.checkpoint import newest_checkpoint
 from tests.conftest import RunRanks, losses, run_settings
 
 pytestmark = pytest.mark.slow

@@ -78,7 +78,7 @@ def test_a_rank_never_holds_more_than_its_part_and_one_layer(
 
 def test_four_bits_a_weight_and_a_half(tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     """SmolLM2-135M's shape, on 2 ranks: its table stays in 16 bits."""
-    shape = json.loads((REPOSITORY / "adept_ds/architectures/smollm2-135m-instruct.json").read_text())
+    shape = json.loads((REPOSITORY / "adept_ds/backbone/architectures/smollm2-135m-instruct.json").read_text())
     model = write_checkpoint(AutoConfig.for_model(**shape), tmp_path)
     table = 49152 * 576
     for rank in load_on(run_ranks, 2, model, "nf4", tiny_llama):

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from adept_ds.backbone import load_backbone
-from adept_ds.config import ModelConfig, RunConfig
+from adept_ds.backbone.load import load_backbone
+from adept_ds.config.method import PromptTuningConfig
+from adept_ds.config.run import ModelConfig, RunConfig
 from adept_ds.data import EncodedDataset, collate, global_batches, load_examples
-from adept_ds.method_config import PromptTuningConfig
-from adept_ds.model import get_adept_model
-from adept_ds.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
+from adept_ds.model.adapted_model import get_adept_model
+from adept_ds.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
 from tests.conftest import RunRanks, losses, run_settings
 
 from .test_exactness import largest_difference, train_all

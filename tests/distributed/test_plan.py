@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
-from adept_ds.backbone import load_architecture
-from adept_ds.config import RunConfig
-from adept_ds.memory_plan import Cluster, MemoryModel
+from adept_ds.backbone.load import load_architecture
+from adept_ds.config.run import RunConfig
+from adept_ds.planner.memory import Cluster, MemoryModel
 from tests.conftest import RunRanks, run_settings
 from tests.models import llama_config, save, t5_config
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
-from adept_ds.model import AdaptedModel
+from adept_ds.model.adapted_model import AdaptedModel
 from tests.conftest import Launch, RunRanks, losses, run_settings
 from tests.models import EOS, save, seeded, t5_config, talkative_t5
 

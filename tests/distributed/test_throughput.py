@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adept_ds.benchmark import Options, benchmark
-from adept_ds.config import RunConfig
+from adept_ds.config.run import RunConfig
 from tests.conftest import Launch, run_settings
 
 pytestmark = pytest.mark.slow

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
-from adept_ds.config import DataConfig
+from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data import EncodedDataset, global_batches, load_examples
-from adept_ds.method_config import AdeptConfig
-from adept_ds.model import get_adept_model
+from adept_ds.model.adapted_model import get_adept_model
 from tests.conftest import Launch, RunRanks, Start, losses, run_settings
 
 TRAIN = "launchers/train.py"

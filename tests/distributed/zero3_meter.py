@@ -17,10 +17,11 @@ import torch
 from deepspeed.runtime.zero import partition_parameters as zero3
 from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry, PartitionedParameterCoordinator
 
-from adept_ds.command_line import parse_command_line
-from adept_ds.engine import Engine
-from adept_ds.entry_point import is_main_rank, run_entry_point
-from adept_ds.train import train
+from adept_ds.config.command_line import parse_command_line
+from adept_ds.entry_point import run_entry_point
+from adept_ds.rank_environment import is_main_rank
+from adept_ds.training.engine import Engine
+from adept_ds.training.recipe import train
 
 
 class Meter:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adept_ds import train
-from adept_ds.checkpoint import write_tensors
+from adept_ds.storage.checkpoint import write_tensors
+from adept_ds.training import recipe
 
 from .conftest import REPOSITORY
 
@@ -24,5 +24,5 @@ def write_half(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 if not os.environ.get("SPARED"):
-    train.write_tensors = write_half
+    recipe.write_tensors = write_half
 runpy.run_path(str(REPOSITORY / "launchers" / "train.py"), run_name="__main__")

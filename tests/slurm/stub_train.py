@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from adept_ds.command_line import parse_command_line
+from adept_ds.config.command_line import parse_command_line
 from adept_ds.entry_point import run_entry_point
 from adept_ds.files import write_json
-from adept_ds.run_folder import newest_step
+from adept_ds.storage.run_folder import newest_step
 
 SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adept_ds.config import RunConfig
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
-from adept_ds.slurm.environment import expand_counts, first_host, take_slurm_ranks
+from adept_ds.rank_environment import expand_counts, first_host, take_slurm_ranks
 from adept_ds.slurm.node_check import NodeReport, compare, inspect_node, verdict
 from adept_ds.slurm.tries import Try, config_of_task, first_failure, read_history, why_no_more, write_history
 

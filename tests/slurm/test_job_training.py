@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adept_ds.checkpoint import load_checkpoint
-from adept_ds.run_folder import CHECKPOINTS_NAME, list_checkpoints
+from adept_ds.storage.checkpoint import load_checkpoint
+from adept_ds.storage.run_folder import CHECKPOINTS_NAME, list_checkpoints
 from tests.conftest import Launch, losses, run_settings
 from tests.ranks import free_port
 

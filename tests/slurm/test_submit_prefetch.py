@@ -87,7 +87,7 @@ def test_what_was_fetched_serves_nodes_without_a_hub(hub: str, tmp_path: Path) -
     assert "in the cache already" in call("prefetch").stdout
     assert call("train", "--dry-run").returncode == 0
 
-    load = "from adept_ds.backbone import *; from adept_ds.config import ModelConfig; "
+    load = "from adept_ds.backbone.load import *; from adept_ds.config.run import ModelConfig; "
     load += "load_backbone(c := ModelConfig(name_or_path='owner/tiny')); load_tokenizer(c)"
     offline = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", load], env=offline, cwd=REPOSITORY, check=True, timeout=200)

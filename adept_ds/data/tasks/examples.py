@@ -9,7 +9,7 @@ from typing import overload
 
 import numpy as np
 
-from adept_ds.config import DataConfig
+from adept_ds.config.run import DataConfig
 from adept_ds.data.records import TokenLimits
 from adept_ds.data.tasks.prepare import texts
 from adept_ds.data.tasks.sources import RawSplit, read_split

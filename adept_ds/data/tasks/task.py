@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from adept_ds.config_base import Count, Section
+from adept_ds.config.base import Count, Section
 from adept_ds.data.jsonl import Row
 from adept_ds.data.records import Example
 from adept_ds.data.tasks.prepare import PREPARE, text, texts

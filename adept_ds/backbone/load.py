@@ -1,0 +1,211 @@
+"""Loading the frozen backbone and its tokenizer, from a hub id or a local folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.logging import disable_progress_bar
+
+from adept_ds.backbone.hub import is_local
+from adept_ds.backbone.sharding import Partitioner
+from adept_ds.backbone.streaming import fill_backbone, fill_randomly
+from adept_ds.config.run import ModelConfig
+from adept_ds.errors import UserError, did_you_mean_path
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""`model.dtype` to the torch dtype."""
+
+_zero_init: HfDeepSpeedConfig | None = None
+"""`transformers` knows of ZeRO-3, and keeps ranks in step when it generates, while this lives (it has a weak
+reference)."""
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer; one without a padding token pads with its end token (padding is masked always).
+
+    Raises:
+        UserError: There is none at that place, or it cannot be reached.
+    """
+    source = config.tokenizer or config.name_or_path
+    key = "model.tokenizer" if config.tokenizer else "model.name_or_path"
+    revision = config.revision if config.tokenizer is None else None
+    tokenizer = _from_source(AutoTokenizer, key, source, revision=revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_architecture(config: ModelConfig) -> PreTrainedConfig:
+    """Return the backbone's `transformers` config: its shape, no weights.
+
+    Raises:
+        UserError: There is none at that place, it cannot be reached, or it does not work in `config.dtype`.
+    """
+    architecture = _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
+    check_precision(config, architecture)
+    return architecture
+
+
+def resolve_architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
+    """Return the backbone's `transformers` config and where it is from.
+
+    A local folder comes first, then the shapes that ship with the package, by the last part of the model's name, so
+    that they serve for mirrors and for folders that are yet to be filled, then the hub.
+
+    Raises:
+        UserError: It is in none of the three.
+    """
+    name = config.name_or_path
+    shipped = resources.files("adept_ds.backbone") / "architectures" / f"{Path(name).name.lower()}.json"
+    if Path(name).is_dir() or not shipped.is_file():
+        return load_architecture(config), f"config of {name}"
+    return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8"))), "shape shipped with adept_ds"
+
+
+def check_precision(config: ModelConfig, architecture: PreTrainedConfig) -> None:
+    """Refuse a precision that the architecture does not work in.
+
+    Raises:
+        UserError: An encoder-decoder model in fp16.
+    """
+    if config.dtype == "fp16" and architecture.is_encoder_decoder:
+        raise UserError(
+            f"model.dtype is 'fp16', in which the feed-forward layers of encoder-decoder models such as "
+            f"{config.name_or_path!r} exceed the largest number (65,504) and give infinities; expected 'bf16' or 'fp32'"
+        )
+
+
+def load_backbone(
+    config: ModelConfig,
+    device: torch.device | None = None,
+    deepspeed_config: dict[str, Any] | None = None,
+    shard_group: dist.ProcessGroup | None = None,
+    show_progress: bool = True,
+) -> PreTrainedModel:
+    """Load the backbone in `config.dtype`, frozen. Collective where there is a process group.
+
+    Args:
+        config: What to load.
+        device: Where to; the CPU if None.
+        deepspeed_config: The completed `deepspeed` section at stage 3, by which every parameter is split over the ranks
+            as it is read; None loads the whole model into this process.
+        shard_group: The ranks that the parameters are split over; all if None.
+        show_progress: Whether this rank shows the progress of loading.
+
+    Raises:
+        UserError: There is no such checkpoint, it cannot be reached, or it is not one of this architecture.
+    """
+    global _zero_init
+    _zero_init = None  # or the skeleton below would be sharded, which is for an earlier backbone of this process
+    if not show_progress:
+        disable_progress_bar()
+    device = device or torch.device("cpu")
+    architecture = load_architecture(config)
+    if deepspeed_config is None and config.quantization is None:
+        auto, options = _auto_model(config, architecture)
+        backbone = _from_source(
+            auto, "model.name_or_path", config.name_or_path, revision=config.revision, use_safetensors=True, **options
+        )
+        return backbone.requires_grad_(False).to(device)
+    weights = weight_files(config)
+    backbone = _empty_backbone(config, architecture)
+    partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
+    fill_backbone(backbone, config, weights, device, partitioner, show_progress)
+    with suppress(OSError):  # not every checkpoint has one
+        backbone.generation_config = GenerationConfig.from_pretrained(
+            config.name_or_path, revision=config.revision or "main"
+        )
+    _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
+    return backbone.requires_grad_(False).eval()
+
+
+def random_backbone(
+    config: ModelConfig,
+    architecture: PreTrainedConfig,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None = None,
+    shard_group: dist.ProcessGroup | None = None,
+) -> PreTrainedModel:
+    """As `load_backbone`, with random weights in place of a checkpoint's: for measurements of speed and memory.
+
+    `config` gives precision, quantisation and attention, `architecture` the shape; the rest is as there.
+    """
+    global _zero_init
+    _zero_init = None
+    backbone = _empty_backbone(config, architecture)
+    partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
+    fill_randomly(backbone, config, device, partitioner)
+    return backbone.requires_grad_(False).eval()
+
+
+def _auto_model(config: ModelConfig, architecture: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """The `transformers` class of the architecture and how its models are to be made."""
+    auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+    return auto, {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
+
+
+def _empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+    """The backbone with its parameters on the meta device."""
+    auto, options = _auto_model(config, architecture)
+    with init_empty_weights(include_buffers=False):
+        backbone = auto.from_config(architecture, **options)
+    backbone.tie_weights()
+    return backbone
+
+
+def weight_files(config: ModelConfig) -> list[Path]:
+    """The safetensors files of the checkpoint, fetched from the hub if need be.
+
+    Raises:
+        UserError: There are none at that place, or they cannot be reached.
+    """
+    source = config.name_or_path
+    with _told_as_user_error("model.name_or_path", source):
+        options: dict[str, Any] = {"revision": config.revision}
+        single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **options)
+        if single:
+            return [Path(single)]
+        index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
+        return [Path(path) for path in get_checkpoint_shard_files(source, index, **options)[0]]
+
+
+def _from_source(auto: Any, key: str, source: str, **options: Any) -> Any:
+    """Call `auto.from_pretrained`, turning what a user can mend into a `UserError`."""
+    if is_local(source) and not Path(source).is_dir():
+        raise UserError(f"{key} is {source!r}: no such folder{did_you_mean_path(source)}")
+    with _told_as_user_error(key, source):
+        return auto.from_pretrained(source, **options)
+
+
+@contextmanager
+def _told_as_user_error(key: str, source: str) -> Iterator[None]:
+    """Tell what `transformers` raises about a checkpoint as the mistake that it nearly always is."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{key} is {source!r}, which cannot be loaded: {reason} (expected: a local folder with a safetensors "
+            "checkpoint, or a hub id that is in the local cache or reachable)"
+        ) from error

@@ -1,0 +1,1 @@
+"""Settings of a run: declared, loaded, checked, and what follows from them."""

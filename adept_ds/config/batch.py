@@ -1,0 +1,81 @@
+"""The arithmetic of a run: how a global batch is split, and how many steps there are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from adept_ds.config.run import TrainConfig
+from adept_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """global_batch_size = micro_batch_size * gradient_accumulation_steps * world_size."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+
+
+def batch_arithmetic(train: TrainConfig, world_size: int) -> BatchArithmetic:
+    """Split the global batch over ranks, forward passes and examples.
+
+    A micro-batch size that is not given is the largest that the other values allow.
+
+    Raises:
+        UserError: The batch does not divide, or the sizes contradict one another.
+    """
+    size, micro, accumulation = train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps
+    given = (
+        f"train.global_batch_size = {size}, train.micro_batch_size = {micro}, train.gradient_accumulation_steps = "
+        f"{accumulation}, world size = {world_size}"
+    )
+    if micro is not None and accumulation is not None:
+        if micro * accumulation * world_size != size:
+            raise UserError(
+                f"{given}: micro_batch_size x gradient_accumulation_steps x world size is "
+                f"{micro * accumulation * world_size}; set global_batch_size to that, or leave out one of the two"
+            )
+        return BatchArithmetic(size, micro, accumulation, world_size)
+    if size % world_size:
+        raise UserError(
+            f"{given}: the global batch must divide by the world size; expected global_batch_size "
+            f"{_nearest_multiples(size, world_size)}, or a world size among {_divisors(size)}"
+        )
+    per_rank = size // world_size
+    chosen = micro or accumulation or 1
+    if per_rank % chosen:
+        name = "micro_batch_size" if micro is not None else "gradient_accumulation_steps"
+        raise UserError(
+            f"{given}: {name} must divide the {per_rank} examples of one rank; expected one of {_divisors(per_rank)}, "
+            f"or global_batch_size {_nearest_multiples(size, chosen * world_size)}"
+        )
+    if micro is not None:
+        return BatchArithmetic(size, micro, per_rank // micro, world_size)
+    return BatchArithmetic(size, per_rank // chosen, chosen, world_size)
+
+
+def count_steps(config: TrainConfig, examples: int) -> int:
+    """Optimizer steps of the whole run; the last step of an epoch may have fewer examples.
+
+    Raises:
+        UserError: The warm-up does not fit in.
+    """
+    total = config.max_steps or (config.epochs or 0) * math.ceil(examples / config.global_batch_size)
+    if config.warmup_steps >= total:
+        raise UserError(
+            f"train.warmup_steps is {config.warmup_steps}, but the run has {total} steps ({config.epochs} epochs of "
+            f"{examples} examples, {config.global_batch_size} a step); expected: less"
+        )
+    return total
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _nearest_multiples(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

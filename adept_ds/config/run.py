@@ -1,0 +1,332 @@
+"""Every setting of a run, declared once: type, range, default and meaning. Those of the methods are in
+`adept_ds.config.method`.
+
+A run is one JSON file with the sections below. The string under a field is its documentation and its
+command-line help. Values are read, merged and reported on by `adept_ds.config.loader`; the `deepspeed`
+section is checked and completed by `adept_ds.config.deepspeed`.
+
+Numbers are strict (`true` is not 1, `"7"` is not 7) and an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, model_validator
+
+from adept_ds.config.base import Count, CountOrZero, Fraction, NonNegativeFloat, PositiveFloat, Section
+from adept_ds.config.method import AdeptConfig, MethodConfig
+
+
+class ModelConfig(Section):
+    """The backbone."""
+
+    name_or_path: str = Field(min_length=1)
+    """Hub id or local folder of the backbone (a `transformers` checkpoint in safetensors)."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository; the default branch if not given."""
+    tokenizer: str | None = None
+    """Hub id or local folder of the tokenizer; that of the backbone if not given."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of the backbone and of the forward pass. Optimizer states and master weights are fp32 always. fp16 is
+    for cards without bf16: the loss is scaled dynamically; encoder-decoder models overflow in it and are refused."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep the weights of the backbone's linear layers (all but the LM head) in 4 bits (NF4, blocks of 64) or 8 bits
+    (blocks of 256). They are sharded at ZeRO stage 3 like any other weight."""
+    double_quantization: StrictBool = False
+    """For `nf4`: keep the blocks' scales in 8 bits too, 4.13 bits a weight instead of 4.5."""
+    quantized_cache: str | None = None
+    """Folder in which quantised weights are kept, so that later runs read them instead of converting anew."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention kernel; the choice of `transformers` for the architecture if not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.double_quantization and self.quantization != "nf4":
+            raise ValueError("double_quantization goes with quantization: nf4")
+        if self.quantized_cache is not None and self.quantization is None:
+            raise ValueError("quantized_cache goes with quantization")
+        return self
+
+
+TASK_SETTINGS = (
+    "variant",
+    "mixture",
+    "k_shot",
+    "k_shot_seed",
+    "split_seed",
+    "max_source_length",
+    "max_target_length",
+    "hub_ids",
+)
+"""Settings of `DataConfig` that only the format `tasks` has."""
+NOT_FOR_TASKS = ("max_prompt_length", "max_length", "validation_fraction", "few_shot")
+"""Settings of `DataConfig` that the format `tasks` does not have, since each task brings its own lengths and splits."""
+
+
+class DataConfig(Section):
+    """What is trained and evaluated on."""
+
+    format: Literal["mbpp-paper", "mbpp", "mbpp-instruct", "humaneval", "jsonl", "tasks"] = "mbpp-paper"
+    """Problem form and split: the paper's protocol (signature and docstring; first half trains), the original MBPP
+    prompt with its usual split, the same through the tokenizer's chat template, HumanEval (evaluation only), the
+    user's own JSON lines, or the text-to-text tasks that `tasks` names."""
+    path: str | None = None
+    """JSON lines file (.gz too) with the problems, or a hub id or folder laid out as google-research-datasets/mbpp; the
+    bundled problems if not given. For `jsonl`: the training file. For `tasks`: folder with files TASK/SPLIT.jsonl
+    (.jsonl.gz, .csv, .parquet) that have the hub data set's columns; the hub, or the cache of `datasets`, if not
+    given."""
+    tasks: tuple[str, ...] = ()
+    """For `tasks`: names from the registry (mnli, qqp, qnli, sst2, stsb, mrpc, rte, cola, multirc, boolq, wic, wsc, cb,
+    record, nq, hotpotqa, searchqa, newsqa, squad, winogrande, yelp, scitail, paws), or JSON files that declare others.
+    Several are trained on together."""
+    variant: Literal["fixed", "faithful"] = "fixed"
+    """For `tasks`: each task as it should be, or as the published code has it, which made the paper's figures."""
+    mixture: Literal["proportional", "equal"] = "proportional"
+    """For several `tasks`: all examples of each once an epoch, or smaller tasks repeated up to the largest one's
+    number."""
+    k_shot: Count | None = None
+    """For `tasks`: train on so many examples of each, balanced over its labels; on all if not given."""
+    k_shot_seed: CountOrZero = 0
+    """For `tasks`: seed of the k-shot sample."""
+    split_seed: CountOrZero = 42
+    """For `tasks`: seed of the permutation that validation and test are cut from, and of repetitions in a mixture."""
+    max_source_length: Count | None = None
+    """For `tasks`: longest source in tokens, the soft prompt not included; that of each task (256, 348 or 512) if not
+    given. A longer one is cut from the right."""
+    max_target_length: Count | None = None
+    """For `tasks`: longest target in tokens; that of each task (20) if not given. Label words are never cut."""
+    hub_ids: dict[str, str] = Field(default={})
+    """For `tasks`: hub ids or local folders to load from in place of the registry's, by the registry's name of the data
+    set: {"glue": "nyu-mll/glue"}."""
+    validation_path: str | None = None
+    """For `jsonl`: the validation file."""
+    validation_fraction: Fraction = 0.0
+    """Where the format has no validation split (the paper's has none): the last part of the training examples to hold
+    out for evaluation during training."""
+    prompt_field: str = "prompt"
+    """For `jsonl`: name of the field with the input."""
+    target_field: str = "completion"
+    """For `jsonl`: name of the field with the target."""
+    max_prompt_length: Count = 325
+    """Longest input in tokens, soft prompt included; a longer one is cut from the left."""
+    max_length: Count = 581
+    """Longest input and target together in tokens, soft prompt included; for encoder-decoder models the target alone
+    may have max_length - max_prompt_length tokens. A longer target is cut from the right."""
+    few_shot: CountOrZero = 0
+    """For `mbpp`: worked examples (from task ids 1 to 10) in front of each prompt. The usual 3 make prompts of some 800
+    tokens, for which `max_prompt_length` and `max_length` must leave room."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError("max_prompt_length must be below max_length, or no token is left for the target")
+        if self.format == "jsonl" and self.path is None:
+            raise ValueError("format: jsonl needs a path")
+        if self.validation_path is not None and self.format != "jsonl":
+            raise ValueError("validation_path goes with format: jsonl")
+        if (self.format == "tasks") != bool(self.tasks):
+            raise ValueError("tasks goes with format: tasks, and is needed there")
+        defaults = {name: field.default for name, field in DataConfig.model_fields.items()}
+        others = NOT_FOR_TASKS if self.format == "tasks" else TASK_SETTINGS
+        for name in others:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} is not for format: {self.format}")
+        return self
+
+
+class LearningRateConfig(Section):
+    """Peak learning rate of each parameter group; a method has one or two of them."""
+
+    soft_prompt: PositiveFloat = 1e-3
+    """alpha1: of soft prompts."""
+    network: PositiveFloat = 1e-3
+    """alpha2: of what changes the token embeddings, such as ADePT's token-shared network."""
+    adapter: PositiveFloat = 1e-4
+    """Of weights that are added to the backbone's layers (low-rank pairs, bottlenecks, scales, biases)."""
+    backbone: PositiveFloat = 5e-5
+    """Of the backbone's own weights."""
+
+
+class TrainConfig(Section):
+    """Optimisation, batches, checkpoints."""
+
+    epochs: Count | None = None
+    """Passes over the training examples. Exactly one of `epochs` and `max_steps` is given."""
+    max_steps: Count | None = None
+    """Optimizer steps."""
+    global_batch_size: Count = 4
+    """Examples in one optimizer step, over all ranks and accumulation steps."""
+    micro_batch_size: Count | None = None
+    """Examples in one forward pass of one rank; if not given, what global_batch_size / world size allows."""
+    gradient_accumulation_steps: Count | None = None
+    """Forward passes before one optimizer step; follows from the two sizes above and the world size if not given."""
+    learning_rate: LearningRateConfig = LearningRateConfig()
+    """Peak learning rates by parameter group."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """After warm-up: linear decay to zero at the last step, or constant."""
+    warmup_steps: CountOrZero = 500
+    """Steps of linear warm-up from zero. Must be below the total number of steps."""
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """AdamW's beta1 and beta2."""
+    adam_eps: PositiveFloat = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: NonNegativeFloat = 0.0
+    """Global gradient-norm clipping; 0 leaves gradients as they are (the paper's choice)."""
+    sharding: Literal["auto", "replicate", "node", "global"] | None = None
+    """Where the frozen weights live: whole on every rank (`replicate`), split over the ranks of each node (`node`) or
+    over all ranks (`global`); `auto` takes the first of these that fits into the memory. It sets
+    `deepspeed.zero_optimization.stage`; if not given, that stage decides (3 is `global`, less is `replicate`)."""
+    activation_checkpointing: StrictBool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    group_by_length: StrictBool = True
+    """Put examples of like length in one batch (less padding); the order stays random over the epoch."""
+    seed: CountOrZero = 42
+    """Seed of initialisation, data order and dropout."""
+    save_every: Count | None = None
+    """Steps between checkpoints; at each evaluation and at the end if not given."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints to keep; the best adapter is kept beside them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of epochs and max_steps")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})")
+        return self
+
+
+class GenerationConfig(Section):
+    """Decoding for pass@1 in training and default of the MBPP evaluation."""
+
+    do_sample: StrictBool = True
+    """Sample, or greedy decoding."""
+    temperature: PositiveFloat = 0.6
+    """Softmax temperature when sampling."""
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.95
+    """Nucleus size when sampling."""
+    top_k: CountOrZero = 0
+    """Keep the k likeliest tokens when sampling; 0 keeps all. The paper's runs had the library default of 50."""
+    max_new_tokens: Count = 256
+    """Longest completion in tokens."""
+    num_samples: Count = 1
+    """Samples per problem."""
+    stop: tuple[str, ...] | None = None
+    """A completion ends before the first of these strings; those of the data's format if not given."""
+    batch_size: Count = 16
+    """Samples decoded at a time on one rank."""
+    seed: CountOrZero = 0
+    """Every sample's random stream follows from this, its task and its index, not from its batch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerationConfig:
+        if self.num_samples > 1 and not self.do_sample:
+            raise ValueError("num_samples above 1 needs do_sample: true, greedy decoding gives the same sample again")
+        return self
+
+
+class SandboxConfig(Section):
+    """How generated programs are run. Nothing model-written runs outside the sandbox."""
+
+    isolation: Literal["auto", "namespaces", "bubblewrap", "seccomp", "none"] = "auto"
+    """Isolation tier; `auto` takes the strongest that works here. `none` must be asked for and marks the results."""
+    workers: Count | None = None
+    """Programs run at a time; the cores of the affinity mask if not given."""
+    wall_seconds: PositiveFloat = 20.0
+    """Wall-clock limit of one program; generous, since it depends on what else the machine does."""
+    cpu_seconds: PositiveFloat = 10.0
+    """CPU-time limit of one program with all its processes."""
+    memory_mb: Count = 1024
+    """Memory limit of one program with all its processes, in MiB."""
+    packages: tuple[str, ...] = ()
+    """Packages that programs may import beside the standard library, such as numpy; each with all that it needs."""
+    cache: str | None = Field(default=None, min_length=1)
+    """Folder in which verdicts are kept for equal programs, tests, limits and isolation; none are kept if not given."""
+
+
+class EvalConfig(Section):
+    """Evaluation during training, and the choice of the best checkpoint."""
+
+    every_steps: Count | None = None
+    """Steps between evaluations; once an epoch if not given. The last step is evaluated always."""
+    metric: Literal["loss", "pass@1", "task"] = "loss"
+    """What the best checkpoint is chosen by; `task` is the metric by which each of `data.tasks` chooses (accuracy, F1,
+    exact match, ...), averaged over the tasks, of answers that are decoded greedily."""
+    max_examples: Count | None = None
+    """Evaluate on the first so many validation examples only."""
+    batch_size: Count = 8
+    """Examples in one forward pass of one rank for the validation loss."""
+    generation: GenerationConfig = GenerationConfig()
+    """Decoding."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """Execution."""
+
+
+class LoggingConfig(Section):
+    """The run folder and what is written to it."""
+
+    run_dir: str = Field(default="runs/default", min_length=1)
+    """Folder of this run: resolved config, metrics, checkpoints, best adapter, report."""
+    every_steps: Count = 10
+    """Steps between lines of metrics.jsonl and the console."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Trackers by their Accelerate name (tensorboard, wandb, mlflow, ...). metrics.jsonl is written always."""
+    project: str = Field(default="adept_ds", min_length=1)
+    """Project name for trackers that have one."""
+
+
+class RunConfig(Section):
+    """One run: `deepspeed launchers/train.py --config FILE`."""
+
+    about: str = Field(default="", alias="_about")
+    """What the file reproduces, on which hardware, and the figure to expect. JSON has no comments."""
+    model: ModelConfig
+    """The backbone."""
+    method: MethodConfig = AdeptConfig()
+    """The tuning method and its settings, which depend on its name."""
+    data: DataConfig = DataConfig()
+    """Problems and their form."""
+    train: TrainConfig
+    """Optimisation, batches, checkpoints."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation during training."""
+    logging: LoggingConfig = LoggingConfig()
+    """Run folder, metrics, trackers."""
+    deepspeed: dict[str, Any] = Field(default={})
+    """Handed to DeepSpeed after the checks of `adept_ds.config.deepspeed`; batch sizes, clipping and precision belong
+    to the sections above and are "auto" or absent here."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        is_tasks = self.data.format == "tasks"
+        if not is_tasks and self.method.num_virtual_tokens >= self.data.max_prompt_length:
+            raise ValueError("method.num_virtual_tokens must be below data.max_prompt_length, which includes it")
+        if self.method.prompt_tasks and not is_tasks:
+            raise ValueError(f"method.tasks needs data.format: tasks; data.format {self.data.format} has none")
+        for task in self.data.tasks if self.method.prompt_tasks else ():
+            # A task of the user's own may have another name than its file.
+            if task not in self.method.prompt_tasks and not task.endswith(".json"):
+                raise ValueError(f"data.tasks has {task!r}; expected tasks of method.tasks: {self.method.prompt_tasks}")
+        if self.model.quantization is not None and not self.method.works_quantized:
+            raise ValueError(
+                f"method.name {self.method.name} trains weights of the backbone, which have no gradients in the form "
+                "that model.quantization gives them; leave model.quantization out, or choose another method"
+            )
+        if self.train.activation_checkpointing and not self.method.works_checkpointed:
+            raise ValueError(
+                f"method.name {self.method.name} puts keys and values into the layers' caches, which they do not read "
+                "where train.activation_checkpointing recomputes them; set one of the two otherwise"
+            )
+        if self.eval.metric == "pass@1" and self.data.format in ("jsonl", "tasks"):
+            raise ValueError(f"eval.metric pass@1 needs problems with tests; data.format {self.data.format} has none")
+        if self.train.sharding == "node" and self.method.trains_backbone:
+            raise ValueError(
+                f"train.sharding node is for frozen weights, and method.name {self.method.name} trains them; expected "
+                "global or replicate"
+            )
+        if self.eval.metric == "task" and not is_tasks:
+            raise ValueError(f"eval.metric task needs data.format: tasks; data.format {self.data.format} has no metric")
+        return self

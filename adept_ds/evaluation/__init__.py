@@ -1,0 +1,1 @@
+"""Decoding, scoring, and what follows from scores."""

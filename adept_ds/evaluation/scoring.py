@@ -1,0 +1,124 @@
+"""From samples to verdicts to pass@k: every sample runs in the sandbox, and every verdict is kept."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from adept_ds.config.run import SandboxConfig
+from adept_ds.data import Problem, Sample
+from adept_ds.errors import UserError
+from adept_ds.evaluation.results import RESULTS_NAME, SUMMARY_NAME, verdict_label
+from adept_ds.evaluation.statistics import Estimate, mean_pass_at_k
+from adept_ds.files import atomic_write
+from adept_ds.sandbox import Limits, Program, Sandbox, Verdict
+
+
+@dataclass(frozen=True)
+class Score:
+    """All verdicts of a set of samples, and what follows from them."""
+
+    results: list[dict[str, Any]]
+    """One entry a sample, in the samples' order: task id, completion, program, verdict."""
+    pass_at_k: dict[int, Estimate]
+    """k to the mean over problems."""
+    verdicts: dict[str, int]
+    """Verdict, with its kind where it has one, to the number of samples."""
+    missing: list[str]
+    """Problems without a sample. They count as failed."""
+    unique_samples: int
+    """Programs that are not the same as another one for their problem. All samples count, the same ones too."""
+    isolation: dict[str, Any]
+    """The isolation that the programs ran in."""
+    problems: int
+    samples: int
+
+
+def score_samples(
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+    config: SandboxConfig,
+    ks: Sequence[int] = (1,),
+    postprocess: Callable[[Problem, str], str] = lambda problem, completion: completion,
+) -> Score:
+    """Run every sample against its problem's tests.
+
+    Args:
+        problems: What counts; each is in the mean, with or without samples.
+        samples: Completions, any number for a problem, identical ones included.
+        config: The sandbox's settings.
+        ks: The k of pass@k.
+        postprocess: Changes each completion before its program is made.
+
+    Raises:
+        UserError: A sample belongs to no problem, or a problem has fewer samples than the largest k.
+        SandboxUnavailable: No isolation that `config` allows works here.
+    """
+    by_id = {problem.task_id: problem for problem in problems}
+    unknown = sorted({sample.task_id for sample in samples} - by_id.keys())
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} task ids of the samples are none of the {len(problems)} problems, the first is "
+            f"{unknown[0]!r}; the problems are {problems[0].task_id!r} .. {problems[-1].task_id!r}"
+        )
+    programs = []
+    for number, sample in enumerate(samples):
+        problem = by_id[sample.task_id]
+        source = problem.program(postprocess(problem, sample.completion))
+        programs.append(Program(str(number), source, problem.tests))
+    limits = Limits(wall_seconds=config.wall_seconds, cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb)
+    verdicts: dict[str, Verdict] = {}
+    with Sandbox(config.isolation, limits, config.workers, config.cache, config.packages) as sandbox:
+        for verdict in tqdm(sandbox.run(programs), total=len(programs), desc="score", unit="program"):
+            verdicts[verdict.id] = verdict
+        isolation = sandbox.isolation
+
+    results, counts = [], {problem.task_id: [0, 0] for problem in problems}
+    for sample, program in zip(samples, programs, strict=True):
+        verdict = verdicts[program.id]
+        counts[sample.task_id][0] += 1
+        counts[sample.task_id][1] += verdict.status == "passed"
+        facts = {name: value for name, value in asdict(verdict).items() if name != "id"}
+        results.append({"task_id": sample.task_id, "completion": sample.completion, "program": program.source, **facts})
+    missing = [task_id for task_id, (n, _) in counts.items() if n == 0]
+    largest = max(ks)
+    tallies = {task_id: (n, c) if n else (largest, 0) for task_id, (n, c) in counts.items()}
+    return Score(
+        results=results,
+        pass_at_k={k: mean_pass_at_k(tallies, k) for k in ks},
+        verdicts=dict(Counter(verdict_label(result) for result in results).most_common()),
+        missing=missing,
+        unique_samples=len({(result["task_id"], result["program"]) for result in results}),
+        isolation=isolation,
+        problems=len(problems),
+        samples=len(samples),
+    )
+
+
+def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
+    """Write `results.jsonl` (one line a sample) and `summary.json` (`facts` and the figures)."""
+    with atomic_write(folder / RESULTS_NAME) as file:
+        file.writelines(json.dumps(result) + "\n" for result in score.results)
+    summary = {
+        **facts,
+        **{f"pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k.items()},
+        "problems": score.problems,
+        "samples": score.samples,
+        "unique_samples": {
+            "total": score.unique_samples,
+            "mean_per_problem": score.unique_samples / score.problems,
+        },
+        "missing": score.missing,
+        "verdicts": score.verdicts,
+        "in_process": sum(result["in_process"] for result in score.results),
+        "isolation": score.isolation,
+    }
+    with atomic_write(folder / SUMMARY_NAME) as file:
+        json.dump(summary, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,158 @@
+"""The evaluation of text-to-text tasks: adapter to predictions to scores, each a file that is usable alone.
+
+OUT/TASK/predictions.jsonl   every example with what was generated, the answer in it, and what it is compared with
+OUT/TASK/summary.json        the task's metrics with intervals, and what they were made with
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
+from adept_ds.data.tasks import Part, Task, TaskExamples, cut_references, load_task_examples
+from adept_ds.distributed import World, init_world, on_main_rank
+from adept_ds.errors import UserError
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.tuned import load_tuned, tuned_facts
+from adept_ds.files import atomic_write
+from adept_ds.model.adapted_model import AdaptedModel
+
+PREDICTIONS_NAME = "predictions.jsonl"
+SUMMARY_NAME = "summary.json"
+
+
+def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) -> None:
+    """Generate answers to the examples of a part of each of `data.tasks`, and score them. Collective.
+
+    Every rank decodes a share, greedily, whatever `eval.generation` says of sampling: at most as many tokens as the
+    task allows.
+
+    Args:
+        run: Model, data and batch size.
+        adapter: Adapter folder, or the folder of a fully tuned model, which takes the backbone's place; None evaluates
+            the backbone alone.
+        out: Where the files go, in a folder a task.
+        part: Which examples; the first `eval.max_examples` of each task, if that is set.
+
+    Raises:
+        UserError: The adapter does not belong to the backbone, or a task or its data is not there.
+    """
+    examples = {name: _examples(run, name, part) for name in run.data.tasks}
+    world = init_world()
+    model, tokenizer = load_tuned(run.model, adapter, world)
+    facts = {"name": out.name, **tuned_facts(run, model, adapter)}
+    for of_task in examples.values():
+        task = of_task[0].task
+        decoding = greedy(task, tokenizer, run.eval.generation)
+        samples = generate_samples(model, tokenizer, of_task, decoding, run.data, world)
+        generated = [sample.completion for sample in samples]
+        protocol = {
+            "task": task.name,
+            "variant": run.data.variant,
+            "split": part,
+            "path": run.data.path,
+            "split_seed": run.data.split_seed,
+            "max_new_tokens": decoding.max_new_tokens,
+        }
+        about = {**facts, "protocol": protocol}
+        on_main_rank(partial(score_to_folder, of_task, generated, tokenizer, out / task.name, about), world)
+
+
+def validation_metrics(
+    model: AdaptedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: TaskExamples,
+    run: RunConfig,
+    world: World,
+) -> dict[str, float]:
+    """Generate answers to validation examples of one or several tasks and measure them. Collective.
+
+    Returns:
+        `TASK/METRIC` to its value, and `task`: the mean over tasks of what each task's checkpoints are chosen by.
+    """
+    values: dict[str, float] = {}
+    chosen_by = []
+    for of_task in examples.by_task():
+        task = of_task[0].task
+        samples = generate_samples(
+            model, tokenizer, of_task, greedy(task, tokenizer, run.eval.generation), run.data, world
+        )
+        measure = partial(_measure, of_task, [sample.completion for sample in samples], tokenizer)
+        # One rank computes: a last bit that differs between machines would make ranks disagree about the best.
+        metrics = on_main_rank(measure, world)
+        values |= {f"{task.name}/{name}": value for name, value in metrics.items()}
+        chosen_by.append(metrics[task.chosen_by])
+    return values | {"task": math.fsum(chosen_by) / len(chosen_by)}
+
+
+def _measure(examples: TaskExamples, generated: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    # As in `score_to_folder`.
+    from adept_ds.evaluation.text_metrics import evaluate
+
+    task = examples[0].task
+    references = [cut_references(task, example.references, tokenizer) for example in examples]
+    return evaluate(task, generated, references, tuple(dict.fromkeys((*task.metrics, task.chosen_by))))
+
+
+def greedy(task: Task, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> GenerationConfig:
+    """Return the decoding of a task's answers: greedy, one sample, as many tokens as an answer may have."""
+    changes = {"do_sample": False, "num_samples": 1, "max_new_tokens": task.max_answer_tokens(tokenizer)}
+    return GenerationConfig.model_validate({**config.model_dump(), **changes})
+
+
+def score_to_folder(
+    examples: TaskExamples,
+    generated: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    facts: dict[str, Any],
+) -> None:
+    """Score one task's generated texts, write predictions and summary, and print the figures."""
+    # scikit-learn and SciPy take a second to load, which training without such an evaluation need not wait for.
+    from adept_ds.evaluation.text_metrics import count_invalid, evaluate_with_intervals
+
+    task = examples[0].task
+    references = [cut_references(task, example.references, tokenizer) for example in examples]
+    predictions_path = folder / PREDICTIONS_NAME
+    with atomic_write(predictions_path) as file:
+        for example, text, right in zip(examples, generated, references, strict=True):
+            line = {
+                "task_id": example.task_id,
+                "source": example.prompt,
+                "generated": text,
+                "answer": task.answer(text),
+                "references": right,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    metrics = evaluate_with_intervals(task, generated, references)
+    summary = {
+        **facts,
+        "predictions_sha256": hashlib.sha256(predictions_path.read_bytes()).hexdigest(),
+        "examples": len(examples),
+        "invalid": count_invalid(task, generated),
+        "reported": task.metrics[0],
+        "metrics": {name: asdict(interval) for name, interval in metrics.items()},
+    }
+    with atomic_write(folder / SUMMARY_NAME) as file:
+        file.write(json.dumps(summary, indent=2) + "\n")
+    for name, interval in metrics.items():
+        print(
+            f"{task.name}: {name} {100 * interval.value:.2f} (95 % interval {100 * interval.low:.2f} to "
+            f"{100 * interval.high:.2f}; {interval.n} examples, {summary['invalid']} invalid)"
+        )
+
+
+def _examples(run: RunConfig, name: str, part: Part) -> TaskExamples:
+    data = DataConfig.model_validate({**run.data.model_dump(), "tasks": (name,)})
+    examples = load_task_examples(data, part)[: run.eval.max_examples]
+    if not examples:
+        raise UserError(f"task {name} has no examples in the split {part!r}")
+    return examples

@@ -1,0 +1,1 @@
+"""A backbone with a method on it, and its loss."""

@@ -1,0 +1,344 @@
+"""A frozen backbone with a tuning method in it, with the surface that PEFT users know.
+
+Train:
+    backbone = AutoModelForCausalLM.from_pretrained(...)
+    model = get_adept_model(backbone, AdeptConfig(num_virtual_tokens=7, bottleneck=1), tokenizer)
+    model.print_trainable_parameters()
+    model(input_ids, attention_mask, labels=labels).loss.backward()
+    model.save_pretrained("adapter")
+
+Use, on a backbone as it is:
+    model = AdaptedModel.from_pretrained(backbone, "adapter")
+    model.generate(input_ids=input_ids, attention_mask=attention_mask)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import ModelOutput
+
+from adept_ds.backbone.frozen_linear import replace_frozen_linears
+from adept_ds.backbone.sharding import full_numel
+from adept_ds.config.method import AdapterSettings, FullConfig, MethodConfig
+from adept_ds.contexts import attribute_set
+from adept_ds.distributed import World
+from adept_ds.errors import UserError
+from adept_ds.methods import Method, create_method
+from adept_ds.methods.soft_prompt import inserted
+from adept_ds.model.distillation import last_hidden_states, teacher_states
+from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.model.prompt_hiding import plain_ids, prompt_hidden
+from adept_ds.storage import adapter_folder, model_folder
+
+
+class AdaptedModel(nn.Module):
+    """A backbone and the method that was injected into it.
+
+    The method's soft prompt is put in front of the input here, so callers pass plain token ids everywhere.
+
+    Args:
+        backbone: A causal or encoder-decoder language model. It is changed in place, and frozen but for what the method
+            trains.
+        method: A method that has not been injected yet.
+        tokenizer: Needed where the method's initialisation starts from text.
+        seed: Seed of the initialisation; None where trained values will be loaded.
+
+    Raises:
+        UserError: The backbone has been adapted before.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        method: Method,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__()
+        # Untyped, as transformers leaves its models' calls and `generate`.
+        self.backbone: Any = backbone
+        self.method = method
+        self.is_encoder_decoder: bool = backbone.config.is_encoder_decoder
+        if isinstance(backbone.get_output_embeddings(), LossHead):
+            raise UserError(f"{backbone.config.name_or_path!r} has a method in it already; load the backbone anew")
+        self.backbone_facts = adapter_folder.backbone_facts(backbone)
+        self.vocabulary_size: int = self.backbone_facts["vocab_size"]
+        backbone.requires_grad_(False)
+        method.inject(backbone, tokenizer, None if seed is None else torch.Generator().manual_seed(seed))
+        backbone.set_output_embeddings(LossHead(backbone.get_output_embeddings()))
+        replace_frozen_linears(backbone)
+        self._enabled = True
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name to parameter of all that is trained, under the names of the adapter file."""
+        return self.method.trained_parameters()
+
+    def learning_rate_groups(self) -> dict[str, list[str]]:
+        """Field of `train.learning_rate` to the names of the parameters that it drives."""
+        groups: dict[str, list[str]] = {}
+        for name in self.trainable_parameters():
+            groups.setdefault(self.method.learning_rate_group(name), []).append(name)
+        return groups
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters; shared tensors count once, sharded ones with their full size."""
+        trainable = sum(full_numel(parameter) for parameter in self.trainable_parameters().values())
+        return trainable, sum(full_numel(parameter) for parameter in self.parameters())
+
+    def checkpoint_activations(self) -> None:
+        """Keep each layer's input only in training, and compute the layer again in the backward pass."""
+        self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        # Gradients flow from the trained parameters; a table that they need not reach would be gathered for nothing.
+        self.backbone.disable_input_require_grads()
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts in PEFT's form."""
+        trainable, total = self.count_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Soft-prompt tokens that are put in front of the input now."""
+        return self.method.num_virtual_tokens if self._enabled else 0
+
+    @property
+    def prompt_tasks(self) -> tuple[str, ...]:
+        """Tasks with a soft prompt of their own, in the order of `task_ids`; none where one serves all."""
+        return self.method.config.prompt_tasks if self.method.config else ()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute what the plain backbone does inside the block."""
+        with self.method.disabled(), attribute_set(self, "_enabled", False):
+            yield
+
+    def add_prompt(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Put the prompt's ids directly before each row's tokens: behind left padding, before the first real token.
+
+        Args:
+            input_ids: Token ids [B, S].
+            attention_mask: 1 for tokens, 0 for padding on either side [B, S]; all ones if not given.
+            prompts: Number k of each row's prompt [B]; the first one if not given.
+
+        Returns:
+            Ids [B, l + S] with token i of prompt k as V + k l + i, and the mask that goes with them.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        length = self.num_virtual_tokens
+        ids = self.vocabulary_size + torch.arange(length, device=input_ids.device)[None]
+        if prompts is not None:
+            ids = ids + length * prompts[:, None]
+        first = attention_mask.argmax(1, keepdim=True)
+        return inserted(input_ids, ids, first), inserted(attention_mask, torch.ones_like(ids), first)
+
+    def _row_prompts(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
+        """Number of each row's prompt [B]."""
+        tasks = self.prompt_tasks if self._enabled else ()
+        if tasks and task_ids is None:
+            raise UserError(f"each of {', '.join(tasks)} has a prompt of its own: task_ids must say which a row's is")
+        return input_ids.new_zeros(input_ids.shape[0]) if not tasks or task_ids is None else task_ids
+
+    def _reading(
+        self, attention_mask: Tensor, context_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Tell the method what its prompt may depend on in a batch whose masks and labels are without the prompt."""
+        context = attention_mask.bool()
+        if context_mask is not None:
+            context = context & context_mask.bool()
+        elif labels is not None and not self.is_encoder_decoder:
+            context = context & (labels == IGNORE_INDEX).cumprod(1).bool()
+        outside = context.new_zeros(1, self.num_virtual_tokens)
+        return self.method.reading(inserted(context, outside, attention_mask.argmax(1, keepdim=True)))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        task_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Run the backbone on prompt and tokens.
+
+        Args:
+            input_ids: Token ids [B, S], padded on either side.
+            attention_mask: 1 for tokens, 0 for padding [B, S].
+            labels: For causal models [B, S], aligned with `input_ids`; for encoder-decoder models the target ids
+                [B, T]. `IGNORE_INDEX` where no loss is wanted.
+            reduction: `mean` over the label tokens or their `sum`.
+            task_ids: Number in `prompt_tasks` of each row's task [B]; needed if there are any, and else not looked at.
+            context_mask: 1 for the tokens that a soft prompt made for its row may depend on [B, S]. If not given, in a
+                causal model those before the first label, and elsewhere all.
+            **kwargs: Handed to the backbone.
+
+        Returns:
+            Without labels, the backbone's output; logits of a causal model cover the prompt too [B, l + S, V]. With
+            labels, an output whose `loss` is an fp32 scalar and which has no logits: they exist at the labelled
+            positions only, see `adept_ds.model.loss`.
+
+        Raises:
+            UserError: With labels, a backbone that computes something of its head's logits. Or `task_ids` are missing.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        prompts = self._row_prompts(input_ids, task_ids)
+        ids, mask = self.add_prompt(input_ids, attention_mask, prompts)
+        if not self.is_encoder_decoder:
+            # Models with absolute positions must not count left padding.
+            kwargs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0))
+        kwargs["attention_mask"] = mask
+        if labels is None:
+            with self._reading(attention_mask, context_mask):
+                return self.backbone(input_ids=ids, **kwargs)
+        if self.is_encoder_decoder:
+            targets = labels
+            kwargs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+        else:
+            # Padding has no label, so this holds whichever side it is on.
+            targets = shift_labels(F.pad(labels, (self.num_virtual_tokens, 0), value=IGNORE_INDEX))
+        distillation = self.method.distillation if self.training and self._enabled else None
+        teacher = None
+        if distillation is not None:
+            theirs, _ = self.add_prompt(input_ids, attention_mask, distillation.first_teacher + prompts)
+            teacher = teacher_states(self.backbone, distillation, targets, input_ids=theirs, **kwargs)
+        head = self.backbone.get_output_embeddings()
+        states: AbstractContextManager[list[Tensor]] = last_hidden_states(self.backbone) if teacher else nullcontext([])
+        with (
+            self._reading(attention_mask, context_mask, labels),
+            head.summing(targets, teacher.soft_targets() if teacher else None),
+            states as hidden,
+        ):
+            output = self.backbone(input_ids=ids, use_cache=False, **kwargs)
+            if not head.returned(output.logits):
+                raise UserError(
+                    f"model.name_or_path is {self.backbone.config.name_or_path!r}: {type(self.backbone).__name__} "
+                    "changes its logits behind the LM head (a scale, a cap, a bias), where the loss has been computed "
+                    "already; such models cannot be trained here"
+                )
+        loss = output.logits.sum()
+        if teacher:
+            loss = loss + teacher.hidden_loss(hidden[0], targets)
+        if reduction == "mean":
+            loss = loss / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        return ModelOutput(loss=loss)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
+        """`transformers` generation on the adapted model; every generated token gets its offset too.
+
+        Takes plain ids [B, S] (left-padded for causal models), `task_ids` as `forward`, and any argument of the
+        backbone's `generate`; returns the sequences that it would: for causal models what was read and generated,
+        without the prompt.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        ids, mask = self.add_prompt(input_ids, attention_mask, self._row_prompts(input_ids, task_ids))
+        columns = 0 if self.is_encoder_decoder else self.num_virtual_tokens
+        with prompt_hidden(self.backbone, self.vocabulary_size, columns), self._reading(attention_mask):
+            output = self.backbone.generate(input_ids=ids, attention_mask=mask, **kwargs)
+        if isinstance(output, Tensor):
+            return plain_ids(output, self.vocabulary_size)
+        output.sequences = plain_ids(output.sequences, self.vocabulary_size)
+        return output
+
+    def save_pretrained(self, folder: str | Path, **facts: Any) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` (fp32); `facts` go into the former. A method that
+        trains the whole backbone writes a model folder; see `adept_ds.storage.model_folder`."""
+        if self.method.config is None:
+            raise UserError("the backbone as it is has no adapter to save")
+        if self.method.config.saves_model:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.save_backbone(Path(folder), None, facts)
+            return
+        values = {name: parameter.detach().float().cpu() for name, parameter in self.trainable_parameters().items()}
+        values |= self.method.constants()
+        adapter_folder.save_adapter(folder, self.method.config, values, self.backbone_facts, facts)
+
+    def save_backbone(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase | None,
+        facts: Mapping[str, Any],
+        world: World | None = None,
+    ) -> None:
+        """Write the fully tuned backbone into an existing folder; see `model_folder.save_model`. Collective."""
+        config = cast(FullConfig, self.method.config)
+        size = int(config.max_file_gb * 1e9)
+        model_folder.save_model(folder, self.backbone, tokenizer, config, self.backbone_facts, facts, size, world)
+
+    @classmethod
+    def from_pretrained(cls, backbone: PreTrainedModel, folder: str | Path, **changed: Any) -> AdaptedModel:
+        """Inject the method of a saved adapter into `backbone` and load its values.
+
+        Args:
+            backbone: The backbone it was trained on.
+            folder: The adapter folder.
+            **changed: Settings of the method to use in place of the saved ones, such as `offset_in_evaluation=False`.
+
+        Raises:
+            UserError: The folder holds no whole adapter, or one for another backbone.
+            pydantic.ValidationError: The method has no such setting.
+        """
+        adapter = adapter_folder.load_adapter(folder)
+        adapter_folder.check_backbone(adapter, adapter_folder.backbone_facts(backbone))
+        settings = type(adapter.method).model_validate(adapter.method.model_dump() | changed)
+        model = cls(backbone, create_method(settings), seed=None)
+        model.load_trained(adapter.tensors)
+        return model
+
+    @torch.no_grad()
+    def load_trained(self, values: dict[str, Tensor]) -> None:
+        """Copy the values of an adapter file by their names to their places. Parameters must not be sharded.
+
+        Raises:
+            UserError: A name is missing or unknown, or a shape is another one.
+        """
+        parameters: dict[str, Tensor] = {**self.trainable_parameters(), **self.method.constants()}
+        adapter_folder.check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def get_adept_model(
+    backbone: PreTrainedModel,
+    config: MethodConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> AdaptedModel:
+    """Inject the method that `config` describes into `backbone`, and start from the values of its `init_from`.
+
+    Raises:
+        UserError: As `AdaptedModel`; or the adapter of `init_from` is not whole, is of another method, of other sizes,
+            or of another backbone.
+    """
+    model = AdaptedModel(backbone, create_method(config), tokenizer, seed)
+    if isinstance(config, AdapterSettings) and config.init_from is not None:
+        source = adapter_folder.load_adapter(config.init_from)
+        adapter_folder.check_backbone(source, model.backbone_facts)
+        if source.method.name != config.name:
+            raise UserError(
+                f"method.init_from is {config.init_from!r}, an adapter of method {source.method.name!r}; expected one "
+                f"of method {config.name!r}"
+            )
+        model.load_trained(model.method.start_values(source))
+    return model

@@ -1,0 +1,159 @@
+"""What a run would do, told without doing it: `launchers/train.py --config FILE --dry-run`.
+
+The backbone is built on the meta device, so nothing is loaded but its config: from a local folder, from the few that
+ship with the package (`adept_ds/backbone/architectures`), or from the hub.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from adept_ds.backbone.load import DTYPES, resolve_architecture
+from adept_ds.config.batch import count_steps
+from adept_ds.config.deepspeed import DeepSpeedPlan, complete
+from adept_ds.config.loader import LoadedConfig, config_hash, flatten
+from adept_ds.config.run import DataConfig, RunConfig, TrainConfig
+from adept_ds.data import load_examples
+from adept_ds.data.tasks import count_training_examples as count_task_examples
+from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
+from adept_ds.planner.memory_plan import plan_memory
+from adept_ds.planner.memory_report import memory_text
+from adept_ds.planner.meta_step import meta_model
+
+RELEASED_TRAIN_SIZES = {"mbpp-paper": 487, "mbpp": 374, "mbpp-instruct": 374}
+"""Training examples by `data.format` in the released MBPP files, for a plan made before they are there."""
+SHOWN_SHAPES = 4
+"""Trained parameters of one learning rate that are told with their shapes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run."""
+
+    architecture_origin: str
+    """Where the backbone's config is from."""
+    backbone_parameters: int
+    trained_parameters: int
+    result_bytes: int
+    """Size of adapter_model.safetensors, or of the weights of a whole model where that is the result."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each trained parameter by name."""
+    learning_rate_groups: dict[str, list[str]]
+    """Field of `train.learning_rate` to the names of the parameters that it drives."""
+    deepspeed: DeepSpeedPlan
+    training_examples: int | None
+    """None if the data is not there and its size is not known."""
+    data_note: str
+    """Where the number of examples comes from."""
+    total_steps: int | None
+    """None if it follows from a number of examples that is not known."""
+
+
+def dry_run(loaded: LoadedConfig, world_size: int) -> str:
+    """Return `make_plan` as text, with the memory that the run needs on this machine.
+
+    Raises:
+        UserError: As `make_plan`.
+    """
+    run, plan = loaded.run, make_plan(loaded.run, world_size)
+    architecture, _ = resolve_architecture(run.model)
+    dtype, batch, train = DTYPES[run.model.dtype], plan.deepspeed.batch, run.train
+    full = run.method.saves_model
+    total = plan.backbone_parameters if full else plan.backbone_parameters + plan.trained_parameters
+    zero = plan.deepspeed.config["zero_optimization"]
+    lines = [
+        f"config         {loaded.path} (sha256 of the resolved config: {config_hash(run)[:12]}...)",
+        f"backbone       {run.model.name_or_path} ({plan.architecture_origin})",
+        f"               {plan.backbone_parameters:,} parameters, {'all trained' if full else 'frozen'}; "
+        f"{run.model.dtype}, {plan.backbone_parameters * dtype.itemsize / 1e9:.2f} GB",
+        f"method         {run.method.name}: {plan.trained_parameters:,} trainable parameters "
+        f"({100 * plan.trained_parameters / total:.4f} % of all)",
+    ]
+    if full:
+        lines.append(f"result         a model folder with {plan.result_bytes:,} bytes of weights")
+    else:
+        lines.append(f"adapter        {plan.result_bytes:,} bytes (fp32, adapter_model.safetensors)")
+    for group, names in plan.learning_rate_groups.items():
+        shapes = ", ".join(f"{name} {list(plan.shapes[name])}" for name in names[:SHOWN_SHAPES])
+        if len(names) > SHOWN_SHAPES:
+            shapes += f" and {len(names) - SHOWN_SHAPES:,} more"
+        lines.append(
+            f"learning rate  {getattr(train.learning_rate, group):g} (train.learning_rate.{group}) for {shapes}"
+        )
+    decay = "linear decay to zero" if train.schedule == "linear" else "constant"
+    lines += [
+        f"batch          {batch.global_batch_size} = {batch.micro_batch_size} (micro-batch) x "
+        f"{batch.gradient_accumulation_steps} (accumulation) x {batch.world_size} (ranks)",
+        f"examples       {plan.data_note}",
+        f"steps          {_steps_text(plan, train)}",
+        f"warm-up        {train.warmup_steps:,} steps, then {decay}",
+        f"DeepSpeed      zero_optimization.stage = {zero.get('stage', 0)}",
+    ]
+    settings = flatten(plan.deepspeed.config)
+    lines += [f"               {key} = {settings[key]} (from {owner})" for key, owner in plan.deepspeed.derived.items()]
+    lines.append(memory_text(plan_memory(run, architecture, Cluster.here(world_size))))
+    return "\n".join(lines)
+
+
+def make_plan(run: RunConfig, world_size: int) -> Plan:
+    """Work out what `run` does on `world_size` ranks.
+
+    Raises:
+        UserError: The backbone's config cannot be had, the batch does not divide, the data is malformed, or the
+            warm-up does not fit into the run.
+    """
+    architecture, origin = resolve_architecture(run.model)
+    if run.train.sharding == "auto":
+        sharding, _ = MemoryModel(run, architecture, Cluster.here(world_size)).choose()
+        run = with_sharding(run, sharding)
+    deepspeed = complete(run, world_size, architecture.hidden_size)
+    model = meta_model(run, architecture)
+    trained, total = model.count_parameters()
+    parameters = model.trainable_parameters()
+    if run.method.saves_model:
+        result_bytes = total * DTYPES[run.model.dtype].itemsize
+    else:
+        tensors = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
+        result_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    examples, note = count_training_examples(run.data)
+    return Plan(
+        architecture_origin=origin,
+        backbone_parameters=total if run.method.saves_model else total - trained,
+        trained_parameters=trained,
+        result_bytes=result_bytes,
+        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        learning_rate_groups=model.learning_rate_groups(),
+        deepspeed=deepspeed,
+        training_examples=examples,
+        data_note=note,
+        total_steps=None if examples is None and run.train.epochs else count_steps(run.train, examples or 0),
+    )
+
+
+def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
+    """Return the number of training examples and where it is known from. A data set of the hub is not fetched.
+
+    Raises:
+        UserError: The data file is there and is malformed.
+    """
+    if config.format == "tasks":
+        return count_task_examples(config)
+    if config.path is not None and not Path(config.path).exists():
+        released = RELEASED_TRAIN_SIZES.get(config.format)
+        if released is None:
+            return None, f"unknown, {config.path} is not here"
+        return released, f"{released:,} for training in the released MBPP; {config.path} is not here"
+    count = len(load_examples(config, "train"))
+    return count, f"{count:,} for training in {config.path or 'the bundled problems'}"
+
+
+def _steps_text(plan: Plan, train: TrainConfig) -> str:
+    if plan.total_steps is None:
+        return f"{train.epochs} epochs; their length is known once the data is here"
+    if train.epochs is None:
+        return f"{plan.total_steps:,}"
+    return f"{plan.total_steps:,} = {train.epochs} epochs x {plan.total_steps // train.epochs:,}"

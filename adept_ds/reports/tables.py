@@ -1,0 +1,304 @@
+"""Results of many runs as tables in the paper's layout, with the paper's figures beside them.
+
+Runs that differ in their seeds alone are one measurement. Of several settings of one method on one task, the one with
+the best mean validation figure stands in the table: the test figures choose nothing.
+
+Noise. A test set is a sample of examples, and runs are a sample of seeds. With `e` the standard error over examples
+(the width of a run's 95 % interval by 2 * 1.96, averaged over the runs: the same examples serve every run, so it does
+not shrink with their number) and `s` the standard deviation over `n` seeds, a mean has the standard error
+
+    sqrt(e^2 + s^2 / n)
+
+and its 95 % interval is 1.96 of these to each side, where examples give the two sides of the runs' bootstrap intervals
+(so for one run, that interval). A figure of the paper is
+taken to have the same `e`, its own `s` over three runs where the paper prints one, and otherwise one run with our `s`.
+A difference exceeds the noise if it is larger than 1.96 standard errors of a difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from adept_ds.data.tasks.registry import TASKS
+from adept_ds.evaluation.statistics import Z95, PairedDifference, paired_difference
+from adept_ds.reports.paper import PaperColumn, PaperFigures, PaperRow, PaperTable
+from adept_ds.reports.run_results import Result, example_scores
+from adept_ds.storage.run_folder import SEED_KEYS
+
+PAPER_RUNS = 3
+"""Runs that the paper's standard deviations are over."""
+REFERENCE = "adept"
+"""Method that the others are compared with, where it was run."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One method with one setting on one task and metric, over its seeds. Figures in percent."""
+
+    results: tuple[Result, ...]
+    settings_tried: int = 1
+    """Settings that this one was chosen from, by validation."""
+
+    @property
+    def first(self) -> Result:
+        """One of the results, for what they have in common."""
+        return self.results[0]
+
+    @property
+    def runs(self) -> int:
+        """Number of seeds."""
+        return len(self.results)
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return mean(100 * result.value for result in self.results)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds (n - 1); None for one."""
+        return stdev(100 * result.value for result in self.results) if self.runs > 1 else None
+
+    @property
+    def example_error(self) -> float:
+        """Standard error over the test examples."""
+        return mean(100 * (result.high - result.low) for result in self.results) / (2 * Z95)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the mean."""
+        return math.hypot(self.example_error, (self.deviation or 0.0) / math.sqrt(self.runs))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the mean."""
+        seeds = Z95 * (self.deviation or 0.0) / math.sqrt(self.runs)
+        below = mean(100 * (result.value - result.low) for result in self.results)
+        above = mean(100 * (result.high - result.value) for result in self.results)
+        return self.mean - math.hypot(below, seeds), self.mean + math.hypot(above, seeds)
+
+    @property
+    def validation_figures(self) -> list[float]:
+        """Validation figures of the best checkpoints, of the runs that have one; in the unit of `eval.metric`."""
+        return [result.validation for result in self.results if result.validation is not None]
+
+    @property
+    def validation(self) -> float:
+        """Mean validation figure, higher is better; the lowest of all if a run has none."""
+        known = self.validation_figures
+        if len(known) < self.runs:
+            return -math.inf
+        return -mean(known) if self.first.lower_is_better else mean(known)
+
+    def noise(self, paper_deviation: float | None) -> float:
+        """Half-width of the 95 % interval of the difference to a figure of the paper."""
+        paper_seeds = paper_deviation / math.sqrt(PAPER_RUNS) if paper_deviation is not None else self.deviation or 0.0
+        return Z95 * math.hypot(self.standard_error, self.example_error, paper_seeds)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in a table: our measurement, the paper's figure, both or neither."""
+
+    ours: Measurement | None = None
+    paper: float | None = None
+    paper_deviation: float | None = None
+    our_mean: float | None = None
+    """Our figure in percent; of a mean column, the mean over its columns if all of them were measured."""
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's, in points."""
+        return None if self.our_mean is None or self.paper is None else self.our_mean - self.paper
+
+    @property
+    def noise(self) -> float | None:
+        """What a difference must exceed; None where there is none to judge."""
+        return None if self.ours is None or self.paper is None else self.ours.noise(self.paper_deviation)
+
+    @property
+    def exceeds_noise(self) -> bool | None:
+        """Whether the difference is more than noise."""
+        return None if self.difference is None or self.noise is None else abs(self.difference) > self.noise
+
+    @property
+    def is_other_task(self) -> bool:
+        """Whether ours is of a task as it should be, where the paper's is of the published code's form of it."""
+        ours = self.ours
+        return (
+            ours is not None
+            and self.paper is not None
+            and ours.first.variant == "fixed"
+            and ours.first.task in TASKS
+            and bool(TASKS[ours.first.task].faithful)
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    section: str = ""
+    paper_parameters: str = ""
+    quoted_from: str | None = None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether any figure is ours."""
+        return any(cell.ours for cell in self.cells)
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Trained parameters of our runs; several where settings differ between columns."""
+        counts = {cell.ours.first.parameters for cell in self.cells if cell.ours}
+        return tuple(sorted(count for count in counts if count is not None))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two of our methods on the same examples, each example's score averaged over seeds."""
+
+    first: str
+    second: str
+    column: str
+    difference: PairedDifference
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    differences: tuple[Difference, ...] = ()
+    has_paper: bool = True
+
+
+def build_tables(results: Sequence[Result], paper: PaperFigures) -> list[Table]:
+    """Return the paper's tables that any result belongs to, then one a backbone with all that is in none of them."""
+    tables, placed = [], set()
+    for printed in paper.tables:
+        of_backbone = [result for result in results if result.model.lower() in printed.models]
+        table = _paper_table(printed, of_backbone)
+        if any(row.is_run for row in table.rows):
+            tables.append(table)
+            placed |= {_place(cell.ours.first) for row in table.rows for cell in row.cells if cell.ours}
+    for model in sorted({result.model for result in results}):
+        rest = [result for result in results if result.model == model and _place(result) not in placed]
+        if rest:
+            tables.append(_own_table(model, rest))
+    return tables
+
+
+def _place(result: Result) -> tuple[Any, ...]:
+    return result.model, result.method, result.task, result.metric, result.settings.get("data.k_shot")
+
+
+def measurements(results: Iterable[Result]) -> list[Measurement]:
+    """Put repetitions together. Of several evaluations with the same seeds, the last one counts: a run taken again is
+    no further sample."""
+    groups: dict[tuple[Any, ...], dict[Any, Result]] = {}
+    for result in results:
+        key = (*_place(result), result.variant, result.group())
+        # The backbone alone is the same whichever run it was evaluated beside.
+        seeds = None if result.method == "untuned" else tuple(result.settings.get(seed) for seed in SEED_KEYS)
+        groups.setdefault(key, {})[seeds] = result
+    return [Measurement(tuple(group.values())) for group in groups.values()]
+
+
+def choose(found: Sequence[Measurement]) -> Measurement | None:
+    """Return the setting with the best validation figure; the published form of a task goes before the mended one."""
+    if not found:
+        return None
+    best = max(found, key=lambda one: (one.first.variant == "faithful", one.validation))
+    return Measurement(best.results, len(found))
+
+
+def _paper_table(printed: PaperTable, results: Sequence[Result]) -> Table:
+    rows = []
+    for row in printed.rows:
+        of_method = [result for result in results if row.method is not None and result.method == row.method]
+        rows.append(_paper_row(row, printed.columns, of_method))
+    columns = tuple(column.label for column in printed.columns)
+    title = f"Table {printed.number} of the paper: {printed.title} ({printed.backbone})"
+    return Table(title, columns, tuple(rows), _differences(rows, columns))
+
+
+def _paper_row(row: PaperRow, columns: Sequence[PaperColumn], results: Sequence[Result]) -> Row:
+    ours: dict[str, Measurement | None] = {}
+    for column in columns:
+        fitting = [result for result in results if _fits(result, column, row.settings | column.settings)]
+        ours[column.label] = choose(measurements(fitting))
+    cells = []
+    for index, column in enumerate(columns):
+        own = ours[column.label]
+        parts = [ours.get(label) for label in column.mean_of]
+        known = [part.mean for part in parts if part is not None]
+        our_mean = own.mean if own else mean(known) if known and len(known) == len(parts) else None
+        deviation = row.deviations[index] if row.deviations else None
+        cells.append(Cell(own, row.values[index], deviation, our_mean))
+    return Row(row.label, tuple(cells), row.section, row.parameters, row.quoted_from)
+
+
+def _fits(result: Result, column: PaperColumn, settings: dict[str, Any]) -> bool:
+    return (
+        (result.task, result.metric) == (column.task, column.metric)
+        and result.settings.get("data.k_shot") == column.k_shot
+        and len(result.settings.get("data.tasks") or [result.task]) == 1
+        and all(result.settings.get(key) == value for key, value in settings.items())
+    )
+
+
+def _own_table(model: str, results: Sequence[Result]) -> Table:
+    """Methods by task and metric, as they were run."""
+    places = list(dict.fromkeys((result.task, result.variant, result.metric, _shots(result)) for result in results))
+    columns = tuple(" ".join(part for part in place if part) for place in places)
+    methods = sorted({result.method for result in results}, key=lambda name: (name != "untuned", name))
+    rows = []
+    for method in methods:
+        cells = []
+        for place in places:
+            fitting = [
+                result
+                for result in results
+                if result.method == method and (result.task, result.variant, result.metric, _shots(result)) == place
+            ]
+            own = choose(measurements(fitting))
+            cells.append(Cell(own, our_mean=own.mean if own else None))
+        rows.append(Row(method, tuple(cells)))
+    return Table(model, columns, tuple(rows), _differences(rows, columns), has_paper=False)
+
+
+def _shots(result: Result) -> str:
+    k_shot = result.settings.get("data.k_shot")
+    return f"k = {k_shot}" if k_shot else ""
+
+
+def _differences(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Difference, ...]:
+    """Each method against the reference (or the first that was run), where both have scores of the same examples."""
+    found = []
+    for index, column in enumerate(columns):
+        measured = [(row.label, ours) for row in rows if (ours := row.cells[index].ours)]
+        measured.sort(key=lambda pair: pair[1].first.method != REFERENCE)
+        scores = [(label, _mean_scores(ours)) for label, ours in measured]
+        for label, other in scores[1:]:
+            reference = scores[0][1]
+            if reference and other and reference.keys() == other.keys():
+                found.append(Difference(scores[0][0], label, column, paired_difference(reference, other)))
+    return tuple(found)
+
+
+def _mean_scores(measurement: Measurement) -> dict[str, float] | None:
+    """Score of each example, averaged over seeds; None if a run's are not there or of other examples."""
+    of_runs = [example_scores(result) for result in measurement.results]
+    known = [scores for scores in of_runs if scores]
+    if len(known) < len(of_runs) or any(scores.keys() != known[0].keys() for scores in known):
+        return None
+    return {task_id: mean(scores[task_id] for scores in known) for task_id in known[0]}

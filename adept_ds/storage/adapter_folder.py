@@ -1,0 +1,166 @@
+"""The adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+The tensors are the fp32 master values under the method's own names. The config holds the method's settings, which
+backbone the adapter was trained on (with a fingerprint of its embedding table), and the versions that wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from adept_ds.backbone.sharding import gathered
+from adept_ds.config.method import MethodConfig
+from adept_ds.errors import UserError, did_you_mean
+from adept_ds.files import atomic_write
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+FORMAT = "adept_ds/1"
+FINGERPRINT_ROWS = 64
+_METHOD_CONFIG: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A loaded adapter folder."""
+
+    folder: Path
+    method: MethodConfig
+    tensors: dict[str, Tensor]
+    backbone: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:
+    """What an adapter says about the backbone it belongs to. Collective under ZeRO-3."""
+    table = cast(nn.Embedding, backbone.get_input_embeddings())
+    return {
+        "name_or_path": backbone.config.name_or_path,
+        "revision": getattr(backbone.config, "_commit_hash", None),
+        "model_type": backbone.config.model_type,
+        "hidden_size": table.embedding_dim,
+        "vocab_size": table.num_embeddings,
+        "embedding_fingerprint": embedding_fingerprint(table),
+    }
+
+
+def embedding_fingerprint(table: nn.Embedding) -> str | None:
+    """sha256 over 64 evenly spaced rows of the table, rounded to bf16 so that the precision it is loaded in is no
+    matter; None on the meta device."""
+    if table.weight.is_meta:
+        return None
+    rows = torch.linspace(0, table.num_embeddings - 1, FINGERPRINT_ROWS).long().to(table.weight.device)
+    with gathered([table.weight]), torch.no_grad():
+        sample = F.embedding(rows, table.weight).to("cpu", torch.bfloat16)
+    return hashlib.sha256(sample.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def save_adapter(
+    folder: str | Path,
+    method: MethodConfig,
+    tensors: Mapping[str, Tensor],
+    backbone: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write an adapter folder. The config comes last: a folder without it is not an adapter."""
+    folder = Path(folder)
+    payload = save({name: tensor.float().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    with atomic_write(folder / TENSORS_NAME, "wb") as file:
+        file.write(payload)
+    config = {
+        "format": FORMAT,
+        "method": method.model_dump(mode="json"),
+        "backbone": dict(backbone),
+        "tensors_sha256": hashlib.sha256(payload).hexdigest(),
+        "versions": {name: version(name) for name in ("adept_ds", "torch", "transformers", "deepspeed")},
+        **facts,
+    }
+    with atomic_write(folder / CONFIG_NAME) as file:
+        json.dump(config, file, indent=2)
+        file.write("\n")
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter folder.
+
+    Raises:
+        UserError: A file is missing or damaged, or the two do not belong together.
+    """
+    folder = Path(folder)
+    config_path, tensors_path = folder / CONFIG_NAME, folder / TENSORS_NAME
+    for path in (config_path, tensors_path):
+        if not path.is_file():
+            is_model = (folder / "config.json").is_file()
+            hint = "; it is a whole model, to be given as model.name_or_path" if is_model else ""
+            raise UserError(f"{folder} is not an adapter folder: it has no {path.name}{hint}")
+    try:
+        facts = json.loads(config_path.read_text(encoding="utf-8"))
+        written_as = facts.pop("format")
+        method = _METHOD_CONFIG.validate_python(facts.pop("method"))
+        backbone = facts.pop("backbone")
+    except KeyError as error:
+        raise UserError(f"{config_path} is not a config of an adept_ds adapter: it has no {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{config_path} is not a config of an adept_ds adapter: {error}") from error
+    if written_as != FORMAT:
+        raise UserError(f"{config_path} has the format {written_as!r}; this version reads {FORMAT!r}")
+    if facts.get("tensors_sha256") != hashlib.sha256(tensors_path.read_bytes()).hexdigest():
+        raise UserError(
+            f"{tensors_path} is damaged or belongs to another {CONFIG_NAME}: its sha256 is not the one there"
+        )
+    try:
+        tensors = load_file(tensors_path)
+    except SafetensorError as error:
+        raise UserError(f"{tensors_path} is not a safetensors file: {error}") from error
+    return Adapter(folder, method, tensors, backbone, facts)
+
+
+def check_backbone(adapter: Adapter, facts: Mapping[str, Any]) -> None:
+    """Refuse a backbone that the adapter was not trained on.
+
+    Raises:
+        UserError: Width, vocabulary or embedding table differ.
+    """
+    for key, meaning in (("hidden_size", "embedding width"), ("vocab_size", "vocabulary size")):
+        if adapter.backbone.get(key) != facts[key]:
+            raise UserError(
+                f"{adapter.folder} was trained on {adapter.backbone.get('name_or_path')!r} with {meaning} "
+                f"{adapter.backbone.get(key)}; {facts['name_or_path']!r} has {facts[key]}"
+            )
+    trained_on, given = adapter.backbone.get("embedding_fingerprint"), facts["embedding_fingerprint"]
+    if trained_on and given and trained_on != given:
+        raise UserError(
+            f"{adapter.folder} was trained on {adapter.backbone.get('name_or_path')!r}; {facts['name_or_path']!r} has "
+            "the same width and vocabulary but other token embeddings, which the offsets were fitted to"
+        )
+
+
+def check_tensors(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that are not exactly those of `shapes`.
+
+    Raises:
+        UserError: A name is missing or unknown, or a shape is another one.
+    """
+    problems = [f"{name} is missing" for name in shapes if name not in values]
+    problems += [f"{name} is unknown{did_you_mean(name, shapes)}" for name in values if name not in shapes]
+    problems += [
+        f"{name} has shape {tuple(values[name].shape)}, expected {shape}"
+        for name, shape in shapes.items()
+        if name in values and tuple(values[name].shape) != shape
+    ]
+    if problems:
+        raise UserError("the adapter does not fit its own settings: " + "; ".join(problems))

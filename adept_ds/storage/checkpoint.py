@@ -1,0 +1,282 @@
+"""Exact resume: one folder a checkpoint, whole or not there.
+
+    checkpoints/step-00000120/
+        state.json                                       step, best figure so far, number of ranks
+        rng.safetensors                                  every rank's random-number states
+        manifest.json                                    sha256 of each file, of DeepSpeed's the size
+
+and, where the result is an adapter, small files with whole tensors, which any number of ranks goes on with:
+
+        adapter_model.safetensors  adapter_config.json   the trained values in fp32, usable as an adapter
+        optimizer.safetensors                            AdamW's two moments of each trained parameter, fp32
+
+or, where the backbone is trained, each rank's own part of it all, for the same number of ranks:
+
+        deepspeed/                                       DeepSpeed's own checkpoint
+
+A frozen backbone is never written. A folder is filled under a temporary name and renamed when all of it is on the disk.
+Where every rank writes, all of them must see the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from adept_ds.distributed import World, gather_objects, on_main_rank
+from adept_ds.errors import UserError
+from adept_ds.storage import adapter_folder
+from adept_ds.storage.run_folder import CHECKPOINT_PREFIX, list_checkpoints
+
+MANIFEST = "manifest.json"
+OPTIMIZER_NAME = "optimizer.safetensors"
+SHARDED = "deepspeed"
+"""Folder of DeepSpeed's own checkpoint."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands. All else follows from it, the config and the tensors."""
+
+    step: int
+    """Optimizer steps taken; also the position in the data and in the schedule."""
+    best_step: int | None = None
+    """Step of the best result so far."""
+    best_value: float | None = None
+    """Its figure (loss or pass@1)."""
+    world_size: int = 1
+    """Number of ranks that wrote the checkpoint."""
+    zero_stage: int | None = None
+    """ZeRO stage by which the tensors are split over the ranks; None if they are whole."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint, read back."""
+
+    folder: Path
+    state: TrainerState
+    rng: dict[str, Tensor]
+    values: dict[str, Tensor]
+    """Trained values; empty if each rank reads its own part from DeepSpeed's checkpoint."""
+    optimizer_states: dict[str, Tensor]
+    """AdamW's moments; empty as above."""
+
+    def check_ranks(self, world_size: int, stage: int) -> None:
+        """Refuse to go on where the parts of the tensors are not those of the ranks.
+
+        Raises:
+            UserError: The checkpoint is split, over another number of ranks or at another ZeRO stage.
+        """
+        written = self.state
+        if written.zero_stage is not None and (written.world_size, written.zero_stage) != (world_size, stage):
+            raise UserError(
+                f"{self.folder} holds weights and optimizer states split over {written.world_size} ranks at ZeRO stage "
+                f"{written.zero_stage}, which DeepSpeed cannot split anew; this run has {world_size} ranks at stage "
+                f"{stage}. Go on with {written.world_size} ranks and deepspeed.zero_optimization.stage "
+                f"{written.zero_stage}, or start another run from the best model so far (model.name_or_path)"
+            )
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None], world: World) -> None:
+    """Make `folder` with what `fill` writes, under a temporary name first; a folder that is there is replaced.
+
+    Collective: every rank calls `fill` with the same path.
+    """
+    temporary = folder.with_name(temporary_name(folder.name))
+
+    def clear() -> None:
+        # A process that was killed may have left it.
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        for path in [*temporary.rglob("*"), temporary]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+    on_main_rank(clear, world)
+    try:
+        fill(temporary)
+    except BaseException:
+        if world.is_main:
+            shutil.rmtree(temporary)
+        raise
+    on_main_rank(put_in_place, world)
+
+
+def temporary_name(name: str) -> str:
+    """Name of a folder while it is filled."""
+    return f".{name}.tmp"
+
+
+def save_checkpoint(
+    root: Path,
+    state: TrainerState,
+    write_states: Callable[[Path], None],
+    rng: Mapping[str, Tensor],
+    keep: int,
+    world: World,
+) -> Path:
+    """Write a checkpoint below `root` and remove all but the newest `keep`. Collective.
+
+    Checkpoints of later steps go too: the run went back to before them, and they belong to steps that it takes anew.
+
+    Args:
+        root: Folder of the checkpoints.
+        state: Where the run stands.
+        write_states: Called on every rank with the folder, to write parameters and optimizer states into.
+        rng: As `collect_rng` returns it.
+        keep: Number of checkpoints to keep.
+        world: This rank.
+    """
+    folder = root / f"{CHECKPOINT_PREFIX}{state.step:08d}"
+
+    def fill(folder: Path) -> None:
+        write_states(folder)
+        on_main_rank(lambda: complete(folder), world)
+
+    def complete(folder: Path) -> None:
+        write_tensors(folder / "rng.safetensors", rng)
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        proofs = {name: _proof(folder, name) for name in names}
+        (folder / MANIFEST).write_text(json.dumps(proofs, indent=2) + "\n", encoding="utf-8")
+
+    def prune() -> None:
+        checkpoints = list_checkpoints(root)
+        at = checkpoints.index(folder) + 1
+        for other in checkpoints[: max(0, at - keep)] + checkpoints[at:]:
+            shutil.rmtree(other)
+
+    replace_folder(folder, fill, world)
+    on_main_rank(prune, world)
+    return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write whole tensors as safetensors."""
+    path.write_bytes(save(dict(tensors)))
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after comparing every file with the manifest.
+
+    Raises:
+        UserError: A file is missing or is not the one that was written.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
+    try:
+        proofs: dict[str, str | int] = json.loads(manifest.read_text(encoding="utf-8"))
+        damaged = [name for name, proof in proofs.items() if not _is_intact(folder, name, proof)]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{manifest} is damaged: {error}") from error
+    if damaged:
+        raise UserError(f"{folder} is damaged: {', '.join(damaged)} missing or changed since it was written")
+    state = TrainerState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    is_whole = state.zero_stage is None
+    return Checkpoint(
+        folder=folder,
+        state=state,
+        rng=load_file(folder / "rng.safetensors"),
+        values=adapter_folder.load_adapter(folder).tensors if is_whole else {},
+        optimizer_states=load_file(folder / OPTIMIZER_NAME) if is_whole else {},
+    )
+
+
+def find_checkpoint(root: Path, resume: str, warn: Callable[[str], Any]) -> Checkpoint | None:
+    """Return the checkpoint that a run starts from; None for the beginning.
+
+    Args:
+        root: Folder of the run's checkpoints.
+        resume: `never` is the beginning; `auto` the newest whole checkpoint, or the beginning if there is none;
+            anything else is a checkpoint folder.
+        warn: Called with a line for each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: The folder that `resume` names holds no whole checkpoint.
+    """
+    if resume == "never":
+        return None
+    return newest_checkpoint(root, warn) if resume == "auto" else load_checkpoint(Path(resume))
+
+
+def newest_checkpoint(root: Path, warn: Callable[[str], Any]) -> Checkpoint | None:
+    """Return the newest whole checkpoint below `root`; what is damaged or half written is told to `warn`."""
+    for folder in sorted(root.glob(temporary_name(f"{CHECKPOINT_PREFIX}*"))):
+        warn(f"skipping {folder}: the save was cut short")
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            return load_checkpoint(folder)
+        except UserError as error:
+            warn(f"skipping a checkpoint: {error}")
+    return None
+
+
+def publish(link: Path, name: str, fill: Callable[[Path], None], world: World) -> None:
+    """Make a folder `name` beside `link` as `replace_folder` does, and point `link` at it in one atomic step.
+
+    The folder that it pointed at goes. Collective.
+    """
+    folder = link.with_name(name)
+    replace_folder(folder, fill, world)
+
+    def point() -> None:
+        old = link.resolve() if link.is_symlink() else None
+        temporary = link.with_name(f".{link.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        temporary.replace(link)
+        if old is not None and old != folder.resolve():
+            shutil.rmtree(old, ignore_errors=True)
+
+    on_main_rank(point, world)
+
+
+def collect_rng(world: World) -> dict[str, Tensor]:
+    """Every rank's generator states as `{rank}.{device}` byte tensors. Collective."""
+    own = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(world.device)
+    states = gather_objects({name: state.numpy().tobytes() for name, state in own.items()}, world)
+    return {
+        f"{rank}.{name}": torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        for rank, of_rank in enumerate(states)
+        for name, state in of_rank.items()
+    }
+
+
+def restore_rng(checkpoint: Checkpoint, world: World, seed: int) -> None:
+    """Set this rank's generators; on another number of ranks they start anew from seed, step and rank."""
+    if checkpoint.state.world_size != world.world_size:
+        torch.manual_seed(hash((seed, checkpoint.state.step, world.rank)) % 2**63)
+        return
+    torch.set_rng_state(checkpoint.rng[f"{world.rank}.cpu"])
+    if world.device.type == "cuda" and f"{world.rank}.cuda" in checkpoint.rng:
+        torch.cuda.set_rng_state(checkpoint.rng[f"{world.rank}.cuda"], world.device)
+
+
+def _proof(folder: Path, name: str) -> str | int:
+    """What a file is recognised by: its sha256, or its size for those of DeepSpeed, which hold the model several times
+    over and would take minutes to read."""
+    path = folder / name
+    return path.stat().st_size if name.startswith(f"{SHARDED}/") else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_intact(folder: Path, name: str, proof: str | int) -> bool:
+    return (folder / name).is_file() and _proof(folder, name) == proof

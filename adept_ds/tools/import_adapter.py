@@ -1,0 +1,136 @@
+"""Adapters published by the authors of DePT and ADePT, in the form of this project.
+
+    python -m adept_ds.tools.import_adapter IN OUT [--backbone NAME_OR_PATH]
+
+IN is a folder with `adapter_config.json` and `adapter_model.bin` as their fork of HF PEFT writes them, OUT an adapter
+folder. The tensors are read without running code that a pickle may hold (`weights_only`).
+
+    prompt_embeddings                  P [l, d]
+    prompt_encoder.lora_embedding_A    DePT: A [S, r]    ADePT: W_down [d, r]
+    prompt_encoder.lora_embedding_B    DePT: B [r, d]    ADePT: W_up [r, d]
+    prompt_encoder.lora_embedding_a    ADePT: b1 [r]
+    prompt_encoder.lora_embedding_b    ADePT: b2 [d]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adept_ds.backbone.load import resolve_architecture
+from adept_ds.config.method import AdeptConfig, DeptConfig
+from adept_ds.config.run import ModelConfig
+from adept_ds.entry_point import run_entry_point
+from adept_ds.errors import UserError
+from adept_ds.storage import adapter_folder
+
+PUBLISHED_CONFIG, PUBLISHED_TENSORS = "adapter_config.json", "adapter_model.bin"
+_PROMPT = "prompt_embeddings"
+_DEPT = {
+    _PROMPT: "soft_prompt",
+    "prompt_encoder.lora_embedding_A": "offset.a",
+    "prompt_encoder.lora_embedding_B": "offset.b",
+}
+_ADEPT = {
+    _PROMPT: "soft_prompt",
+    "prompt_encoder.lora_embedding_A": "network.w_down",
+    "prompt_encoder.lora_embedding_B": "network.w_up",
+    "prompt_encoder.lora_embedding_a": "network.b1",
+    "prompt_encoder.lora_embedding_b": "network.b2",
+}
+
+
+def import_adapter(source: str | Path, folder: str | Path, backbone: str | None = None) -> DeptConfig | AdeptConfig:
+    """Write the published adapter in `source` to `folder`; return the method's settings.
+
+    Args:
+        source: Folder of the published adapter.
+        folder: The adapter folder to write.
+        backbone: Hub id or folder of the backbone that it was trained on; what its config names if not given.
+
+    Raises:
+        UserError: A file or a tensor is missing, is damaged, or does not fit the others; or the backbone's config
+            cannot be had.
+    """
+    source = Path(source)
+    for name in (PUBLISHED_CONFIG, PUBLISHED_TENSORS):
+        if not (source / name).is_file():
+            raise UserError(f"{source} is not a published adapter: it has no {name}")
+    published, tensors = _read_config(source / PUBLISHED_CONFIG), _read_tensors(source / PUBLISHED_TENSORS)
+    names = _ADEPT if tensors.keys() & (_ADEPT.keys() - _DEPT.keys()) else _DEPT
+    missing, unknown = sorted(names.keys() - tensors.keys()), sorted(tensors.keys() - names.keys())
+    if missing or unknown:
+        problems = [f"{', '.join(missing)} missing"] if missing else []
+        problems += [f"{', '.join(unknown)} not known"] if unknown else []
+        method = "ADePT" if names is _ADEPT else "DePT"
+        raise UserError(f"{source / PUBLISHED_TENSORS} is not a whole {method} adapter: {'; '.join(problems)}")
+    values = {ours: tensors[theirs].float() for theirs, ours in names.items()}
+    length, width = values["soft_prompt"].shape
+    method_config: DeptConfig | AdeptConfig
+    shapes: dict[str, tuple[int, ...]]
+    if names is _DEPT:
+        positions, rank = values["offset.a"].shape
+        method_config = DeptConfig(num_virtual_tokens=length, rank=rank, max_positions=positions)
+        shapes = {"soft_prompt": (length, width), "offset.a": (positions, rank), "offset.b": (rank, width)}
+    else:
+        rank = values["network.w_down"].shape[1]
+        method_config = AdeptConfig(num_virtual_tokens=length, bottleneck=rank)
+        shapes = {"soft_prompt": (length, width), "network.w_down": (width, rank), "network.w_up": (rank, width)}
+        shapes |= {"network.b1": (rank,), "network.b2": (width,)}
+    adapter_folder.check_tensors(values, shapes)
+    name = backbone or published["base_model_name_or_path"]
+    architecture, _ = resolve_architecture(ModelConfig(name_or_path=name))
+    if architecture.hidden_size != width:
+        raise UserError(f"{source} has vectors of width {width}; {name!r} has embeddings of {architecture.hidden_size}")
+    facts = {
+        "name_or_path": name,
+        "revision": None,
+        "model_type": architecture.model_type,
+        "hidden_size": width,
+        "vocab_size": architecture.vocab_size,
+        "embedding_fingerprint": None,
+    }
+    adapter_folder.save_adapter(folder, method_config, values, facts, {"imported_from": str(source)})
+    return method_config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        published = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(published, dict) or "base_model_name_or_path" not in published:
+        raise UserError(f"{path} has no base_model_name_or_path")
+    return published
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is damaged or holds more than tensors: {reason}") from error
+
+
+def main(arguments: Sequence[str]) -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m adept_ds.tools.import_adapter", description="Convert a published DePT or ADePT adapter."
+    )
+    parser.add_argument("source", metavar="IN", type=Path, help="folder of the published adapter")
+    parser.add_argument("folder", metavar="OUT", type=Path, help="adapter folder to write")
+    parser.add_argument("--backbone", help="hub id or folder of its backbone; what its config names if not given")
+    options = parser.parse_args(arguments)
+    settings = import_adapter(options.source, options.folder, options.backbone)
+    print(f"{options.folder}: {settings.model_dump(exclude_defaults=True) | {'name': settings.name}}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,258 @@
+"""The DeepSpeed engine around an adapted model: the only file with DeepSpeed's training interface.
+
+Everything that depends on how DeepSpeed holds parameters and optimizer states is here, so the loop and the checkpoints
+deal in whole fp32 tensors by name at every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor
+
+from adept_ds.backbone.sharding import full_shape, is_sharded, node_group
+from adept_ds.config.deepspeed import SHARDED_STAGE
+from adept_ds.contexts import attribute_set
+from adept_ds.distributed import World, ranks_by_node
+from adept_ds.errors import UserError
+from adept_ds.model.adapted_model import AdaptedModel
+from adept_ds.rank_environment import is_main_rank
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's states of a parameter, beside its step count."""
+LOSS_SCALER = "loss_scaler"
+"""Name among the optimizer's states under which fp16 keeps AdamW's own count of steps and the fields below."""
+_TAG = "states"
+"""DeepSpeed's name for the one checkpoint in a folder."""
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _load_tensors(path: str, map_location: Any = None) -> Any:
+    """Read one of DeepSpeed's files as DeepSpeed does, but without running code that a pickle may hold."""
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def check_offload(config: dict[str, Any]) -> None:
+    """Refuse offloading to a disk where DeepSpeed cannot do it.
+
+    Raises:
+        UserError: Its asynchronous reading and writing cannot be built here.
+    """
+    for name in ("offload_param", "offload_optimizer"):
+        device = config["zero_optimization"].get(name, {}).get("device")
+        if device != "nvme":
+            continue
+        if not deepspeed.ops.__compatible_ops__["async_io"]:
+            raise UserError(
+                f"deepspeed.zero_optimization.{name}.device is 'nvme', for which DeepSpeed builds its async_io "
+                "extension; that needs a C++ compiler and libaio with its headers (Debian's libaio-dev), which are not "
+                "here; expected 'cpu', or install them"
+            )
+        if is_main_rank():
+            print(f"deepspeed.zero_optimization.{name}: DeepSpeed builds async_io now, unless it has; it takes minutes")
+
+
+def shard_options(config: dict[str, Any], sharding: str | None, world: World) -> dict[str, Any]:
+    """What `load_backbone` needs to split the weights as a completed section and `train.sharding` say. Collective."""
+    return {
+        "deepspeed_config": config if config["zero_optimization"]["stage"] == SHARDED_STAGE else None,
+        "shard_group": node_group(ranks_by_node(world)) if sharding == "node" else None,
+    }
+
+
+def prepare_deepspeed(world: World) -> None:
+    """Make DeepSpeed use the process group that is there. Call before the backbone is loaded."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has newer ones for, a warning at each.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if world.device.type == "cpu":
+        # The shared-memory collective is compiled at first use: it needs a C++ compiler, and a killed build leaves a
+        # lock on which every later run hangs. It serves all-reduce only, which moves kilobytes here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed's engine over both. Every method is collective.
+
+    Args:
+        model: The adapted model, its backbone sharded already at ZeRO stage 3.
+        optimizer: AdamW over the model's trained parameters.
+        config: The completed `deepspeed` section.
+        world: This rank.
+    """
+
+    def __init__(
+        self, model: AdaptedModel, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+    ) -> None:
+        self.model = model
+        self.world = world
+        dtype = model.backbone.get_output_embeddings().weight.dtype
+        for parameter in model.trainable_parameters().values():
+            # DeepSpeed partitions parameters of one precision; it keeps the fp32 master values itself.
+            parameter.data = parameter.data.to(dtype)
+        # Its states are keyed by the tensors that DeepSpeed steps: the parameters without ZeRO, its own shards with it.
+        self.optimizer = optimizer
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.zero_stage = int(self.deepspeed.zero_optimization_stage())
+
+    def forward_backward(self, micro_batches: list[dict[str, Tensor]], label_tokens: float) -> Tensor:
+        """Accumulate gradients over this rank's micro-batches of one step; return their summed loss.
+
+        The gradients are those of the loss summed over all ranks' micro-batches, divided by `label_tokens`. DeepSpeed
+        averages over ranks, which the factor `world_size` undoes. `step` completes the step; a caller that does not
+        call it leaves the parameters as they were.
+        """
+        scale = self.world.world_size / label_tokens
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            if index:
+                self.deepspeed.step()  # Below the accumulation boundary this only counts.
+            loss = self.deepspeed(**self._on_device(batch), reduction="sum").loss
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach()
+        return total
+
+    def step(self) -> None:
+        """Update the trained parameters with the gradients of `forward_backward`."""
+        self.deepspeed.step()
+
+    @torch.no_grad()
+    def evaluation_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss of one batch."""
+        return self.deepspeed(**self._on_device(batch), reduction="sum").loss
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the whole gradient of the last step, before clipping; None where DeepSpeed does not compute it."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def trained_values(self) -> dict[str, Tensor]:
+        """The fp32 master value of each trained parameter, whole, on the CPU."""
+        return {
+            name: self._master(parameter).to("cpu", copy=True)
+            for name, parameter in self.model.trainable_parameters().items()
+        }
+
+    def optimizer_states(self) -> dict[str, Tensor]:
+        """AdamW's moments of each trained parameter, whole, as `{name}.{moment}` on the CPU.
+
+        In fp16 also the state of the loss scaling, which skips the steps whose gradients overflow.
+        """
+        self._link_moments()
+        states = {
+            f"{name}.{moment}": self._moment(parameter, moment).to("cpu", copy=True)
+            for name, parameter in self.model.trainable_parameters().items()
+            for moment in MOMENTS
+        }
+        if self._scaler is not None:
+            steps = [float(state["step"]) for state in self.optimizer.state.values()]
+            fields = [float(getattr(self._scaler, field)) for field in _SCALER_FIELDS]
+            states[LOSS_SCALER] = torch.tensor([max(steps, default=0.0), *fields], dtype=torch.float64)
+        return states
+
+    def restore(
+        self, values: Mapping[str, Tensor], states: Mapping[str, Tensor], steps: int, dummy: dict[str, Tensor]
+    ) -> None:
+        """Put masters and moments where they were after `steps` steps; the parameters hold `values` already.
+
+        DeepSpeed allocates moments in the first step, sharded in its own way. So one step is taken here at a learning
+        rate of zero on `dummy`, a batch without labels, which changes no parameter.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.forward_backward([dummy] * self.deepspeed.gradient_accumulation_steps(), label_tokens=1)
+        self.step()
+        self._link_moments()
+        if self._scaler is not None:
+            adam_steps, *fields = states[LOSS_SCALER].tolist()
+            steps = int(adam_steps)
+            for field, value in zip(_SCALER_FIELDS, fields, strict=True):
+                setattr(self._scaler, field, value if field == "cur_scale" else int(value))
+        for name, parameter in self.model.trainable_parameters().items():
+            self._set_master(parameter, values[name].to(self.world.device))
+            for moment in MOMENTS:
+                self._set_moment(parameter, moment, states[f"{name}.{moment}"].to(self.world.device))
+        for state in self.optimizer.state.values():
+            state["step"].fill_(steps)
+
+    def save_sharded(self, folder: Path) -> None:
+        """Write each rank's own part of parameters, masters and optimizer states, by DeepSpeed's checkpoint."""
+        self.deepspeed.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load_sharded(self, folder: Path) -> None:
+        """Read what `save_sharded` wrote, on as many ranks at the same ZeRO stage."""
+        with attribute_set(self.deepspeed.checkpoint_engine, "load", _load_tensors):
+            self.deepspeed.load_checkpoint(str(folder), tag=_TAG)
+
+    @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's dynamic loss scaler; None where the loss is not scaled."""
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+    def _link_moments(self) -> None:
+        """Make the moments of all groups reachable from their parameters.
+
+        At stages 1 and 2 DeepSpeed links them once, when the first group has taken its first step and the others have
+        no moments yet.
+        """
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _master(self, parameter: torch.nn.Parameter) -> Tensor:
+        # Without ZeRO and in fp32 the parameter is its own master.
+        master = safe_get_full_fp32_param(parameter)
+        return (parameter.detach() if master is None else master).float().view(full_shape(parameter))
+
+    def _set_master(self, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        if is_sharded(parameter):
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+        else:
+            safe_set_full_fp32_param(parameter, value)
+
+    def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: Tensor) -> None:
+        if parameter in self.optimizer.state:
+            self.optimizer.state[parameter][moment].copy_(value)
+        elif is_sharded(parameter):
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), moment)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _own_part(self, parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a value, padded as DeepSpeed pads it; its own setters fail where that is needed."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = F.pad(value.flatten(), (0, size * self.world.world_size - value.numel()))
+        return padded[self.world.rank * size : (self.world.rank + 1) * size]
+
+    def _moment(self, parameter: torch.nn.Parameter, moment: str) -> Tensor:
+        if parameter in self.optimizer.state:
+            return self.optimizer.state[parameter][moment]
+        state = safe_get_full_optimizer_state(parameter, moment)
+        if state is None:  # every step so far overflowed and was skipped
+            return torch.zeros(full_shape(parameter))
+        return state.float().view(full_shape(parameter))
