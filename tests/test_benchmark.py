@@ -35,10 +35,10 @@ from adept_ds.benchmark.memory import held_bytes, step_growth
 from adept_ds.benchmark.operators import ATTENTION, BACKBONE, GROUPS, LINEAR, OTHER, event_groups
 from adept_ds.benchmark.phases import BACKWARD, FORWARD, GATHER, LOSS, PHASES, STEP, PhaseClock, clocked
 from adept_ds.benchmark.work import build_work, choose_batches
+from adept_ds.cli import throughput
 from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
-from evals import throughput
 
 CPU = torch.device("cpu")
 EVERYTHING = ("peft", "peft-padded")

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused(published: Path, tmp_path: Path, change, m
 
 
 def test_command(published: Path, tmp_path: Path, run_ranks: RunRanks) -> None:
-    module = "adept_ds.tools.import_adapter"
+    module = "adept_ds.import_adapter"
     done = run_ranks(0, module, None, str(published), str(tmp_path / "adapter"))
     assert done.returncode == 0, done.stderr
     assert "'num_virtual_tokens': 60" in done.stdout

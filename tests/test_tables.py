@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from adept_ds.cli.report import main
 from adept_ds.errors import UserError
 from adept_ds.reports.paper import paper_figures
 from adept_ds.reports.run_results import read_runs
 from adept_ds.reports.tables import Table, build_tables
 from adept_ds.reports.tables_report import markdown, write_csv
-from evals.report import main
 
 MakeRun = Callable[..., Path]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @cache
-def _has_fast_bf16() -> bool:
+def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -28,7 +28,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     On a CPU without bf16 instructions torch's bf16 products are up to 30 times slower than fp32 ones, so there the
     operands are widened and the result is rounded once, which is what bf16 hardware computes.
     """
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _has_fast_bf16():
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not has_fast_bf16():
         return (x.float() @ y.float()).bfloat16()
     return x @ y
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from adept_ds.config import deepspeed
 from adept_ds.config.base import Section
+from adept_ds.config.recipes import shipped_configs
 from adept_ds.config.run import RunConfig
 from adept_ds.config.schema import (
     SCHEMA_KEY,
@@ -130,7 +131,9 @@ def _read(path: Path, flag: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
-        near = did_you_mean(str(path), map(str, siblings))
+        # A name alone may be meant for a config that ships with the package.
+        shipped = shipped_configs() if path.name == str(path) and flag == "--config" else {}
+        near = did_you_mean(str(path), [*map(str, siblings), *shipped])
         raise UserError(f"{flag} {path}: no such file{near}") from None
     except IsADirectoryError:
         raise UserError(f"{flag} {path}: this is a folder, expected a JSON file") from None
