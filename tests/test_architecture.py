@@ -22,6 +22,7 @@ FLOORS = (
     {"storage"},
     {"backbone"},
     {"config"},
+    {"formats"},
     {"sandbox", "distributed", "entry_point"},
     {"files", "contexts", "rank_environment"},
     {"errors"},

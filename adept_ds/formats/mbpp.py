@@ -16,8 +16,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adept_ds.data.jsonl import Row
 from adept_ds.errors import UserError
+from adept_ds.formats.rows import Row
+from adept_ds.sandbox import Tests
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class MbppRecord:
     test_setup_code: str
     split: str | None
 
+    @property
+    def tests(self) -> Tests:
+        """For the sandbox."""
+        return Tests(
+            asserts=self.test_list, setup=self.test_setup_code, check="", entry_point=None, reference=self.code
+        )
+
 
 @dataclass(frozen=True)
 class HumanEvalRecord:
@@ -45,12 +53,25 @@ class HumanEvalRecord:
     entry_point: str
     split: str | None
 
+    @property
+    def tests(self) -> Tests:
+        """For the sandbox."""
+        return Tests(
+            asserts=(),
+            setup="",
+            check=self.test,
+            entry_point=self.entry_point,
+            reference=self.prompt + self.canonical_solution,
+        )
+
+
+Record = MbppRecord | HumanEvalRecord
 
 MBPP_FIELDS = ("task_id", "text", "code", "test_list")
 HUMANEVAL_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 
 
-def parse_record(row: Row) -> MbppRecord | HumanEvalRecord:
+def parse_record(row: Row) -> Record:
     """Read one record of either form, told apart by its fields. UserError on missing, mistyped and empty fields."""
     of_mbpp, of_humaneval = (sum(name in row.values for name in fields) for fields in (MBPP_FIELDS, HUMANEVAL_FIELDS))
     split = row.get("split", str) if "split" in row.values else None
