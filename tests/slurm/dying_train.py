@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.storage.checkpoint import write_tensors
-from adept_ds.training import recipe
+from adept_ds.training import results
 
 from .conftest import REPOSITORY
 
@@ -24,5 +24,5 @@ def write_half(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 if not os.environ.get("SPARED"):
-    recipe.write_tensors = write_half
+    results.write_tensors = write_half
 runpy.run_path(str(REPOSITORY / "launchers" / "train.py"), run_name="__main__")
