@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from adept_ds.backbone import frozen_linear
 from adept_ds.backbone.frozen_linear import FrozenLinear
-from adept_ds.backbone.quantization import Scheme, quantize_linears
+from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_linears
 from adept_ds.config.method import (
     AdapterConfig,
     AdapterDropConfig,
@@ -36,6 +37,7 @@ from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
 from adept_ds.storage.adapter_folder import save_adapter
 from tests.models import EOS, PAD, VOCABULARY, WIDTH
+from tests.tolerances import assert_equal_up_to_rounding
 
 Make = Callable[[str], PreTrainedModel]
 
@@ -148,29 +150,117 @@ def test_the_loss_falls_and_nothing_else_changes(make_backbone: Make, name: str,
     assert {id(p) for p in model.parameters() if p.requires_grad} == trained
     frozen = {key: p.clone() for key, p in model.named_parameters() if id(p) not in trained}
     losses = take_steps(model, batch(model))
-    assert losses[-1] < 0.95 * losses[0]
+    # By how much is Adam's affair, whose first steps have the size of the rate however small a gradient is.
+    assert losses[-1] < losses[0]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[key], value) for key, value in frozen.items())
 
 
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_falls_on_a_4_bit_backbone(make_backbone: Make, name: str, method: str) -> None:
-    model = get_adept_model(quantized(make_backbone, name), METHODS[method]).train()
-    losses = take_steps(model, batch(model))
-    assert losses[-1] < 0.95 * losses[0]
+def test_every_gradient_is_the_slope_of_the_loss(make_backbone: Make, name: str, method: str) -> None:
+    """Along each tensor's gradient; along any direction where there is none, as there the loss must not change.
+
+    A central difference comes as near to the slope as one likes when the step shrinks, until rounding outweighs it.
+    """
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method])).train()
+    data, generator = batch(model), torch.Generator().manual_seed(0)
+    named = model.trainable_parameters()
+    loss = model(**data).loss
+    rounding = 16 * torch.finfo(loss.dtype).eps * float(loss.detach())
+    for (key, parameter), gradient in zip(named.items(), torch.autograd.grad(loss, [*named.values()]), strict=True):
+        random = torch.randn(parameter.shape, generator=generator)
+        direction = gradient if float(gradient.norm()) > rounding else random
+        direction = direction / direction.norm()
+        slope = float((gradient * direction).sum())
+
+        def difference(step: float, moved=parameter, direction=direction) -> float:
+            start, ends = moved.detach().clone(), []
+            with torch.no_grad():
+                for sign in (1, -1):
+                    moved.copy_(start + sign * step * direction)
+                    ends.append(float(model(**data).loss))
+                moved.copy_(start)
+            return (ends[0] - ends[1]) / (2 * step)
+
+        steps = [2.0**-power for power in range(4, 12)]
+        close = (abs(difference(step) - slope) <= abs(slope) / 2 + rounding / step for step in steps)
+        assert any(close), (key, slope, [difference(step) for step in steps])
 
 
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bf16_backbone_is_followed_in_its_precision(make_backbone: Make, name: str, method: str) -> None:
+def test_a_4_bit_backbone_trains_as_a_plain_one_on_the_expanded_weights(
+    make_backbone: Make, name: str, method: str
+) -> None:
+    backbones = quantized(make_backbone, name), make_backbone(name)
+    layers = {key: m for key, m in backbones[0].named_modules() if isinstance(m, QuantizedLinear)}
+    assert layers
+    for key, layer in layers.items():
+        backbones[1].get_submodule(key).weight.data = layer.dense_weight()
+    results = []
+    for backbone in backbones:
+        model = far_from_start(get_adept_model(backbone, METHODS[method])).train()
+        loss = model(**batch(model)).loss
+        results.append((loss, torch.autograd.grad(loss, [*model.trainable_parameters().values()])))
+    (loss, gradients), (expected, references) = results
+    assert_equal_up_to_rounding(loss, expected)
+    largest = max(float(reference.abs().max()) for reference in references)
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert_equal_up_to_rounding(gradient, reference, largest)
+
+
+def logits_with_every_result_rounded(model: AdaptedModel, generator: torch.Generator) -> Tensor:
+    """What an fp32 model gives if each module's result is off by up to a rounding to bf16."""
+
+    def off(module: nn.Module, args: object, output: object) -> object:
+        if not isinstance(output, Tensor):
+            return output
+        return output * (
+            1 + torch.finfo(torch.bfloat16).eps / 2 * (2 * torch.rand(output.shape, generator=generator) - 1)
+        )
+
+    handles = [module.register_forward_hook(off) for module in model.backbone.modules()]
+    try:
+        return logits(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fast_bf16", [True, False], ids=["", "widened"])
+def test_a_bf16_backbone_is_followed_in_its_precision(
+    make_backbone: Make, monkeypatch: pytest.MonkeyPatch, name: str, method: str, fast_bf16: bool
+) -> None:
+    monkeypatch.setattr(frozen_linear, "has_fast_bf16", lambda: fast_bf16)
     model = far_from_start(get_adept_model(make_backbone(name).bfloat16(), METHODS[method]))
     assert {parameter.dtype for parameter in model.trainable_parameters().values()} == {torch.float32}
     exact = far_from_start(get_adept_model(make_backbone(name).bfloat16().float(), METHODS[method]))
     expected, actual = logits(exact), logits(model)
     assert actual.dtype == torch.bfloat16
-    # Random layers of T5 amplify the rounding of what they read.
-    assert float((actual - expected).norm() / expected.norm()) < (0.05 if name == "llama" else 0.15)
+    # How much a model amplifies the rounding of what it reads is its own: it is measured, not guessed. A module rounds
+    # more than once inside, and both sides are draws of chance, hence the factor.
+    generator = torch.Generator().manual_seed(0)
+    rounded = torch.stack([logits_with_every_result_rounded(exact, generator) for _ in range(4)])
+    assert float((actual - expected).norm()) < 4 * float((rounded - expected).norm()) / 4**0.5
+
+
+ROUNDED_FIRST = ("pt", "prefix")
+"""Methods whose values enter a bf16 backbone as they are, so that rounding them is all that happens to them."""
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_in_a_bf16_backbone_computes_in_fp32(make_backbone: Make, name: str, method: str) -> None:
+    """Else its values would be rounded first, and rounding them beforehand would change nothing."""
+    model = far_from_start(get_adept_model(make_backbone(name).bfloat16(), METHODS[method]))
+    before = logits(model)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter.copy_(parameter.bfloat16())
+    assert torch.equal(logits(model), before) == (method in ROUNDED_FIRST)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -189,7 +279,7 @@ def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
     tuned = logits(model)
     with model.disable_adapter():
-        assert torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-5)
+        assert_equal_up_to_rounding(logits(model), logits(make_backbone(name)))
     assert torch.equal(logits(model), tuned)
     assert {parameter.requires_grad for parameter in model.trainable_parameters().values()} == {True}
 
@@ -200,7 +290,7 @@ def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str
 @pytest.mark.parametrize("name", BACKBONES)
 def test_methods_without_a_prompt_start_as_the_backbone(make_backbone: Make, name: str, method: str) -> None:
     model = get_adept_model(make_backbone(name), METHODS[method]).eval()
-    assert torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-5)
+    assert_equal_up_to_rounding(logits(model), logits(make_backbone(name)))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -209,7 +299,7 @@ def test_padding_on_the_left_changes_nothing(make_backbone: Make, name: str, met
     if name == "t5-tied":
         pytest.skip("T5 reads positions relative to one another, padding included, and is padded on the right")
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
-    assert torch.allclose(logits(model, pads=5), logits(model), atol=2e-4)
+    assert_equal_up_to_rounding(logits(model, pads=5), logits(model))
 
 
 def greedy(model: AdaptedModel, ids: Tensor, mask: Tensor, **options: object) -> Tensor:
@@ -336,7 +426,7 @@ def test_dept_offset_is_by_position_behind_the_prompt(make_backbone: Make) -> No
     offsets = torch.zeros(14, 32)
     offsets[:12] = 8 / 2**0.5 * values["offset.a"] @ values["offset.b"]
     expected = embedding.table.weight[random_ids(2, 14)] + offsets
-    torch.testing.assert_close(seen[0][:, 5:], expected, rtol=1e-5, atol=1e-5)
+    assert_equal_up_to_rounding(seen[0][:, 5:], expected)
 
 
 def test_dept_offsets_can_be_shifted_cyclically(make_backbone: Make, tmp_path: Path) -> None:
