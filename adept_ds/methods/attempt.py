@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.config.method import AttemptConfig
 from adept_ds.contexts import attribute_set
@@ -71,8 +72,9 @@ class AttemptEmbedding(PromptedEmbedding):
         self.network = network
         self.temperature = temperature
 
+    @override
     def forward(self, input_ids: Tensor) -> Tensor:
-        """See `PromptedEmbedding.forward`.
+        """Embed ids below V, and prompt ids from V on.
 
         Raises:
             ValueError: There is a prompt to read, but not the whole of the input that it depends on.
@@ -85,8 +87,8 @@ class AttemptEmbedding(PromptedEmbedding):
             )
         return super().forward(input_ids)
 
+    @override
     def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
-        """See `PromptedEmbedding.read_prompt`."""
         assert self.soft_prompt is not None
         rows, columns = index.shape
         length = self.sources.shape[1]
@@ -121,10 +123,11 @@ class Attempt(PromptedMethod):
     config: AttemptConfig
     embedding: AttemptEmbedding
 
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`.
+        """Read the source prompts too, where values are initialised: an adapter file has them.
 
         Raises:
             UserError: As `load_source_prompts`.
@@ -137,23 +140,24 @@ class Attempt(PromptedMethod):
             self._sources = load_source_prompts(config.source_prompts, length, facts)
         super().inject(backbone, tokenizer, generator)
 
+    @override
     def make_embedding(
         self, table: nn.Embedding, prompt: nn.Module | None, generator: torch.Generator | None
     ) -> AttemptEmbedding:
-        """See `PromptedMethod.make_embedding`."""
         network = AttentionNetwork(table.embedding_dim, self.config.bottleneck, generator)
         temperature = self.config.temperature or math.e * table.embedding_dim
         sources = self._sources.to(table.weight.device)
         return AttemptEmbedding(table, cast(SoftPrompt, prompt), sources, network, temperature)
 
+    @override
     def constants(self) -> dict[str, Tensor]:
-        """See `Method.constants`."""
         return {"sources": self.embedding.sources}
 
+    @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """See `Method.start_values`. The source prompts stay those of the settings."""
+        """The source prompts stay those of the settings."""
         return source.tensors | self.constants()
 
+    @override
     def reading(self, context: Tensor) -> AbstractContextManager[None]:
-        """See `Method.reading`."""
         return attribute_set(self.embedding, "context", context)

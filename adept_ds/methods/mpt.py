@@ -23,6 +23,7 @@ from peft import MultitaskPromptTuningConfig
 from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import MptConfig
@@ -65,10 +66,11 @@ class MultitaskPromptTuning(PromptedMethod):
 
     config: MptConfig
 
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`. Teachers are read where values are initialised: an adapter that is loaded has none.
+        """Read the teachers too, where values are initialised: an adapter that is loaded needs none.
 
         Raises:
             UserError: As `load_source_prompts`.
@@ -89,10 +91,10 @@ class MultitaskPromptTuning(PromptedMethod):
             )
         super().inject(backbone, tokenizer, generator)
 
+    @override
     def make_prompt(
         self, table: nn.Embedding, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> MultitaskPrompt:
-        """See `PromptedMethod.make_prompt`."""
         config = self.config
         settings = MultitaskPromptTuningConfig(
             num_virtual_tokens=config.num_virtual_tokens,
@@ -110,13 +112,14 @@ class MultitaskPromptTuning(PromptedMethod):
                 encoder.embedding.weight.copy_(initial_prompt(config, table, tokenizer, generator))
         return MultitaskPrompt(encoder, self._teachers)
 
+    @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
         encoder = cast(MultitaskPrompt, self.embedding.soft_prompt).encoder
         return {"soft_prompt": encoder.embedding.weight, **{name: getattr(encoder, name) for name in FACTORS}}
 
+    @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """See `Method.start_values`. Factors of the same tasks are taken over, those of others brought to one pair.
+        """Factors of the same tasks are taken over, those of others brought to one pair.
 
         Raises:
             UserError: The source has no task `factors_from`.
