@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -255,6 +257,40 @@ def test_start_values_are_a_function_of_the_seed(make_backbone: Make, method: st
         return list(get_adept_model(make_backbone("llama"), METHODS[method], seed=seed).trainable_parameters().values())
 
     assert all(torch.equal(a, b) for a, b in zip(values(1), values(1), strict=True))
+
+
+# Names in the adapter file: those of earlier versions must load
+
+ADAPTER = "adapter.w_down adapter.b_down adapter.w_up adapter.b_up"
+NORMS = "*.input_layernorm.trained.weight *.post_attention_layernorm.trained.weight model.norm.trained.weight"
+NAMES = {
+    "adept": "soft_prompt network.w_down network.b1 network.w_up network.b2",
+    "pt": "soft_prompt",
+    "dept": "soft_prompt offset.a offset.b",
+    "pt_embedding": "soft_prompt offset.weight",
+    "mpt": "soft_prompt prefix_task_cols prefix_task_rows",
+    "attempt": "soft_prompt sources network.w_down network.w_up network.norm_weight network.norm_bias",
+    "prefix": "prefix_encoder.embedding.weight",
+    "lora": " ".join(f"*.self_attn.{x}_proj.lora_{pair}.weight" for x in "qkv" for pair in "AB"),
+    "ia3-feed-forward": "*.self_attn.k_proj.ia3_l *.self_attn.v_proj.ia3_l *.mlp.down_proj.ia3_l",
+    "adapter": " ".join(
+        [*(f"*.{part}.{end}" for part in ("self_attn.o_proj", "mlp.down_proj") for end in ADAPTER.split()), NORMS]
+    ),
+    "bitfit": " ".join(
+        [
+            *(f"*.self_attn.{x}_proj.bias" for x in "qkvo"),
+            *(f"*.mlp.{x}_proj.bias" for x in ("gate", "up", "down")),
+            *("*.input_layernorm.bias", "*.post_attention_layernorm.bias", "lm_head.bias"),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_names_in_the_adapter_file_stay(make_backbone: Make, tmp_path: Path, method: str) -> None:
+    get_adept_model(make_backbone("llama"), METHODS[method]).save_pretrained(tmp_path)
+    names = {re.sub(r"model\.layers\.\d", "*", name) for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert names == set(NAMES[method].split())
 
 
 # Parameter counts

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from adept_ds.errors import UserError
 
@@ -51,6 +52,16 @@ def layer_names(backbone: PreTrainedModel) -> LayerNames:
     )
 
 
+def linear_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the linear layers by name, all but the LM head."""
+    head = backbone.get_output_embeddings()
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+
+
 def layer_index(name: str) -> int | None:
     """Number of the layer that the module of this name is in; None if it is in none."""
     found = re.search(r"\.(\d+)\.", name)
@@ -60,9 +71,3 @@ def layer_index(name: str) -> int | None:
 def norms(backbone: PreTrainedModel) -> dict[str, nn.Module]:
     """The layer norms (RMS norms too) by name."""
     return {name: module for name, module in backbone.named_modules() if "norm" in type(module).__name__.lower()}
-
-
-def replace(backbone: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Put a module into the place of the one of this name."""
-    parent, _, child = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), child, module)
