@@ -261,7 +261,8 @@ class LoraConfig(AdapterSettings, PromptlessSettings):
     """Dropout on the layer's input, for the low-rank pair alone."""
     target_modules: tuple[str, ...] | None = None
     """Ends of the names of the layers that get a pair. If not given: queries, keys and values of decoder-only models,
-    queries and values of T5, as in the paper."""
+    queries and values of T5, as in the paper; in a backbone that is not built like T5, Llama, CodeGen or GPT-2, HF
+    PEFT's choice for its model type."""
 
 
 class Ia3Config(AdapterSettings, PromptlessSettings):
@@ -273,7 +274,8 @@ class Ia3Config(AdapterSettings, PromptlessSettings):
     """Scale the inputs of the feed-forward layers' last projection too, as (IA)3 was published; the parameters that
     the paper counts for it (55.3K on T5-base) are those of keys and values."""
     target_modules: tuple[str, ...] | None = None
-    """Ends of the names of the layers whose outputs are scaled; those of keys and values if not given."""
+    """Ends of the names of the layers whose outputs are scaled. If not given: those of keys and values; in a backbone
+    that is not built like T5, Llama, CodeGen or GPT-2, HF PEFT's choice for its model type."""
 
 
 class BottleneckSettings(AdapterSettings, PromptlessSettings):

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import AdapterConfig, AdapterDropConfig
-from adept_ds.methods.layers import layer_index, layer_names, norms
+from adept_ds.methods.layers import layer_index, norms, output_layers
 from adept_ds.methods.wrapped import WrappedLayer, WrappedLayersMethod
 
 _INITIAL_STD = 0.01
@@ -94,10 +94,8 @@ class Bottleneck(WrappedLayersMethod):
         dropped = config.dropped_layers if isinstance(config, AdapterDropConfig) else 0
         table = cast(nn.Embedding, backbone.get_input_embeddings())
         wrapped: dict[str, WrappedLayer] = {}
-        names = layer_names(backbone)
-        outputs = (f".{names.attention_output}", f".{names.feed_forward_output}")
-        for name, layer in backbone.named_modules():
-            if name.endswith(outputs) and (layer_index(name) or 0) >= dropped:
+        for name, layer in output_layers(backbone).items():
+            if (layer_index(name) or 0) >= dropped:
                 adapter = BottleneckAdapter(table.embedding_dim, config.bottleneck, config.activation, generator)
                 wrapped[name] = AdaptedLayer(layer, adapter.to(table.weight.device))
         if config.train_norms:
