@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, RwkvConfig, RwkvForCausalLM
 
 from adept_ds.backbone.frozen_linear import FrozenLinear
 from adept_ds.backbone.quantization import Scheme, quantize_linears
@@ -37,7 +37,7 @@ from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
 from adept_ds.storage.adapter_folder import save_adapter
-from tests.models import EOS, PAD, VOCABULARY, WIDTH
+from tests.models import EOS, PAD, TOKENS, VOCABULARY, WIDTH, causal, seeded
 
 Make = Callable[[str], PreTrainedModel]
 
@@ -242,6 +242,16 @@ def test_generation_is_that_without_a_cache(make_backbone: Make, name: str, meth
 
 
 @pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", ["adept", "dept", "attempt", "prefix"])
+def test_generation_that_keeps_no_cache_is_the_same(make_backbone: Make, name: str, method: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    if name != "t5-tied":
+        mask[0, :3] = 0
+    assert torch.equal(greedy(model, ids, mask, use_cache=False), greedy(model, ids, mask))
+
+
+@pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
 def test_beams_run_and_leave_the_prompt_out(make_backbone: Make, name: str, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
@@ -413,6 +423,18 @@ def test_a_source_of_another_kind_is_refused(make_backbone: Make, tmp_path: Path
     wanted = METHODS["adept"].model_copy(update={"init_from": str(tmp_path)})
     with pytest.raises(UserError, match=message):
         get_adept_model(make_backbone("llama"), wanted)
+
+
+def test_a_prefix_has_the_one_head_of_multi_query_attention() -> None:
+    model = get_adept_model(seeded(causal("falcon", multi_query=True)), METHODS["prefix"]).train()
+    losses = take_steps(model, batch(model), steps=5)
+    assert losses[-1] < losses[0]
+
+
+def test_a_backbone_without_attention_takes_no_prefix() -> None:
+    backbone = RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, **TOKENS))
+    with pytest.raises(UserError, match=r"method\.name is 'prefix'.* \(model type 'rwkv'\) has none"):
+        get_adept_model(backbone, METHODS["prefix"])
 
 
 def test_a_prefix_and_recomputed_layers_exclude_one_another() -> None:

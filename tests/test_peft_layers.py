@@ -5,25 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, PreTrainedModel
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedModel
 
 from adept_ds.config.method import AdapterConfig, Ia3Config, LoraConfig, MethodConfig
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
-from tests.models import TOKENS, VOCABULARY, WIDTH, seeded
+from tests.models import TOKENS, VOCABULARY, WIDTH, causal, seeded
 from tests.test_methods import batch, far_from_start, logits, take_steps
-
-SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout"), 0.0)
-
-
-def causal(model_type: str, **changes: Any) -> Callable[[], PreTrainedModel]:
-    settings = SIZES | NO_DROPOUT | {"vocab_size": VOCABULARY, "initializer_range": 0.3} | TOKENS | changes
-    return lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
 
 
 def bart() -> PreTrainedModel:

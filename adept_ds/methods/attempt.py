@@ -79,7 +79,8 @@ class AttemptEmbedding(PromptedEmbedding):
         Raises:
             ValueError: There is a prompt to read, but not the whole of the input that it depends on.
         """
-        is_whole = self.context is not None and self.context.shape[1] == input_ids.shape[1]
+        # Without a cache, what has been generated is read again behind the input.
+        is_whole = self.context is not None and self.context.shape[1] <= input_ids.shape[1]
         if self.enabled and not is_whole and bool((input_ids >= self.num_embeddings).any()):
             raise ValueError(
                 "the prompt of ATTEMPT depends on the whole input, and a part of it came alone; generate without "
@@ -102,10 +103,11 @@ class AttemptEmbedding(PromptedEmbedding):
 
     def _input_columns(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Which columns are a row's input [B, S]. A call for generated tokens alone has no prompt, and none are."""
-        if self.context is None or self.context.shape[1] != columns:
+        if self.context is None or self.context.shape[1] > columns:
             return torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        context = F.pad(self.context, (0, columns - self.context.shape[1]))
         # Beams are copies of a row, side by side.
-        return self.context.repeat_interleave(rows // self.context.shape[0], 0)
+        return context.repeat_interleave(rows // context.shape[0], 0)
 
 
 def _largest(vectors: Tensor, is_counted: Tensor) -> Tensor:
