@@ -33,6 +33,7 @@ from adept_ds.config.method import (
     PTuningConfig,
 )
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
+from adept_ds.config.schema import method_docs
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
@@ -60,6 +61,7 @@ METHODS: dict[str, MethodConfig] = {
     "adapter_drop": AdapterDropConfig(bottleneck=3, dropped_layers=1),
     "bitfit": BitFitConfig(),
 }
+"""Every method but `full`, whose tests are in `test_full.py`."""
 BACKBONES = ("llama", "codegen", "gpt2", "t5-tied")
 MAIN = ("llama", "t5-tied")
 
@@ -140,6 +142,10 @@ def take_steps(
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def test_no_method_is_left_out() -> None:
+    assert {config.name for config in METHODS.values()} == method_docs().keys() - {"full"}
 
 
 @pytest.mark.parametrize("name", MAIN)

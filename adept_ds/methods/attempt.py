@@ -5,9 +5,9 @@
     P' = P + sum_j a_j P_j                    j: the n frozen source prompts, and P itself
     in = concat(P', E)
 
-Every row has weights a of its own, and so a prompt. Its input is what is read before anything is predicted: all of an
-encoder's, and of a causal model's the tokens in front of the answer, in training as in generation. Padding is left out,
-which the published code reads too.
+Every row has weights a of its own, and so a prompt of its own. The input x is what is read before anything is
+predicted: all that an encoder reads, and in a causal model the tokens in front of the answer, in training as in
+generation. Padding is no part of it; the published code counts it in.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from adept_ds.config.method import AttemptConfig
 from adept_ds.contexts import attribute_set
+from adept_ds.methods.layers import embedding_table
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding, SoftPrompt
 from adept_ds.methods.source_prompts import load_source_prompts
@@ -134,7 +135,7 @@ class Attempt(PromptedMethod):
         Raises:
             UserError: As `load_source_prompts`.
         """
-        config, table = self.config, cast(nn.Embedding, backbone.get_input_embeddings())
+        config, table = self.config, embedding_table(backbone)
         if table.weight.is_meta or generator is None:
             self._sources = torch.zeros(len(config.sources), config.num_virtual_tokens, table.embedding_dim)
         else:

@@ -63,19 +63,20 @@ class Method(Protocol):
 
     @abstractmethod
     def constants(self) -> dict[str, Tensor]:
-        """Name to tensor of what is in the adapter file beside the trained parameters: fp32 values that are never
-        trained, in their place, so that loading an adapter is copying into them."""
+        """Name to tensor of what the adapter file holds beside the trained parameters: fp32 values that are never
+        trained. They are the tensors in use, so that an adapter is loaded by copying into them."""
 
     @abstractmethod
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """What to load where training starts from an adapter of this method: all that the adapter file has of it."""
+        """Values to start training from, made of those of `source`, an adapter of the same method: one for every name
+        in the adapter file."""
 
     @abstractmethod
     def reading(self, context: Tensor) -> AbstractContextManager[None]:
         """Context in which the backbone reads a batch, or generates from it.
 
-        `context` [B, l + S] is true where a token stands that a soft prompt made for its row may depend on: not at
-        padding, at the prompt itself or at what is to be predicted.
+        Some methods make a prompt for each row from the row's own tokens. `context` [B, l + S] is true at the tokens
+        that it may depend on, and false at padding, at the prompt itself, and at what is to be predicted.
         """
 
     @abstractmethod

@@ -2,9 +2,9 @@
 
     y = layer(x) + b      b zero at the start
 
-Where the layer has a bias, b adds to it, which comes to training that. T5 and Llama have none; there the linear layers,
-the LM head included, and the layer norms of the blocks get one, as in Karimi Mahabadi et al. 2021
-(https://arxiv.org/abs/2106.04647), whose figure for T5-base the paper quotes.
+A layer that has a bias keeps it, and b is added to it, which is the same as training the bias. T5 and Llama have no
+biases: there b is put behind all linear layers, the LM head included, and behind the layer norms of the blocks, as in
+Karimi Mahabadi et al. 2021 (https://arxiv.org/abs/2106.04647), whose figure for T5-base the paper quotes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from adept_ds.backbone.sharding import full_shape
 from adept_ds.config.method import BitFitConfig
-from adept_ds.methods.layers import layer_index, linear_layers, norms
+from adept_ds.methods.layers import embedding_table, layer_index, linear_layers, norms
 from adept_ds.methods.wrapped import WrappedLayer, WrappedLayersMethod
 
 HEAD = "lm_head.bias"
@@ -49,7 +49,7 @@ class BitFit(WrappedLayersMethod):
     @override
     def wrap(self, backbone: PreTrainedModel, generator: torch.Generator | None) -> dict[str, WrappedLayer]:
         head = cast(nn.Linear, backbone.get_output_embeddings())
-        device = cast(nn.Embedding, backbone.get_input_embeddings()).weight.device
+        device = embedding_table(backbone).weight.device
         block_norms = {name: norm for name, norm in norms(backbone).items() if layer_index(name) is not None}
         layers = linear_layers(backbone) | block_norms
         biased = {name: layer for name, layer in layers.items() if getattr(layer, "bias", None) is not None}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import AdapterConfig, AdapterDropConfig
-from adept_ds.methods.layers import layer_index, norms, output_layers
+from adept_ds.methods.layers import embedding_table, layer_index, norms, output_layers
 from adept_ds.methods.wrapped import WrappedLayer, WrappedLayersMethod
 
 _INITIAL_STD = 0.01
@@ -92,7 +91,7 @@ class Bottleneck(WrappedLayersMethod):
         """
         config = self.config
         dropped = config.dropped_layers if isinstance(config, AdapterDropConfig) else 0
-        table = cast(nn.Embedding, backbone.get_input_embeddings())
+        table = embedding_table(backbone)
         wrapped: dict[str, WrappedLayer] = {}
         for name, layer in output_layers(backbone).items():
             if (layer_index(name) or 0) >= dropped:

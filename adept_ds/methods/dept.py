@@ -2,8 +2,8 @@
 
     in = concat(P, E + 8 / sqrt(r) A B)      P [l, d]   A [S, r]   B [r, d]
 
-Row i of A B belongs to the i-th token behind the prompt, counted from 0 without padding: in the published code inputs
-are padded on the right, where that is the column. Tokens from position S on have no offset.
+Row i of A B is added to the i-th token behind the prompt, counted from 0; padding is not counted. The published code
+counts columns, which comes to the same, since it pads on the right. Tokens from position S on have no offset.
 """
 
 from __future__ import annotations

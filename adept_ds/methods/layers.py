@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -72,6 +73,11 @@ def output_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
             "be told by method.target_modules which layers to change"
         )
     return layers_named(backbone, [end for ends in parts for end in ends])
+
+
+def embedding_table(backbone: PreTrainedModel) -> nn.Embedding:
+    """Return the input embedding; trained parameters are put on the device of its weight."""
+    return cast(nn.Embedding, backbone.get_input_embeddings())
 
 
 def linear_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:

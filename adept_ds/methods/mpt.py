@@ -3,14 +3,15 @@
     P_k = P * (u_k v_k^T)       P [l, d]   u_k [l, r]   v_k [r, d]      * is elementwise, the published r is 1
     in  = concat(P_k, E)
 
-Source training learns P and the factors of several tasks together; which task a row is of is said by its prompt's ids.
-With teachers, prompts that prompt tuning has learned on each task alone, the loss is that of
+Source training learns P and the factors of several tasks together; a row's prompt ids say which task it is of. There
+may be teachers: prompts that prompt tuning has learned on each task alone. The loss is then that of
 `adept_ds.model.distillation`.
-Target training starts from that adapter with one pair of factors: the mean of the source tasks', or those of one.
+Target training starts from that adapter with one pair of factors: the mean over the source tasks, or the pair of one.
 
-The terms of the loss are means over the global batch's label tokens. The paper sums them, takes the hidden states of
-the whole sequence, and draws a number of tasks for each batch; here the mixture of `data` says how many examples of
-which task come. The weight and the temperature of the distillation are left to the settings.
+Three things differ from the paper. The terms of the loss are means over the global batch's label tokens, not sums; the
+hidden states compared are those of label tokens, not of the whole sequence; and the mixture of `data` says how many
+examples of which task come, where the paper draws a number of tasks for each batch. The weight and the temperature of
+the distillation are settings.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from adept_ds.config.method import MptConfig
 from adept_ds.contexts import seeded
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import Distillation
+from adept_ds.methods.layers import embedding_table
 from adept_ds.methods.prompted import PromptedMethod, initial_prompt
 from adept_ds.methods.source_prompts import load_source_prompts
 from adept_ds.storage.adapter_folder import Adapter, backbone_facts
@@ -76,7 +78,7 @@ class MultitaskPromptTuning(PromptedMethod):
             UserError: As `load_source_prompts`.
         """
         config, self._teachers = self.config, None
-        table = cast(nn.Embedding, backbone.get_input_embeddings())
+        table = embedding_table(backbone)
         if config.teachers:
             if table.weight.is_meta:
                 self._teachers = torch.zeros(len(config.tasks), config.num_virtual_tokens, table.embedding_dim)

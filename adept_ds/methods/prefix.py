@@ -1,14 +1,14 @@
 """Prefix tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190) with HF PEFT's prefix encoder.
 
 Each decoder layer attends to l trained keys and values in front of those of its input. They are put into the layer's
-cache when it is empty, so reading on, beams and padding are the backbone's stock code: the decoder just finds l more
-entries in its cache, in front of any padding.
+cache while it is empty. The decoder finds l entries in it, in front of any padding, as if it had read l tokens before:
+generation, beams and padding need no code of their own.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import peft
 import torch
@@ -27,6 +27,7 @@ from adept_ds.config.method import PrefixTuningConfig
 from adept_ds.contexts import attribute_set, seeded
 from adept_ds.errors import UserError
 from adept_ds.methods.base import MethodDefaults
+from adept_ds.methods.layers import embedding_table
 
 
 class PrefixTuning(MethodDefaults):
@@ -43,7 +44,7 @@ class PrefixTuning(MethodDefaults):
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
         architecture, length = backbone.config, self.config.prefix_length
-        table = cast(nn.Embedding, backbone.get_input_embeddings())
+        table = embedding_table(backbone)
         heads: int | None = getattr(architecture, "num_attention_heads", None)
         if heads is None:
             raise UserError(
