@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, RwkvConfig, RwkvForCausalLM
 
 from adept_ds.backbone import frozen_linear
 from adept_ds.backbone.frozen_linear import FrozenLinear
@@ -32,11 +34,12 @@ from adept_ds.config.method import (
     PTuningConfig,
 )
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
+from adept_ds.config.schema import method_docs
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
 from adept_ds.storage.adapter_folder import save_adapter
-from tests.models import EOS, PAD, VOCABULARY, WIDTH
+from tests.models import EOS, PAD, TOKENS, VOCABULARY, WIDTH, causal, seeded
 from tests.tolerances import assert_equal_up_to_rounding
 
 Make = Callable[[str], PreTrainedModel]
@@ -60,6 +63,7 @@ METHODS: dict[str, MethodConfig] = {
     "adapter_drop": AdapterDropConfig(bottleneck=3, dropped_layers=1),
     "bitfit": BitFitConfig(),
 }
+"""Every method but `full`, whose tests are in `test_full.py`."""
 BACKBONES = ("llama", "codegen", "gpt2", "t5-tied")
 MAIN = ("llama", "t5-tied")
 
@@ -140,6 +144,10 @@ def take_steps(
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def test_no_method_is_left_out() -> None:
+    assert {config.name for config in METHODS.values()} == method_docs().keys() - {"full"}
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -330,6 +338,16 @@ def test_generation_is_that_without_a_cache(make_backbone: Make, name: str, meth
 
 
 @pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", ["adept", "dept", "attempt", "prefix"])
+def test_generation_that_keeps_no_cache_is_the_same(make_backbone: Make, name: str, method: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    if name != "t5-tied":
+        mask[0, :3] = 0
+    assert torch.equal(greedy(model, ids, mask, use_cache=False), greedy(model, ids, mask))
+
+
+@pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
 def test_beams_run_and_leave_the_prompt_out(make_backbone: Make, name: str, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
@@ -345,6 +363,40 @@ def test_start_values_are_a_function_of_the_seed(make_backbone: Make, method: st
         return list(get_adept_model(make_backbone("llama"), METHODS[method], seed=seed).trainable_parameters().values())
 
     assert all(torch.equal(a, b) for a, b in zip(values(1), values(1), strict=True))
+
+
+# Names in the adapter file: those of earlier versions must load
+
+ADAPTER = "adapter.w_down adapter.b_down adapter.w_up adapter.b_up"
+NORMS = "*.input_layernorm.trained.weight *.post_attention_layernorm.trained.weight model.norm.trained.weight"
+NAMES = {
+    "adept": "soft_prompt network.w_down network.b1 network.w_up network.b2",
+    "pt": "soft_prompt",
+    "dept": "soft_prompt offset.a offset.b",
+    "pt_embedding": "soft_prompt offset.weight",
+    "mpt": "soft_prompt prefix_task_cols prefix_task_rows",
+    "attempt": "soft_prompt sources network.w_down network.w_up network.norm_weight network.norm_bias",
+    "prefix": "prefix_encoder.embedding.weight",
+    "lora": " ".join(f"*.self_attn.{x}_proj.lora_{pair}.weight" for x in "qkv" for pair in "AB"),
+    "ia3-feed-forward": "*.self_attn.k_proj.ia3_l *.self_attn.v_proj.ia3_l *.mlp.down_proj.ia3_l",
+    "adapter": " ".join(
+        [*(f"*.{part}.{end}" for part in ("self_attn.o_proj", "mlp.down_proj") for end in ADAPTER.split()), NORMS]
+    ),
+    "bitfit": " ".join(
+        [
+            *(f"*.self_attn.{x}_proj.bias" for x in "qkvo"),
+            *(f"*.mlp.{x}_proj.bias" for x in ("gate", "up", "down")),
+            *("*.input_layernorm.bias", "*.post_attention_layernorm.bias", "lm_head.bias"),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_names_in_the_adapter_file_stay(make_backbone: Make, tmp_path: Path, method: str) -> None:
+    get_adept_model(make_backbone("llama"), METHODS[method]).save_pretrained(tmp_path)
+    names = {re.sub(r"model\.layers\.\d", "*", name) for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert names == set(NAMES[method].split())
 
 
 # Parameter counts
@@ -412,11 +464,6 @@ def test_frozen_layers_below_lora_keep_nothing_for_the_backward_pass(make_backbo
     assert all(isinstance(module, FrozenLinear) for module in bases)
 
 
-def test_lora_layers_of_another_name_are_refused(make_backbone: Make) -> None:
-    with pytest.raises(UserError, match=r"method\.target_modules does not fit"):
-        get_adept_model(make_backbone("llama"), LoraConfig(target_modules=("query",)))
-
-
 def test_dept_offset_is_by_position_behind_the_prompt(make_backbone: Make) -> None:
     model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["dept"]))
     embedding, values = model.method.embedding, model.trainable_parameters()
@@ -472,6 +519,18 @@ def test_a_source_of_another_kind_is_refused(make_backbone: Make, tmp_path: Path
     wanted = METHODS["adept"].model_copy(update={"init_from": str(tmp_path)})
     with pytest.raises(UserError, match=message):
         get_adept_model(make_backbone("llama"), wanted)
+
+
+def test_a_prefix_has_the_one_head_of_multi_query_attention() -> None:
+    model = get_adept_model(seeded(causal("falcon", multi_query=True)), METHODS["prefix"]).train()
+    losses = take_steps(model, batch(model), steps=5)
+    assert losses[-1] < losses[0]
+
+
+def test_a_backbone_without_attention_takes_no_prefix() -> None:
+    backbone = RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, **TOKENS))
+    with pytest.raises(UserError, match=r"method\.name is 'prefix'.* \(model type 'rwkv'\) has none"):
+        get_adept_model(backbone, METHODS["prefix"])
 
 
 def test_a_prefix_and_recomputed_layers_exclude_one_another() -> None:

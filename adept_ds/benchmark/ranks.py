@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 from adept_ds.benchmark.contenders import OURS, Contender
 from adept_ds.benchmark.work import Work, padded_tokens
@@ -31,17 +32,18 @@ class EngineContender(Contender):
         )
         self._engine, self._labels = engine, work.labels_of_step
 
+    @override
     def forward_backward(self, number: int) -> Tensor:
-        """See `Contender.forward_backward`; the loss is this rank's sum."""
+        """The loss is this rank's sum."""
         return self._engine.forward_backward(self.steps[number], self._labels[number])
 
+    @override
     def update(self) -> None:
-        """See `Contender.update`."""
         self._engine.step()
 
     @property
+    @override
     def coordinator(self) -> Any:
-        """See `Contender.coordinator`."""
         offload = getattr(self._engine.deepspeed.optimizer, "parameter_offload", None)
         return offload and offload.get_param_coordinator()
 
