@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from adept_ds.errors import UserError
 from adept_ds.reports.learning_curve import smooth
 from adept_ds.reports.run_report import make_report, text_report, write_report
 from tests.conftest import RunRanks
+from tests.test_results import write_programs, write_task
 
 REPORT = "evals/report.py"
 
@@ -38,6 +41,8 @@ def write_evaluation(run_dir: Path, name: str, passed: list[bool], adapter: str 
         "samples": len(passed),
         "verdicts": {"passed": sum(passed), "exception: NameError": len(passed) - sum(passed)},
         "adapter": adapter,
+        "adapter_sha256": adapter,
+        "backbone": {"layers": 2},
         "protocol": {"format": "mbpp-paper"},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -45,7 +50,9 @@ def write_evaluation(run_dir: Path, name: str, passed: list[bool], adapter: str 
         for number, ok in enumerate(passed):
             completion = f"    return {number}\n"
             line = {"task_id": f"demo/{number}", "completion": completion, "program": f"def f():\n{completion}"}
-            line |= {"status": "passed", "kind": ""} if ok else {"status": "exception", "kind": "NameError"}
+            line |= {"task": f"Write program {number}.", "status": "passed", "kind": ""}
+            if not ok:
+                line |= {"status": "exception", "kind": "NameError", "detail": "name 'x' is not defined"}
             file.write(json.dumps(line | sample) + "\n")
 
 
@@ -65,8 +72,9 @@ def test_entry_point_prints_both_figures_and_their_difference(run_dir: Path, run
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["base", "20.0", "%", "10.0", "to", "30.0", "10", "10", "2"] in rows
     assert ["adept", "50.0", "%", "40.0", "to", "60.0", "10", "10", "5"] in rows
-    assert "adept against base: +30.0 points" in done.stdout
-    assert "better on 3 problems, worse on 0, sign test p = 0.25" in done.stdout
+    assert "The adapter (adept) solves 3 more of 10 problems than the backbone (base) (+30.0 points, " in done.stdout
+    assert "better on 3, worse on 0, sign test p = 0.25). That could be chance: only 3 of the problems" in done.stdout
+    assert "  demo/2: Write program 2.\n    base: exception: NameError (name 'x' is not defined)\n" in done.stdout
     assert (run_dir / "report.html").exists()
 
 
@@ -108,7 +116,41 @@ def test_model_output_cannot_inject_markup(run_dir: Path) -> None:
 def test_problems_with_differing_outcomes_are_shown_first(run_dir: Path) -> None:
     page = write_report(make_report(run_dir)).read_text()
     shown = [line for line in page.splitlines() if line.startswith("<h3>")]
-    assert shown == [f"<h3>demo/{number}</h3>" for number in (2, 3, 4, 0, 1, 5)]
+    assert shown == [f"<h3>demo/{number}<span>Write program {number}.</span></h3>" for number in (2, 3, 4, 0, 1, 5)]
+
+
+def test_the_page_says_the_difference_and_shows_both_answers_with_reasons(run_dir: Path) -> None:
+    report = make_report(run_dir)
+    page = html.unescape(write_report(report).read_text())
+    assert report.comparisons[0].text in page
+    assert page.index("Before and after: base and adept") < page.index("<h3>demo/2") < page.index("Training")
+    first = page[page.index("<h3>demo/2") : page.index("<h3>demo/3")]
+    assert first.index('base<span class="verdict">exception: NameError') < first.index("name 'x' is not defined")
+    assert first.index("name 'x' is not defined") < first.index('adept<span class="verdict right">passed')
+
+
+def test_tags_of_the_page_are_closed_in_order(run_dir: Path) -> None:
+    write_task(run_dir / "eval" / "base" / "rte", ["no"] * 9)
+    write_task(run_dir / "eval" / "adept" / "rte", ["yes"] * 9, adapter="best")
+    write_programs(run_dir / "eval" / "alone", {"other": [True]}, adapter="best")
+    open_tags: list[str] = []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "img"):
+                open_tags.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: object) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    page = write_report(make_report(run_dir)).read_text()
+    Checker().feed(page)
+    assert open_tags == []
+    assert "Before and after: base and adept on rte" in page
+    assert "What alone wrote" in page
 
 
 @pytest.mark.parametrize(
@@ -154,7 +196,7 @@ def test_text_to_text_tasks_are_shown_with_their_intervals(tmp_path: Path) -> No
 def test_runs_over_different_problems_are_not_compared(run_dir: Path) -> None:
     write_evaluation(run_dir, "short", [True], adapter="other")
     report = make_report(run_dir)
-    assert [comparison.name for comparison in report.comparisons] == ["adept"]
+    assert [comparison.names for comparison in report.comparisons] == [("base", "adept")]
     assert "short is not compared with base" in text_report(report)
 
 

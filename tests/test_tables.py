@@ -202,10 +202,10 @@ def test_other_backbones_have_a_table_without_the_paper(make_run: MakeRun) -> No
 def test_methods_are_compared_example_by_example(make_run: MakeRun) -> None:
     runs = [make_run("a", 60), make_run("b", 62, seed=2), make_run("c", 30, {"name": "pt"})]
     (found,) = table_3(*runs).differences
-    assert (found.first, found.second, found.column) == ("ADePT", "PT", "RTE")
-    assert found.difference.mean == pytest.approx(0.30 - 0.61)
-    assert (found.difference.worse, found.difference.better) == (32, 0)
-    assert found.difference.high < 0
+    assert found.startswith("RTE: PT has a lower accuracy than ADePT on 100 examples (-31.0 points, ")
+    assert found.endswith(
+        "better on 0, worse on 32, sign test p < 0.0001). That is beyond the noise of these examples."
+    )
 
 
 def test_other_splits_and_unfinished_runs_are_noted(make_run: MakeRun) -> None:
@@ -260,6 +260,16 @@ def test_the_entry_point_writes_all_files_for_a_folder_of_runs(
     shown = capsys.readouterr().out
     assert "65.00 ± 7.07 (-17.00)" in shown
     assert "task 0.5500 ± 0.0707" in shown
+
+
+def test_runs_that_are_not_graded_have_a_report_that_says_so(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("a", 60)
+    (run / "eval" / "test" / "rte" / "summary.json").unlink()
+    main([str(run), "--out", str(tmp_path / "out")])
+    assert f"{run} has no evaluation in eval/." in capsys.readouterr().out
+    assert "has no evaluation" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:

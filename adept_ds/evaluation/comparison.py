@@ -13,7 +13,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 
 from adept_ds.config.loader import flatten
@@ -57,7 +57,7 @@ class Comparison:
     """The second evaluation against the first one, on the same problems or examples."""
 
     names: tuple[str, str]
-    title: str
+    task: str
     """The text-to-text task; empty where programs were run."""
     metric: str
     first: Estimate
@@ -87,8 +87,8 @@ def compare(first: Evaluation, second: Evaluation, k: int = 1, any_prompt: bool 
     if first.name == second.name:
         first, second = (one.model_copy(update={"name": name}) for one, name in ((first, "first"), (second, "second")))
     paths = first.answers_path, second.answers_path
-    if first.title != second.title:
-        tasks = " and ".join(f"{one.answers_path} is of {one.title or 'programs'}" for one in (first, second))
+    if first.task_label != second.task_label:
+        tasks = " and ".join(f"{one.answers_path} is of {one.task_label or 'programs'}" for one in (first, second))
         raise NotComparableError(f"{tasks}; expected two evaluations of the same task")
     hashes = [one.problems_sha256 or "" for one in (first, second)]
     if all(hashes) and hashes[0] != hashes[1] and not any_prompt:
@@ -99,7 +99,7 @@ def compare(first: Evaluation, second: Evaluation, k: int = 1, any_prompt: bool 
     metric = first.example_metric(k)
     if metric is None:
         raise NotComparableError(
-            f"{first.title} has no metric that is a mean over examples: {', '.join(first.figures)}"
+            f"{first.task_label} has no metric that is a mean over examples: {', '.join(first.figures)}"
         )
     graded = [first.grade(metric), second.grade(metric)]
     for one, other in ((0, 1), (1, 0)):
@@ -115,12 +115,12 @@ def compare(first: Evaluation, second: Evaluation, k: int = 1, any_prompt: bool 
     text = difference_text(difference, (first.label, second.label), metric) + _unlike_text(first, second)
     return Comparison(
         names=(first.name, second.name),
-        title=first.title,
+        task=first.task_label,
         metric=metric,
         first=_estimate(first, metric, scores[0]),
         second=_estimate(second, metric, scores[1]),
         difference=difference,
-        text=f"{first.title}: {text}" if first.title else text,
+        text=f"{first.task_label}: {text}" if first.task_label else text,
         verdicts={verdict: (counts[0][verdict], counts[1][verdict]) for verdict in sorted_verdicts(*counts)},
         problems=side_by_side({first.name: graded[0], second.name: graded[1]}),
     )
@@ -138,8 +138,8 @@ def compare_with_baselines(evaluations: Sequence[Evaluation]) -> tuple[list[Comp
     comparisons: list[Comparison] = []
     notes: list[str] = []
     for tuned in (one for one in evaluations if not one.is_baseline):
-        name = f"{tuned.name} ({tuned.title})" if tuned.title else tuned.name
-        baselines = [one for one in evaluations if one.is_baseline and one.title == tuned.title]
+        name = f"{tuned.name} ({tuned.task_label})" if tuned.task_label else tuned.name
+        baselines = [one for one in evaluations if one.is_baseline and one.task_label == tuned.task_label]
         if not baselines:
             notes.append(f"{name} is compared with nothing: there is no evaluation without an adapter.")
         found, refusals = [], []
@@ -158,26 +158,27 @@ def compare_with_baselines(evaluations: Sequence[Evaluation]) -> tuple[list[Comp
 def side_by_side(graded: Mapping[str, Mapping[str, GradedAnswer]]) -> list[ShownProblem]:
     """Return the problems of one evaluation, or those of two evaluations of the same problems, in the order to show.
 
-    First those that the second one scores higher and lower on, in turn, so that a handful shows both; then those with
-    the same score and another verdict; then the rest. Each group is in the order of the file.
+    First those that the second one scores higher or lower on, so that any number of them holds both kinds in about the
+    shares that they have; then those with the same score and another verdict; then the rest. All in the file's order.
 
     Args:
         graded: By the evaluation's name, its answers by problem.
     """
     first, second = next(iter(graded.values())), [*graded.values()][-1]
     changes = {task_id: second[task_id].score - answer.score for task_id, answer in first.items()}
-    better = [task_id for task_id, change in changes.items() if change > 0]
-    worse = [task_id for task_id, change in changes.items() if change < 0]
+    sides = [[task_id for task_id, change in changes.items() if sign * change > 0] for sign in (1, -1)]
+    differing = sorted(
+        (place / len(side), number, task_id) for number, side in enumerate(sides) for place, task_id in enumerate(side)
+    )
     equal = [task_id for task_id, change in changes.items() if change == 0]
     equal.sort(key=lambda task_id: second[task_id].verdicts[:1] == first[task_id].verdicts[:1])
-    in_turn = [task_id for task_id in chain(*zip_longest(better, worse)) if task_id is not None]
     return [
         ShownProblem(
             task_id,
             first[task_id].question or second[task_id].question,
             {name: answers[task_id] for name, answers in graded.items()},
         )
-        for task_id in in_turn + equal
+        for task_id in [*(task_id for *_, task_id in differing), *equal]
     ]
 
 
@@ -190,17 +191,17 @@ def difference_text(difference: PairedDifference, names: tuple[str, str], metric
         metric: The metric that the scores are of.
     """
     first, second = names
-    n, net = difference.n, difference.better - difference.worse
+    n, mean, net = difference.n, round(difference.mean, 9), difference.better - difference.worse
     unit = "problems" if metric.startswith("pass@") else "examples"
-    if metric in COUNTED_METRICS and math.isclose(100 * n * difference.mean, 100 * net, abs_tol=1e-6):
+    if metric in COUNTED_METRICS and math.isclose(n * difference.mean, net, abs_tol=1e-6):
         what = f"{n} {unit}" + (" right" if unit == "examples" else "")
         amount = f"{abs(net)} {'more' if net > 0 else 'fewer'} of {what} than" if net else f"as many of {what} as"
         claim = f"{second} {COUNTED_METRICS[metric]} {amount} {first}"
     else:
-        relation = "a higher" if difference.mean > 0 else "a lower" if difference.mean < 0 else "the same"
-        claim = f"{second} has {relation} {metric} {'than' if difference.mean else 'as'} {first} on {n} {unit}"
+        relation = "a higher" if mean > 0 else "a lower" if mean < 0 else "the same"
+        claim = f"{second} has {relation} {metric} {'than' if mean else 'as'} {first} on {n} {unit}"
     decimals = 1 if n < 1000 else 2
-    points, low, high = (f"{100 * share:+.{decimals}f}" for share in (difference.mean, difference.low, difference.high))
+    points, low, high = (f"{100 * share:+.{decimals}f}" for share in (mean, difference.low, difference.high))
     p_value = f"= {difference.p_value:.2g}" if difference.p_value >= 1e-4 else "< 0.0001"
     text = (
         f"{claim} ({points} points, 95 % interval {low} to {high}; better on {difference.better}, worse on "
@@ -213,12 +214,12 @@ def _judgement(difference: PairedDifference, unit: str) -> str:
     changed = difference.better + difference.worse
     if difference.is_beyond_noise:
         return f"That is beyond the noise of these {unit}."
-    if difference.mean == 0:
+    if round(difference.mean, 9) == 0:
         return "No difference shows."
     if changed < FEWEST_CHANGED:
         return (
-            f"That could be chance: only {changed} of the {unit} came out differently, and fewer than {FEWEST_CHANGED} "
-            "cannot tell."
+            f"That could be chance: only {changed} of the {unit} came out differently, and it takes at least "
+            f"{FEWEST_CHANGED} to tell."
         )
     doubts = ["the interval includes 0"] if difference.low <= 0 <= difference.high else []
     doubts += [f"the sign test's p is not below {SIGNIFICANCE}"] if difference.p_value >= SIGNIFICANCE else []
@@ -234,17 +235,18 @@ def _unlike_text(first: Evaluation, second: Evaluation) -> str:
 
 
 def _estimate(evaluation: Evaluation, metric: str, scores: Mapping[str, float]) -> Estimate:
-    figure = evaluation.figures.get(metric)
-    if figure is None:
+    if metric.startswith("pass@"):
         return mean_score(list(scores.values()))
-    return Estimate(figure.value, figure.low, figure.high, len(scores), figure.method)
+    figure = evaluation.figures[metric]
+    return Estimate(figure.value, figure.low, figure.high, len(scores), "bootstrap")
 
 
 def comparison_text(comparison: Comparison) -> str:
     """Return the comparison as plain text: a table, the difference in words, verdicts, and a few problems."""
     names, difference = comparison.names, comparison.difference
     width = max(len(label) for label in (*names, *comparison.verdicts, "difference")) + 2
-    lines = [f"{'':{width}}{comparison.metric:>11}   {'95 % interval':^15}   by"]
+    column = max(8, len(comparison.metric))
+    lines = [f"{'':{width}}{comparison.metric:>{column}}   {'95 % interval':^15}   by"]
     for name, row, unit, sign in (
         (names[0], comparison.first, " %", ""),
         (names[1], comparison.second, " %", ""),
@@ -252,7 +254,7 @@ def comparison_text(comparison: Comparison) -> str:
     ):
         interval = f"{100 * row.low:{sign}5.1f} to {100 * row.high:{sign}5.1f}"
         mean = f"{100 * row.mean:{sign}.1f}{unit}"
-        lines.append(f"{name:{width}}{mean:>11}   {interval:^15}   {row.method}")
+        lines.append(f"{name:{width}}{mean:>{column}}   {interval:^15}   {row.method}")
     lines += [comparison.text, "", f"{'samples':{width}}{names[0]:>12}{names[1]:>12}"]
     lines += [f"{verdict:{width}}{one:>12}{other:>12}" for verdict, (one, other) in comparison.verdicts.items()]
     return "\n".join([*lines, *problems_text(comparison)])
@@ -266,7 +268,7 @@ def problems_text(comparison: Comparison) -> list[str]:
         for name, answer in problem.answers.items():
             reason = f" ({_shortened(answer.reason)})" if answer.reason else ""
             lines.append(f"  {name}: {answer.judgement}{reason}")
-            written = answer.text.strip("\n").splitlines()
+            written = "\n".join(line.rstrip() for line in answer.text.splitlines()).strip("\n").splitlines()
             lines += [f"    | {line}" for line in written[:SHOWN_LINES]]
             if len(written) > SHOWN_LINES:
                 lines.append(f"    ... {len(written) - SHOWN_LINES} more lines")
@@ -281,6 +283,6 @@ def comparison_json(comparison: Comparison, files: Sequence[Path]) -> str:
     """Return the comparison as a JSON object, without what was written."""
     facts = {"files": [str(path) for path in files], **asdict(comparison)}
     del facts["problems"]
-    if not comparison.title:
+    if not comparison.task:
         facts["k"] = int(comparison.metric.removeprefix("pass@"))
     return json.dumps({**facts, "beyond_noise": comparison.difference.is_beyond_noise}, indent=2) + "\n"

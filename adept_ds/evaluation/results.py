@@ -100,8 +100,6 @@ class Figure(BaseModel):
     value: float = Field(validation_alias=AliasChoices("value", "mean"))
     low: float
     high: float
-    method: str = "bootstrap"
-    """How the interval was made."""
 
 
 class EvaluationFolder(BaseModel):
@@ -159,8 +157,8 @@ class ProgramEvaluation(EvaluationFolder):
     """pass@1 with each of the paper's two post-processings, and their average, where it was asked for."""
 
     @property
-    def title(self) -> str:
-        """The text-to-text task: none."""
+    def task_label(self) -> str:
+        """No text-to-text task."""
         return ""
 
     @property
@@ -182,14 +180,12 @@ class ProgramEvaluation(EvaluationFolder):
         from adept_ds.evaluation.statistics import problem_scores
 
         samples = _read_lines(self.answers_path, ProgramAnswer)
-        passed = {task_id: [one.status for one in of_task].count("passed") for task_id, of_task in samples.items()}
-        counts = {task_id: (len(of_task), passed[task_id]) for task_id, of_task in samples.items()}
-        graded = dict.fromkeys(self.missing, GradedAnswer(0.0, ()))
-        for task_id, score in problem_scores(counts, int(metric.removeprefix("pass@"))).items():
+        graded = {}
+        for task_id, score in problem_scores(_counts(samples), int(metric.removeprefix("pass@"))).items():
             first = samples[task_id][0]
             verdicts = tuple(verdict_label(one.status, one.kind) for one in samples[task_id])
             graded[task_id] = GradedAnswer(score, verdicts, first.task, first.completion, first.program, first.detail)
-        return graded
+        return graded | dict.fromkeys(self.missing, GradedAnswer(0.0, ()))
 
 
 class TaskEvaluation(EvaluationFolder):
@@ -203,7 +199,7 @@ class TaskEvaluation(EvaluationFolder):
     """By metric, the one that is reported first."""
 
     @property
-    def title(self) -> str:
+    def task_label(self) -> str:
         """The task and, unless it is the test split, the split."""
         split = self.protocol.get("split", "test")
         return self.task + ("" if split == "test" else f" ({split})")
@@ -254,9 +250,9 @@ def read_evaluation(path: Path) -> Evaluation:
     is_task = values is not None and "metrics" in values
     if path.is_dir():
         path /= PREDICTIONS_NAME if is_task else RESULTS_NAME
-    name = (
-        folder.resolve().parent.name if is_task else folder.resolve().name if path.name == RESULTS_NAME else path.stem
-    )
+    name = path.stem
+    if is_task or path.name == RESULTS_NAME:
+        name = folder.resolve().parts[-2 if is_task else -1]
     if values is None:
         values, summary_path = _summary_of(path), path
     try:
@@ -271,12 +267,14 @@ def _summary_of(path: Path) -> dict[str, Any]:
     from adept_ds.evaluation.statistics import mean_pass_at_k  # As above.
 
     samples = _read_lines(path, ProgramAnswer)
-    counts = {
-        task_id: (len(of_task), [one.status for one in of_task].count("passed")) for task_id, of_task in samples.items()
-    }
     verdicts = Counter(verdict_label(one.status, one.kind) for of_task in samples.values() for one in of_task)
-    figures = {PASS_AT_1: asdict(mean_pass_at_k(counts, 1)), "verdicts": verdicts}
+    figures = {PASS_AT_1: asdict(mean_pass_at_k(_counts(samples), 1)), "verdicts": verdicts}
     return {**figures, "problems": len(samples), "samples": verdicts.total()}
+
+
+def _counts(samples: dict[str, list[ProgramAnswer]]) -> dict[str, tuple[int, int]]:
+    """Task id to the number of samples, and of those that passed."""
+    return {task_id: (len(some), sum(one.status == "passed" for one in some)) for task_id, some in samples.items()}
 
 
 def _read_lines(path: Path, kind: type[AnyAnswer]) -> dict[str, list[AnyAnswer]]:

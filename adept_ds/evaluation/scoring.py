@@ -28,7 +28,7 @@ class Score:
     results: list[dict[str, Any]]
     """One entry a sample, in the samples' order: task id, task in words, completion, program, verdict."""
     pass_at_k: dict[int, Estimate]
-    """k to the mean over problems."""
+    """k to the mean over problems; 1 is always there, as every comparison and report starts from it."""
     verdicts: dict[str, int]
     """Verdict, with its kind where it has one, to the number of samples."""
     missing: list[str]
@@ -54,7 +54,7 @@ def score_samples(
         problems: What counts; each is in the mean, with or without samples.
         samples: Completions, any number for a problem, identical ones included.
         config: The sandbox's settings.
-        ks: The k of pass@k.
+        ks: The k of pass@k, beside 1.
         postprocess: Changes each completion before its program is made.
 
     Raises:
@@ -94,7 +94,7 @@ def score_samples(
     tallies = {task_id: (n, c) if n else (largest, 0) for task_id, (n, c) in counts.items()}
     return Score(
         results=results,
-        pass_at_k={k: mean_pass_at_k(tallies, k) for k in ks},
+        pass_at_k={k: mean_pass_at_k(tallies, k) for k in dict.fromkeys((1, *ks))},
         verdicts=dict(Counter(verdict_label(one["status"], one["kind"]) for one in results).most_common()),
         missing=missing,
         unique_samples=len({(result["task_id"], result["program"]) for result in results}),

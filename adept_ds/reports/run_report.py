@@ -55,7 +55,7 @@ def make_report(path: Path) -> RunReport:
         UserError: There is no such folder, it holds nothing to report, or a file in it is damaged.
     """
     run = read_run(path)
-    evaluations = sorted(run.evaluations, key=lambda one: (one.title != "", not one.is_baseline))
+    evaluations = sorted(run.evaluations, key=lambda one: (one.task_label != "", not one.is_baseline))
     comparisons, not_compared = compare_with_baselines(evaluations)
     return RunReport(run, evaluations, comparisons, _missing(run, evaluations) + not_compared)
 
@@ -72,7 +72,7 @@ def _missing(run: RunRecord, evaluations: list[Evaluation]) -> list[str]:
         if not one.has_answers:
             notes.append(f"{one.answers_path.relative_to(run.path)} is missing: its answers are not shown or compared.")
     if not evaluations:
-        notes.append("eval/ holds no one.json: the run has not been graded.")
+        notes.append("eval/ holds no summary.json: the run has not been graded.")
     return notes
 
 
@@ -91,7 +91,7 @@ def write_report(report: RunReport) -> Path:
         report=report,
         programs=programs,
         verdicts=sorted_verdicts(*(one.verdicts for one in programs)),
-        tasks=[one for one in report.evaluations if one.title],
+        tasks=[one for one in report.evaluations if one.task_label],
         facts=run_facts(run),
         picture=picture,
         alone=_written_alone(report),
@@ -102,10 +102,10 @@ def write_report(report: RunReport) -> Path:
 
 def _written_alone(report: RunReport) -> dict[str, list[ShownProblem]]:
     """What evaluations wrote that are compared with nothing, by their names."""
-    compared = {(name, one.title) for one in report.comparisons for name in one.names}
-    alone = [one for one in report.evaluations if one.has_answers and (one.name, one.title) not in compared]
+    compared = {(name, one.task) for one in report.comparisons for name in one.names}
+    alone = [one for one in report.evaluations if one.has_answers and (one.name, one.task_label) not in compared]
     return {
-        f"{one.title}: {one.name}" if one.title else one.name: side_by_side({one.name: one.grade(metric)})
+        f"{one.task_label}: {one.name}" if one.task_label else one.name: side_by_side({one.name: one.grade(metric)})
         for one in alone
         if (metric := one.example_metric())
     }
@@ -115,7 +115,7 @@ def text_report(report: RunReport) -> str:
     """The figures as a plain-text table, the comparisons in words, and a few answers of both sides."""
     lines = [str(report.run.path)]
     width = max((len(one.name) for one in report.evaluations), default=0) + 2
-    if not all(one.title for one in report.evaluations):
+    if not all(one.task_label for one in report.evaluations):
         lines.append(f"  {'':{width}}{'pass@1':>8}   {'95 % interval':^15}{'problems':>10}{'samples':>9}{'passed':>8}")
     for one in report.evaluations:
         if isinstance(one, ProgramEvaluation):
@@ -127,7 +127,7 @@ def text_report(report: RunReport) -> str:
             )
         else:
             lines += [
-                f"  {one.name}, {one.title}: {metric} {100 * score.value:.1f} % ({100 * score.low:.1f} to "
+                f"  {one.name}, {one.task_label}: {metric} {100 * score.value:.1f} % ({100 * score.low:.1f} to "
                 f"{100 * score.high:.1f}), {one.examples} examples, {one.invalid} invalid"
                 for metric, score in one.figures.items()
             ]

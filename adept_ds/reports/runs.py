@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from adept_ds.config.loader import flatten
 from adept_ds.errors import UserError
-from adept_ds.evaluation.results import Evaluation, TaskEvaluation, read_evaluations
+from adept_ds.evaluation.results import SUMMARY_NAME, Evaluation, TaskEvaluation, read_evaluations
 from adept_ds.files import read_json
 from adept_ds.storage.run_folder import CONFIG_NAME, MAY_CHANGE, METRICS_NAME, SEED_KEYS, read_metrics, read_status
 
@@ -103,9 +103,7 @@ def read_run(path: Path) -> RunRecord:
         evaluations=read_evaluations(path / "eval"),
     )
     if not (run.config or run.metrics or run.evaluations):
-        raise UserError(
-            f"{path} is not a run folder: it has no {CONFIG_NAME}, {METRICS_NAME} or eval/*/evaluation.json"
-        )
+        raise UserError(f"{path} is not a run folder: it has no {CONFIG_NAME}, {METRICS_NAME} or eval/*/summary.json")
     return run
 
 
@@ -140,7 +138,9 @@ def run_figures(runs: Sequence[RunRecord]) -> tuple[list[RunFigure], list[str]]:
             if split in COUNTED_SPLITS:
                 counted += _figures(run, evaluation)
             else:
-                notes.append(f"{evaluation.answers_path.parent} is of the split {split!r} and is left out.")
+                notes.append(
+                    f"{evaluation.answers_path.with_name(SUMMARY_NAME)} is of the split {split!r} and is left out."
+                )
         if not counted:
             notes.append(f"{run.path} has no evaluation in eval/.")
         figures += counted

@@ -24,8 +24,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from adept_ds.data.tasks.registry import TASKS
+from adept_ds.evaluation.comparison import difference_text
 from adept_ds.evaluation.results import EXAMPLE_METRICS, PASS_AT_1
-from adept_ds.evaluation.statistics import Z95, PairedDifference, paired_difference
+from adept_ds.evaluation.statistics import Z95, paired_difference
 from adept_ds.reports.paper import PaperColumn, PaperFigures, PaperRow, PaperTable
 from adept_ds.reports.runs import RunFigure
 from adept_ds.storage.run_folder import SEED_KEYS
@@ -162,24 +163,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Two of our methods on the same examples, each example's score averaged over seeds."""
-
-    first: str
-    second: str
-    column: str
-    metric: str
-    difference: PairedDifference
-
-
-@dataclass(frozen=True)
 class Table:
     """One table."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    differences: tuple[Difference, ...] = ()
+    differences: tuple[str, ...] = ()
+    """Our methods against one another on the same examples, in words."""
     has_paper: bool = True
 
 
@@ -283,7 +274,7 @@ def _shots(figure: RunFigure) -> str:
     return f"k = {k_shot}" if k_shot else ""
 
 
-def _differences(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Difference, ...]:
+def _differences(rows: Sequence[Row], columns: Sequence[str]) -> tuple[str, ...]:
     """Each method against the reference (or the first that was run), where both have scores of the same examples."""
     found = []
     for index, column in enumerate(columns):
@@ -294,7 +285,8 @@ def _differences(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Differenc
             reference = scores[0][1]
             if reference and other and reference.keys() == other.keys():
                 difference = paired_difference(reference, other)
-                found.append(Difference(scores[0][0], label, column, measured[0][1].first.metric, difference))
+                words = difference_text(difference, (scores[0][0], label), measured[0][1].first.metric)
+                found.append(f"{column}: {words}")
     return tuple(found)
 
 
