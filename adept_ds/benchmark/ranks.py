@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
 from adept_ds.benchmark.contenders import OURS, Contender
 from adept_ds.benchmark.work import Work, padded_tokens
@@ -13,7 +14,6 @@ from adept_ds.config.deepspeed import DeepSpeedPlan
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World
 from adept_ds.training.engine import Engine, build_engine
-from adept_ds.training.optimizer import set_learning_rates
 
 
 class EngineContender(Contender):
@@ -31,17 +31,17 @@ class EngineContender(Contender):
         )
         self._engine, self._labels = engine, work.labels_of_step
 
+    @override
     def forward_backward(self, number: int) -> Tensor:
-        """See `Contender.forward_backward`; the loss is this rank's sum."""
         return self._engine.forward_backward(self.steps[number], self._labels[number])
 
+    @override
     def update(self) -> None:
-        """See `Contender.update`."""
         self._engine.step()
 
     @property
+    @override
     def coordinator(self) -> Any:
-        """See `Contender.coordinator`."""
         offload = getattr(self._engine.deepspeed.optimizer, "parameter_offload", None)
         return offload and offload.get_param_coordinator()
 
@@ -56,6 +56,5 @@ def engine_contender(
     """
     random_shape = architecture if random_init else None
     engine = build_engine(run, plan.config, work.tokenizer, world, random_shape=random_shape)
-    set_learning_rates(engine.optimizer, 1.0)
     engine.model.train()
     return EngineContender(engine, work, run.method.num_virtual_tokens)
