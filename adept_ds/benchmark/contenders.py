@@ -37,7 +37,7 @@ from adept_ds.data import longest_example
 from adept_ds.errors import UserError
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
-from adept_ds.training.optimizer import build_optimizer, set_learning_rates
+from adept_ds.training.optimizer import build_optimizer
 
 OURS, FLOOR, STOCK_FLOOR = "adept_ds", "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
@@ -174,9 +174,7 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | Non
     if not parameters:
         return None
     if isinstance(model, AdaptedModel):
-        optimizer = build_optimizer(model, config)
-        set_learning_rates(optimizer, 1.0)
-        return optimizer
+        return build_optimizer(model, config)
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate.soft_prompt,

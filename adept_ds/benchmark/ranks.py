@@ -14,7 +14,6 @@ from adept_ds.config.deepspeed import DeepSpeedPlan
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World
 from adept_ds.training.engine import Engine, build_engine
-from adept_ds.training.optimizer import set_learning_rates
 
 
 class EngineContender(Contender):
@@ -58,6 +57,5 @@ def engine_contender(
     """
     random_shape = architecture if random_init else None
     engine = build_engine(run, plan.config, work.tokenizer, world, random_shape=random_shape)
-    set_learning_rates(engine.optimizer, 1.0)
     engine.model.train()
     return EngineContender(engine, work, run.method.num_virtual_tokens)

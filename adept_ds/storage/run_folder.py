@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
+
 from adept_ds.config.loader import flatten
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.files import read_json, write_json
 
@@ -98,7 +101,7 @@ def check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
     Raises:
         UserError: All settings that differ from those of the folder's run.
     """
-    before, after = flatten(read_json(run_dir / CONFIG_NAME)), flatten(config)
+    before, after = flatten(_with_defaults(read_json(run_dir / CONFIG_NAME))), flatten(config)
     differing = [
         f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
         for key in sorted({*before, *after})
@@ -109,6 +112,14 @@ def check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
             f"logging.run_dir is {str(run_dir)!r}, which holds a run with other settings: "
             f"{'; '.join(differing)}. Put them back, or choose another folder by --logging.run_dir"
         )
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the settings that are new since it was written; as it is if it is no longer a valid one."""
+    try:
+        return RunConfig.model_validate(stored).model_dump(mode="json", by_alias=True)
+    except ValidationError:
+        return stored
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

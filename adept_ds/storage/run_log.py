@@ -1,56 +1,51 @@
-"""What a run says of itself as it goes on: `status.json`, `metrics.jsonl`, and any tracker of Accelerate by name."""
+"""What a run says of itself as it goes on: `status.json`, `metrics.jsonl`, trackers, and lines to the console."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
+from typing_extensions import override
 
 from adept_ds.config.loader import flatten
-from adept_ds.config.run import LoggingConfig, RunConfig
-from adept_ds.errors import UserError, did_you_mean
+from adept_ds.config.run import RunConfig
 from adept_ds.files import atomic_write
 from adept_ds.storage.run_folder import METRICS_NAME, RunFolder, read_metrics
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse trackers that Accelerate does not know or whose package is not there.
-
-    Raises:
-        UserError: Names the tracker and the known ones.
-    """
-    installed = {tracker.value for tracker in get_available_trackers()}
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(
-                f"logging.trackers has {name!r}, which is none of {', '.join(LOGGER_TYPE_TO_CLASS)}"
-                f"{did_you_mean(name, LOGGER_TYPE_TO_CLASS)}"
-            )
-        if name not in installed:
-            raise UserError(f"logging.trackers has {name!r}, whose package is not installed")
+from adept_ds.storage.trackers import address, start_tracker, upload
 
 
 class SilentLog:
     """The log of the ranks other than 0, which leave writing to it."""
 
-    def set_status(self, state: str, step: int, **facts: Any) -> None:
+    def __init__(self, first_step: int = 0) -> None:
+        self.step = first_step
+        """Steps taken so far, which all that is written is of; the trainer counts them."""
+
+    def open(self) -> None:
+        """Begin: the run counts as running from here on.
+
+        Raises:
+            UserError: A tracker cannot be started.
+        """
+
+    def set_status(self, state: str, **facts: Any) -> None:
         """Write `status.json`; `state` is running, interrupted, finished, or failed."""
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Add one line of metrics: `step` and the values."""
+    def write(self, values: dict[str, float]) -> None:
+        """Add one line of metrics."""
 
     def say(self, text: str) -> None:
         """Print a line, beside a progress bar."""
 
-    def close(self) -> None:
-        """Flush all metrics."""
+    def close(self, result: Path | None = None) -> None:
+        """Flush all metrics. The trackers are given the folder `result`, if there is one and the settings say so."""
 
 
 class RunLog(SilentLog):
-    """The log of rank 0, which has opened the folder. The run counts as running from here on.
+    """The log of rank 0, which has opened the folder.
 
     Args:
         folder: The run folder.
@@ -60,48 +55,53 @@ class RunLog(SilentLog):
     """
 
     def __init__(self, folder: RunFolder, run: RunConfig, first_step: int, total_steps: int) -> None:
-        self._folder, self._total_steps = folder, total_steps
-        self.set_status("running", first_step)
-        path = folder.path / METRICS_NAME
+        super().__init__(first_step)
+        self._folder, self._run, self._total_steps = folder, run, total_steps
+        self._file: IO[str]
+        self._trackers: dict[str, GeneralTracker] = {}
+
+    @override
+    def open(self) -> None:
+        path = self._folder.path / METRICS_NAME
         if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= first_step]
+            kept = [line for line in read_metrics(path) if line["step"] <= self.step]
             with atomic_write(path) as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        settings = flatten(run.model_dump(mode="json", by_alias=True))
-        self._trackers = [self._start(name, folder.path, run.logging, settings) for name in run.logging.trackers]
+        settings = flatten(self._run.model_dump(mode="json", by_alias=True))
+        for name in self._run.logging.trackers:
+            self._trackers[name] = start_tracker(name, self._run.logging, self._folder.path, settings)
+            print(f"{name}: {address(self._trackers[name])}")
+        self.set_status("running")
 
-    @staticmethod
-    def _start(name: str, run_dir: Path, config: LoggingConfig, settings: dict[str, Any]) -> GeneralTracker:
-        tracker_class = LOGGER_TYPE_TO_CLASS[name]
-        if name == "tensorboard":
-            tracker = tracker_class("tensorboard", run_dir)
-            tracker.start()
-            return tracker
-        if tracker_class.requires_logging_directory:
-            tracker = tracker_class(config.project, logging_dir=run_dir)
-        else:
-            tracker = tracker_class(config.project)
-        tracker.start()
-        tracker.store_init_configuration(settings)
-        return tracker
+    @override
+    def set_status(self, state: str, **facts: Any) -> None:
+        addresses = {name: address(tracker) for name, tracker in self._trackers.items()}
+        self._folder.set_status(state, self.step, self._total_steps, **facts, trackers=addresses)
 
-    def set_status(self, state: str, step: int, **facts: Any) -> None:
-        """See `SilentLog.set_status`."""
-        self._folder.set_status(state, step, self._total_steps, **facts)
+    @override
+    def write(self, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": self.step, **values}) + "\n")
+        for tracker in self._trackers.values():
+            tracker.log(values, step=self.step)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """See `SilentLog.write`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for tracker in self._trackers:
-            tracker.log(values, step=step)
-
+    @override
     def say(self, text: str) -> None:
-        """See `SilentLog.say`."""
-        tqdm.write(text)
+        tqdm.write(f"step {self.step}: {text}")
 
-    def close(self) -> None:
-        """See `SilentLog.close`."""
+    @override
+    def close(self, result: Path | None = None) -> None:
         self._file.close()
-        for tracker in self._trackers:
+        for name, tracker in self._trackers.items():
+            if result is not None and self._run.logging.upload_result:
+                self._upload(name, tracker, result)
             tracker.finish()
+
+    def _upload(self, name: str, tracker: GeneralTracker, result: Path) -> None:
+        """The run is done and its result on the disk, so a tracker that does not take it is told of and no more."""
+        try:
+            taken = upload(tracker, result.resolve(), f"{self._folder.path.resolve().name}-best")
+        except Exception as error:
+            self.say(f"logging.upload_result: {name} did not take the result: {type(error).__name__}: {error}")
+        else:
+            self.say(f"logging.upload_result: {name} {'has the result' if taken else 'takes no files'}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -22,7 +23,7 @@ from adept_ds.model.loss import IGNORE_INDEX
 from adept_ds.storage.checkpoint import Checkpoint, TrainerState, collect_rng, publish, restore_rng, save_checkpoint
 from adept_ds.storage.run_folder import RunFolder
 from adept_ds.storage.run_log import SilentLog
-from adept_ds.training.optimizer import learning_rate_factor, set_learning_rates
+from adept_ds.training.optimizer import set_learning_rates
 from adept_ds.training.preparation import RunData, StepPlan
 from adept_ds.training.results import Result
 from adept_ds.training.validation import Validation, count_labels
@@ -81,14 +82,16 @@ class Trainer:
             self.result.restore(checkpoint, dummy=self._collate([]))
             restore_rng(checkpoint, self.world, self.run.train.seed)
             self.state = replace(checkpoint.state, world_size=self.world.world_size)
-            self._say(f"going on from {checkpoint.folder}")
+            self.log.say(f"going on from {checkpoint.folder}")
         first, total_steps = self.state.step, self.plan.total_steps
         progress = tqdm(total=total_steps, initial=first, desc="train", unit="step", disable=not self.world.is_main)
         window = ThroughputWindow()
-        for step, global_batch in enumerate(self._global_batches(first), start=first):
-            rates = set_learning_rates(self.engine.optimizer, learning_rate_factor(step, self.run.train, total_steps))
+        for step, global_batch in self._steps():
+            rates = self.plan.learning_rates(step)
+            set_learning_rates(self.engine.optimizer, rates)
             loss, tokens, stop_ranks = self._take_step(step, global_batch)
             self.state = replace(self.state, step=step + 1)
+            self.log.step = step + 1
             window.add(len(global_batch), tokens)
             progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
             progress.update()
@@ -101,21 +104,34 @@ class Trainer:
                 window = ThroughputWindow()
             if is_evaluated or stop_ranks or self.state.step % (self.run.train.save_every or total_steps) == 0:
                 self._save()
-            if stop_ranks and not is_last:
+            if stop_ranks and not is_last and not self._early_stop:
                 self._finish("interrupted")
-                self._say(f"stopped by a signal after step {self.state.step}, saved; go on by --resume auto")
+                self.log.say(f"stopped by a signal after step {self.state.step}, saved; go on by --resume auto")
                 return
         progress.close()
-        self._finish("finished")
+        if self._early_stop:
+            self.log.say(self._early_stop)
+        self._finish("finished", result=self.folder.best, reason=self._early_stop)
 
-    def _global_batches(self, first_step: int) -> Iterator[list[int]]:
-        """The examples of each step from `first_step` to the last, the same for any number of ranks."""
-        train, size = self.run.train, self.plan.batches.global_batch_size
-        for step in range(first_step, self.plan.total_steps):
+    def _steps(self) -> Iterator[tuple[int, list[int]]]:
+        """The steps that are left with the examples of each, the same for any number of ranks."""
+        train, first = self.run.train, self.state.step
+        for step in range(first, self.plan.total_steps):
+            if self._early_stop:
+                return
             epoch, position = divmod(step, self.plan.epoch_steps)
-            if position == 0 or step == first_step:
+            if position == 0 or step == first:
+                size = self.plan.batches.global_batch_size
                 order = global_batches(self.data.train.lengths, size, train.seed, epoch, train.group_by_length)
-            yield order[position]
+            yield step, order[position]
+
+    @property
+    def _early_stop(self) -> str | None:
+        """Why the run ends before its last step; None if it does not, or not yet."""
+        patience = self.run.train.early_stopping_patience
+        if patience is None or self.state.evaluations_since_gain < patience:
+            return None
+        return f"early stopping at step {self.state.step}, best at step {self.state.best_step}"
 
     def _take_step(self, step: int, global_batch: list[int]) -> tuple[float, float, float]:
         """One optimizer step. Returns (loss per label token, tokens read, ranks that want to stop), all global."""
@@ -156,18 +172,24 @@ class Trainer:
         norm = self.engine.gradient_norm()
         if norm is not None:
             values["grad_norm"] = norm
-        self.log.write(self.state.step, values)
+        self.log.write(values)
 
     def _evaluate(self) -> None:
         """Measure on the validation set, and keep the result if it is the best so far."""
-        metric, step = self.run.eval.metric, self.state.step
+        state, step = self.state, self.state.step
         values = self.validation.figures()
-        value, best = values.get(f"eval/{metric}"), self.state.best_value
-        is_best = value is None or best is None or (value < best if metric == "loss" else value > best)
+        value = values.get(f"eval/{self.run.eval.metric}")
+        is_best = value is None or state.best_value is None or self.run.eval.gain(value, state.best_value) > 0
         if values:
-            self.log.write(step, values)
+            self.log.write(values)
             figures = ", ".join(f"{name} {figure:.4f}" for name, figure in values.items())
-            self._say(f"{figures}{' (best)' if is_best else ''}")
+            self.log.say(f"{figures}{' (best)' if is_best else ''}")
+        if value is not None:
+            threshold = self.run.train.early_stopping_threshold
+            has_gained = state.gain_value is None or self.run.eval.gain(value, state.gain_value) > threshold
+            since = 0 if has_gained else state.evaluations_since_gain + 1
+            gain_value = value if has_gained else state.gain_value
+            self.state = replace(self.state, gain_value=gain_value, evaluations_since_gain=since)
         if is_best:
             self.state = replace(self.state, best_step=step, best_value=value)
             publish(self.folder.best, f"best-step-{step:08d}", partial(self.result.write, step=step), self.world)
@@ -177,14 +199,11 @@ class Trainer:
         rng, keep = collect_rng(self.world), self.run.train.keep_checkpoints
         save_checkpoint(self.folder.checkpoints, self.state, write_states, rng, keep, self.world)
 
-    def _finish(self, status: str) -> None:
-        self.log.close()
+    def _finish(self, status: str, result: Path | None = None, reason: str | None = None) -> None:
+        self.log.close(result)
         best = {"best_step": self.state.best_step, "best_value": self.state.best_value}
-        self.log.set_status(status, self.state.step, **best, signal=self.stop.received)
+        self.log.set_status(status, **best, signal=self.stop.received, reason=reason)
         torch.distributed.barrier()
-
-    def _say(self, text: str) -> None:
-        self.log.say(f"step {self.state.step}: {text}")
 
 
 class ThroughputWindow:

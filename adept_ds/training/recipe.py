@@ -19,7 +19,8 @@ from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World, init_world, on_main_rank
 from adept_ds.storage.checkpoint import Checkpoint, find_checkpoint
 from adept_ds.storage.run_folder import RunFolder
-from adept_ds.storage.run_log import RunLog, SilentLog, check_trackers
+from adept_ds.storage.run_log import RunLog, SilentLog
+from adept_ds.storage.trackers import check_trackers
 from adept_ds.training.engine import build_engine
 from adept_ds.training.loop import StopRequest, Trainer
 from adept_ds.training.preparation import plan_steps, prepare_data
@@ -38,7 +39,7 @@ def train(run: RunConfig, resume: str = "never") -> None:
             is not finite, and then the parameters are those of the step before.
     """
     stop = StopRequest()
-    check_trackers(run.logging.trackers)
+    check_trackers(run.logging)
     data = prepare_data(run)
     world = init_world()
     plan = plan_steps(run, data, world)
@@ -49,20 +50,20 @@ def train(run: RunConfig, resume: str = "never") -> None:
     is_finished, checkpoint = _open_folder(folder, run, resume, world)
     if is_finished:
         return
+    values, first_step = (checkpoint.values, checkpoint.state.step) if checkpoint else ({}, 0)
     if checkpoint:
         checkpoint.check_ranks(world.world_size, plan.zero_stage)
 
-    values, first_step = (checkpoint.values, checkpoint.state.step) if checkpoint else ({}, 0)
-    engine = build_engine(plan.run, plan.deepspeed.config, data.tokenizer, world, values)
-    if world.is_main:
-        engine.model.print_trainable_parameters()
-    result = result_of(engine, run, data.tokenizer)
-    log = RunLog(folder, run, first_step, plan.total_steps) if world.is_main else SilentLog()
-    trainer = Trainer(run, data, plan, result, folder, log, stop)
+    log = RunLog(folder, run, first_step, plan.total_steps) if world.is_main else SilentLog(first_step)
     try:
-        trainer.run_from(checkpoint)
+        on_main_rank(log.open, world)
+        engine = build_engine(plan.run, plan.deepspeed.config, data.tokenizer, world, values)
+        if world.is_main:
+            engine.model.print_trainable_parameters()
+        result = result_of(engine, run, data.tokenizer)
+        Trainer(run, data, plan, result, folder, log, stop).run_from(checkpoint)
     except BaseException as error:
-        log.set_status("failed", trainer.state.step, error=f"{type(error).__name__}: {error}")
+        log.set_status("failed", error=f"{type(error).__name__}: {error}")
         raise
 
 

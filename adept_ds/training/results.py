@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.config.loader import config_hash
 from adept_ds.config.run import RunConfig
@@ -54,8 +55,8 @@ class AdapterResult(Result):
 
     zero_stage = None
 
+    @override
     def write(self, folder: Path, step: int) -> None:
-        """See `Result.write`."""
         model = self.engine.model
         values = self.engine.trained_values() | model.method.constants()
         on_main_rank(
@@ -63,14 +64,15 @@ class AdapterResult(Result):
             self.engine.world,
         )
 
+    @override
     def write_states(self, folder: Path, step: int) -> None:
-        """See `Result.write_states`."""
         self.write(folder, step)
         states = self.engine.optimizer_states()
         on_main_rank(lambda: write_tensors(folder / OPTIMIZER_NAME, states), self.engine.world)
 
+    @override
     def restore(self, checkpoint: Checkpoint, dummy: dict[str, Tensor]) -> None:
-        """See `Result.restore`; the parameters hold the checkpoint's values since the engine was built."""
+        # The parameters hold the checkpoint's values since the engine was built.
         self.engine.restore(checkpoint.values, checkpoint.optimizer_states, checkpoint.state.step, dummy)
 
 
@@ -78,20 +80,20 @@ class ModelResult(Result):
     """A model folder. Its states are each rank's own part of the tensors, by DeepSpeed's checkpoint."""
 
     @property
+    @override
     def zero_stage(self) -> int:
-        """See `Result.zero_stage`."""
         return self.engine.zero_stage
 
+    @override
     def write(self, folder: Path, step: int) -> None:
-        """See `Result.write`."""
         self.engine.model.save_backbone(folder, self._tokenizer, self._facts(step), self.engine.world)
 
+    @override
     def write_states(self, folder: Path, step: int) -> None:
-        """See `Result.write_states`."""
         self.engine.save_sharded(folder / SHARDED)
 
+    @override
     def restore(self, checkpoint: Checkpoint, dummy: dict[str, Tensor]) -> None:
-        """See `Result.restore`."""
         self.engine.load_sharded(checkpoint.folder / SHARDED)
 
 

@@ -200,7 +200,7 @@ def _combinations(grid: Grid) -> list[dict[str, Any]]:
 
 def _is_known(key: str) -> bool:
     """Whether any method's run has the setting; whether this one's has, `load_config` says."""
-    in_objects = ("deepspeed.", "data.hub_ids.")
+    in_objects = ("deepspeed.", "data.hub_ids.", "train.schedule_options.")
     return key.startswith(in_objects) or any(key in declared_settings(method) for method in method_docs())
 
 
