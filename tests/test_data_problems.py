@@ -11,8 +11,8 @@ import pytest
 from adept_ds.config.run import DataConfig
 from adept_ds.data import load_examples, load_problems, read_problems, read_samples
 from adept_ds.errors import UserError
+from adept_ds.formats import read_rows
 from adept_ds.formats.mbpp import MbppRecord, parse_record, task_in_words, to_humaneval
-from adept_ds.formats.rows import read_rows
 
 MBPP_ROW = {
     "task_id": 601,
@@ -339,7 +339,7 @@ def test_jsonl_has_no_problems(tmp_path):
         (b"", r"p\.jsonl: holds no records"),
         (b'{"task_id": 1}\n{"task_id": \n', r"p\.jsonl:2: not valid JSON, .*column"),
         (b"[1, 2]\n", r"p\.jsonl:1: expected a JSON object, found list"),
-        (b"\xff\xfe\x00", r"p\.jsonl: cannot be read"),
+        (b"\xff\xfe\x00", r"p\.jsonl: is UTF-16 text; expected UTF-8"),
         (b'{"question": "x"}\n', r"p\.jsonl:1: not a problem; expected the fields task_id, text, .* found question"),
     ],
 )
@@ -350,7 +350,7 @@ def test_unreadable_file(tmp_path, content, message):
 
 
 def test_absent_file():
-    with pytest.raises(UserError, match=r"no/such\.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"no/such\.jsonl: no such file"):
         load_problems(DataConfig(path="no/such.jsonl"), "train")
 
 

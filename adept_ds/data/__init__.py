@@ -11,9 +11,7 @@ from adept_ds.data.encode import (
     task_number,
 )
 from adept_ds.data.problems import load_examples, load_problems, read_problems
-from adept_ds.formats.completions import extract_code, repair_indentation, stop_at
-from adept_ds.formats.records import Example, Problem
-from adept_ds.formats.rows import Sample, read_samples
+from adept_ds.formats import Example, Problem, Sample, extract_code, read_samples, repair_indentation, stop_at
 
 __all__ = [
     "Encoded",

@@ -7,19 +7,20 @@ for `validation`: it is then empty, or the last `validation_fraction` of `train`
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from adept_ds.config.run import DataConfig
+from adept_ds.data.load_hub import is_hub_id, load_data_set
 from adept_ds.data.tasks import Part, load_task_examples
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.formats.mbpp import Record, parse_record
 from adept_ds.formats.problem_forms import OWN_FORM
 from adept_ds.formats.records import Example, Problem
 from adept_ds.formats.registry import FORMATS, MBPP_HUB_CONFIG, bundled_problems, names_with_tests
-from adept_ds.formats.rows import Row, read_rows
+from adept_ds.formats.row_files import read_each
+from adept_ds.formats.rows import Row
 from adept_ds.formats.splits import SHOTS, named
 
 T = TypeVar("T")
@@ -93,11 +94,10 @@ def read_problems(path: str | None, format: str | None = None) -> list[Problem]:
 
 
 def _read_records(path: str, hub_config: str | None) -> list[Record]:
-    if hub_config is not None and is_hub_id(path) and not Path(path).is_file():
-        rows = _hub_rows(path, hub_config)
+    if hub_config is not None and (Path(path).is_dir() or is_hub_id(path)):
+        records = [parse_record(row) for row in _hub_rows(path, hub_config)]
     else:
-        rows = read_rows(path)
-    records = [parse_record(row) for row in rows]
+        records = read_each(path, parse_record)
     seen: dict[str, str] = {}
     for record in records:
         if record.task_id in seen:
@@ -106,30 +106,20 @@ def _read_records(path: str, hub_config: str | None) -> list[Record]:
     return records
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether `data.path` names a data set of the hub, or a folder laid out like one, and no file of problems."""
-    return Path(path).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.jsonl)(?<!\.json)(?<!\.gz)", path) is not None
-
-
 def _hub_rows(name: str, config: str) -> list[Row]:
-    """Rows of all splits of a hub data set, by task id."""
-    import datasets
-
+    """Rows of all splits of a hub data set, or of a folder laid out like one, by task id."""
     try:
-        parts = datasets.load_dataset(name, config)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"data.path {name!r} is no file, and could not be loaded as a hub data set with a configuration {config!r} "
-            f"({error}); expected a JSON lines file or google-research-datasets/mbpp"
-        ) from error
+        parts = load_data_set(name, config)
+    except UserError as error:
+        raise UserError(f"data.path {name!r} is no file. {error}, or give a JSON lines file") from error
     rows: list[dict[str, Any]] = [row for part in parts.values() for row in part]
     return [Row(f"{name}:{row['task_id']}", row) for row in sorted(rows, key=lambda row: row["task_id"])]
 
 
 def _read_examples(cfg: DataConfig, path: str) -> list[Example]:
-    return [
-        Example(row.where, row.get_text(cfg.prompt_field), row.get_text(cfg.target_field)) for row in read_rows(path)
-    ]
+    return read_each(
+        path, lambda row: Example(row.where, row.get_text(cfg.prompt_field), row.get_text(cfg.target_field))
+    )
 
 
 def _check_split(split: str, format: str) -> None:

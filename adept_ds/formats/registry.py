@@ -70,6 +70,11 @@ class Format:
     """Whether its examples are those of text-to-text tasks, each with its own lengths, splits and metrics."""
 
     @property
+    def reads_hub(self) -> bool:
+        """Whether `data.path` may be the id of a data set of the hub."""
+        return self.problems is not None and self.problems.hub_config is not None
+
+    @property
     def benchmark(self) -> Literal["mbpp", "text2text"] | None:
         """What evaluates it, by the name of the program in `evals`; None if nothing but the loss does."""
         if self.has_tasks:

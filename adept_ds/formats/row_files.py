@@ -1,0 +1,273 @@
+"""The one reader of rows: JSON lines, JSON, CSV and TSV, each also as .gz, and Parquet.
+
+A byte order mark, Windows line ends and empty lines are taken as they come. A mistake is told with file and line, and
+the mistakes of a file together.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adept_ds.errors import UserError, did_you_mean_path
+from adept_ds.formats.rows import Mistakes, Row
+
+T = TypeVar("T")
+
+Found = Row | UserError
+"""What stands in one place of a file: a record or a mistake."""
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return the records of a file. UserError as `read_each`."""
+    return read_each(path, lambda row: row)
+
+
+def read_each(path: str | Path, make: Callable[[Row], T]) -> list[T]:
+    """Return what `make` makes of each record of a file.
+
+    Raises:
+        UserError: The file is unreadable or empty, or has mistakes, those that `make` finds included: the first ten of
+            them and the number of further ones.
+    """
+    made = list(iterate_rows(path, make))
+    if not made:
+        raise UserError(f"{path}: holds no records")
+    return made
+
+
+def iterate_rows(path: str | Path, make: Callable[[Row], T]) -> Iterator[T]:
+    """As `read_each`, as they are asked for; a file of none is no mistake here. Mistakes are raised at the end."""
+    path = Path(path)
+    mistakes = Mistakes(path)
+    for found in READERS.get(suffix_of(path) or "", _json_lines)(path):
+        made = []
+        with mistakes.collected():
+            if isinstance(found, UserError):
+                raise found
+            made.append(make(found))
+        yield from made
+    mistakes.check()
+
+
+def suffix_of(path: Path) -> str | None:
+    """The suffix that says how a file is read, without `.gz`; None if it says nothing."""
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in READERS and not (suffix == ".parquet" and name.endswith(".gz")) else None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines with their numbers. Only \\n ends one: a bare \\r in a line of JSON is white space."""
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise UserError(f"{path}: is UTF-16 text; expected UTF-8 (save it as that, or run iconv)")
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{did_you_mean_path(str(path))}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {line[error.start]:#04x} at {error.start + 1})") from None
+
+
+class _Json:
+    """Parses JSON, and notes keys that an object has twice."""
+
+    def __init__(self) -> None:
+        self._twice: list[str] = []
+        self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._twice.append(next(name for name in names if names.count(name) > 1))
+        return values
+
+    def record(self, value: Any, where: str) -> Found:
+        """Return the record that a parsed value is, or what is wrong with it."""
+        if self._twice:
+            name, self._twice = self._twice[0], []
+            return UserError(f"{where}: {name!r} is given twice")
+        if not isinstance(value, dict):
+            return UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        return Row(where, value)
+
+
+def _json_lines(path: Path) -> Iterator[Found]:
+    parser = _Json()
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            yield parser.record(parser.decoder.decode(_decoded(line, where)), where)
+        except json.JSONDecodeError as error:
+            yield _not_json(error, where)
+        except UserError as error:
+            yield error
+
+
+def _not_json(error: json.JSONDecodeError, where: str) -> UserError:
+    return UserError(f"{where}: not valid JSON, {error.msg} (column {error.colno})")
+
+
+BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def _json(path: Path) -> Iterator[Found]:
+    """A list of objects, or an object with such a list as `data`; also JSON lines, which are often called so."""
+    text = "".join(_decoded(line, f"{path}:{number}") for number, line in _lines(path))
+    start = _skip_blank(text, 0)
+    first, _, rest = text[start:].partition("\n")
+    if first.startswith("{") and first.rstrip().endswith("}") and rest.strip():
+        yield from _json_lines(path)
+        return
+    parser = _Json()
+    try:
+        if first.startswith("["):
+            for at, value in _elements(text, start, parser.decoder):
+                yield parser.record(value, f"{path}:{_line_of(text, at)}")
+        elif first:
+            record = parser.record(parser.decoder.decode(text), f"{path}:{_line_of(text, start)}")
+            data = record.values.get("data") if isinstance(record, Row) else None
+            if isinstance(data, list):
+                yield from (parser.record(value, f"{path} data[{number}]") for number, value in enumerate(data))
+            else:
+                yield record
+    except json.JSONDecodeError as error:
+        yield _not_json(error, f"{path}:{error.lineno}")
+
+
+def _elements(text: str, at: int, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
+    """Yield the elements of the list that begins at `at`, each with its place in the text."""
+    at = _skip_blank(text, at + 1)
+    while text[at : at + 1] != "]":
+        value, end = decoder.raw_decode(text, at)
+        yield at, value
+        at = _skip_blank(text, end)
+        if text[at : at + 1] == ",":
+            at = _skip_blank(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    if _skip_blank(text, at + 1) < len(text):
+        raise json.JSONDecodeError("Extra data", text, at + 1)
+
+
+def _skip_blank(text: str, at: int) -> int:
+    found = BLANK.match(text, at)
+    return found.end() if found else at
+
+
+def _line_of(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[Found]:
+    """Every cell is a text: "null", "NA" and "007" are what they are."""
+    csv.field_size_limit(sys.maxsize)  # The usual limit of 128 KiB is below the length of a document.
+    bad_lines: list[UserError] = []
+    lines = _csv_lines(path, bad_lines)
+    blank, first = _until_text(lines)
+    if delimiter == "," and "," not in first:
+        # So do spreadsheets write it where the comma is the decimal point.
+        delimiter = next((other for other in ";\t" if other in first), delimiter)
+    reader = csv.reader(chain(blank, [first], lines), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            is_open = "; is a quotation mark left open?" if "unexpected end" in str(error) else ""
+            yield UserError(f"{path}:{start}: not valid CSV ({error}){is_open}")
+            continue
+        if bad_lines:
+            if header is None:
+                raise bad_lines[0]
+            yield from bad_lines
+            bad_lines.clear()
+        elif not cells:
+            continue
+        elif header is None:
+            header = _header(cells, f"{path}:{start}")
+        elif len(cells) != len(header):
+            there, named = len(cells), ", ".join(header)
+            yield UserError(f"{path}:{start}: {there} cells, and the header has {len(header)} ({named})")
+        else:
+            yield Row(f"{path}:{start}", dict(zip(header, cells, strict=True)))
+
+
+def _csv_lines(path: Path, bad_lines: list[UserError]) -> Iterator[str]:
+    for number, line in _lines(path):
+        try:
+            text = _decoded(line, f"{path}:{number}")
+        except UserError as error:
+            bad_lines.append(error)
+            text = line.decode(errors="replace")
+        yield text
+
+
+def _until_text(lines: Iterator[str]) -> tuple[list[str], str]:
+    """Return the blank lines at the start and the line after them."""
+    blank: list[str] = []
+    for line in lines:
+        if line.strip():
+            return blank, line
+        blank.append(line)
+    return blank, ""
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{where}: two columns are called {twice!r}")
+    return names
+
+
+def _parquet(path: Path) -> Iterator[Found]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file{did_you_mean_path(str(path))}")
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1_000):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path} row {number}", values)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": lambda path: _csv(path, ","),
+    ".tsv": lambda path: _csv(path, "\t"),
+    ".parquet": _parquet,
+}
+"""By the end of a file's name, `.gz` aside. A file with another end is taken for JSON lines."""
