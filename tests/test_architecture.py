@@ -22,6 +22,7 @@ FLOORS = (
     {"storage"},
     {"backbone"},
     {"config"},
+    {"formats"},
     {"sandbox", "distributed", "entry_point"},
     {"files", "contexts", "rank_environment"},
     {"errors"},
@@ -90,7 +91,7 @@ def test_no_file_imports_itself_in_a_circle() -> None:
         pytest.fail("imports go in a circle: " + ", ".join(f"{b} imports {a}" for a, b in pairwise(error.args[1])))
 
 
-FREE = ("adept_ds.cli.main", "adept_ds.sandbox")
+FREE = ("adept_ds.cli.", "adept_ds.sandbox")
 """Where a name made at run time cannot lead upwards: on the top floor, and where a program imports what it likes."""
 
 

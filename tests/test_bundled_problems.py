@@ -14,7 +14,7 @@ from adept_ds.sandbox import Program, Sandbox, Verdict
 
 RECORDS = [
     json.loads(line)
-    for line in (resources.files("adept_ds.data") / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in (resources.files("adept_ds.formats") / "problems.jsonl").read_text(encoding="utf-8").splitlines()
 ]
 
 

@@ -160,7 +160,7 @@ BAD_SECTIONS = [
     ({"method": {"prompt_init": "text"}}, "method: prompt_init_text goes with", 'method.prompt_init = "text"'),
     ({"method": {"num_virtual_tokens": 400}}, "method.num_virtual_tokens = 400", "data.max_prompt_length = 325"),
     ({"data": {"format": "mbbp"}}, 'data.format = "mbbp"', "did you mean 'mbpp'?"),
-    ({"data": {"format": "jsonl"}}, "data: format: jsonl needs a path", "data.path = null (default)"),
+    ({"data": {"format": "jsonl"}}, "data: format: jsonl needs path", "data.path = null (default)"),
     ({"eval": {"generation": {"top_p": 1.5}}}, "eval.generation.top_p = 1.5", "number > 0 and <= 1"),
     ({"logging": {"trackers": "wandb"}}, 'logging.trackers = "wandb"', "expected list of strings"),
     ({"xyzzy": {}}, "xyzzy = {}", "unknown key; expected one of"),

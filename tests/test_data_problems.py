@@ -10,9 +10,9 @@ import pytest
 
 from adept_ds.config.run import DataConfig
 from adept_ds.data import load_examples, load_problems, read_problems, read_samples
-from adept_ds.data.jsonl import read_rows
-from adept_ds.data.mbpp import MbppRecord, parse_record, to_humaneval
 from adept_ds.errors import UserError
+from adept_ds.formats.mbpp import MbppRecord, parse_record, to_humaneval
+from adept_ds.formats.rows import read_rows
 
 MBPP_ROW = {
     "task_id": 601,
@@ -252,7 +252,7 @@ def test_split_without_records_is_an_error(tmp_path):
 def test_humaneval_form_cannot_serve_the_original_prompts(shared_dir):
     cfg = DataConfig(format="mbpp-instruct", path=str(shared_dir / "data/mbxp_mbpp_release_v1.jsonl"))
     with pytest.raises(
-        UserError, match=r"jsonl:11: data\.format mbpp-instruct needs .* expected data\.format mbpp-paper"
+        UserError, match=r"jsonl:11: this file has HumanEval's form .* MBPP's .* or data\.format mbpp-paper"
     ):
         load_problems(cfg, "test")
 

@@ -48,10 +48,11 @@ def write_checkpoint(root: Path, step: int) -> Path:
 
 def test_a_second_writer_is_refused(tmp_path):
     first = RunFolder(tmp_path)
+    first.open(resolved(), "never")
     with pytest.raises(UserError, match="where another process is training now"):
-        RunFolder(tmp_path)
+        RunFolder(tmp_path).open(resolved(), "auto")
     del first
-    RunFolder(tmp_path)
+    RunFolder(tmp_path).open(resolved(), "auto")
 
 
 def test_the_resolved_config_is_stored(tmp_path):

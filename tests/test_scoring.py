@@ -14,7 +14,7 @@ from adept_ds.config.run import SandboxConfig
 from adept_ds.data import Problem, Sample
 from adept_ds.errors import UserError
 from adept_ds.evaluation.comparison import compare
-from adept_ds.evaluation.results import read_results
+from adept_ds.evaluation.results import read_evaluation
 from adept_ds.evaluation.scoring import score_samples, write_score
 from adept_ds.sandbox import Tests
 
@@ -94,7 +94,7 @@ def test_the_command_compares_folders_and_writes_json(two: tuple[Path, Path], tm
 def test_a_results_file_may_stand_alone(two: tuple[Path, Path], tmp_path: Path) -> None:
     alone = tmp_path / "alone.jsonl"
     alone.write_bytes((two[0] / "results.jsonl").read_bytes())
-    assert compare(read_results(two[0]), read_results(alone)).difference.mean == 0
+    assert compare(read_evaluation(two[0]), read_evaluation(alone)).difference.mean == 0
 
 
 def test_other_tests_for_the_same_task_ids_are_not_compared(two: tuple[Path, Path]) -> None:
@@ -109,16 +109,16 @@ def test_other_tests_for_the_same_task_ids_are_not_compared(two: tuple[Path, Pat
 def test_results_on_fewer_problems_are_not_compared(two: tuple[Path, Path]) -> None:
     (two[1] / "summary.json").unlink()  # it says that problem c has no sample
     with pytest.raises(UserError, match=r"1 of the 3 problems of .*base/results.jsonl are not in .*'c'"):
-        compare(*map(read_results, two))
+        compare(*map(read_evaluation, two))
 
 
 def test_too_few_samples_for_k_are_named(two: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match=r"pass@2 needs at least 2 samples per problem; a has 1"):
-        compare(*map(read_results, two), k=2)
+        compare(*map(read_evaluation, two), k=2)
 
 
 def test_a_file_that_holds_no_results_is_named(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text('{"task_id": "a", "completion": ""}\n')
     with pytest.raises(UserError, match=r"samples\.jsonl:1: expected a JSON object with task_id, status"):
-        read_results(path)
+        read_evaluation(path)

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from adept_ds.cli.report import main
 from adept_ds.errors import UserError
 from adept_ds.reports.paper import paper_figures
-from adept_ds.reports.run_results import read_runs
+from adept_ds.reports.runs import read_runs, run_figures
 from adept_ds.reports.tables import Table, build_tables
 from adept_ds.reports.tables_report import markdown, write_csv
 
@@ -63,6 +63,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             "method": evaluated or (method if adapter else None),
             "protocol": {"task": task, "variant": "fixed", "split": split},
             "examples": 100,
+            "invalid": 0,
             "metrics": {metric: {"value": share, "low": share - 0.1, "high": share + 0.1, "n": 100}},
         }
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -76,8 +77,8 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 
 def tables_of(*runs: Path) -> list[Table]:
-    records, _ = read_runs(runs)
-    return build_tables([result for record in records for result in record.results], paper_figures())
+    figures, _ = run_figures(read_runs(runs))
+    return build_tables(figures, paper_figures())
 
 
 def cell(table: Table, row: str, column: str) -> Any:
@@ -210,8 +211,8 @@ def test_methods_are_compared_example_by_example(make_run: MakeRun) -> None:
 def test_other_splits_and_unfinished_runs_are_noted(make_run: MakeRun) -> None:
     run = make_run("a", 60, split="validation")
     (run / "status.json").write_text(json.dumps({"state": "interrupted"}))
-    records, notes = read_runs([run])
-    assert records[0].results == []
+    figures, notes = run_figures(read_runs([run]))
+    assert figures == []
     assert "is of the split 'validation' and is left out" in " ".join(notes)
     assert "is not finished (interrupted)" in " ".join(notes)
 
@@ -223,7 +224,8 @@ def test_bundled_problems_are_not_mbpp(make_run: MakeRun) -> None:
         folder = run / "eval" / name
         folder.mkdir()
         protocol = {"format": "mbpp-paper", "path": path, "split": "test"}
-        summary = {"adapter": "best", "protocol": protocol, "pass@1": score, "problems": 40}
+        summary = {"adapter": "best", "protocol": protocol, "pass@1": score}
+        summary |= {"problems": 40, "samples": 40, "verdicts": {"passed": 8, "failed": 32}}
         if name == "mbpp":
             summary["paper"] = {"cut": 0.2, "repaired": 0.24, "average": 0.22}
         (folder / "summary.json").write_text(json.dumps(summary))

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from adept_ds.data.jsonl import Row
 from adept_ds.data.tasks import TASKS, Part, Task, cut_references
 from adept_ds.data.tasks.prepare import pad_punctuation
 from adept_ds.data.tasks.splits import part_indices, permutation
 from adept_ds.errors import UserError
+from adept_ds.formats.rows import Row
 
 QUESTION_ROW = {
     "question": "Who wrote 'Über_alles', in 1990?",

@@ -15,7 +15,7 @@ from pathlib import Path
 from adept_ds.config.command_line import parse_flags
 from adept_ds.errors import UserError
 from adept_ds.evaluation.comparison import compare, comparison_json, comparison_text
-from adept_ds.evaluation.results import RESULTS_NAME, read_results
+from adept_ds.evaluation.results import read_evaluation
 from adept_ds.files import atomic_write
 
 
@@ -32,12 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse_flags(arguments, "adept-ds compare", __doc__ or "", add_flags)
     if flags.k < 1:
         raise UserError(f"--k {flags.k}: expected 1 or more")
-    first, second = read_results(flags.first), read_results(flags.second)
-    found = compare(first, second, flags.k)
-    names = [path.parent.name if path.name == RESULTS_NAME else path.stem for path in (first.path, second.path)]
-    if names[0] == names[1]:
-        names = ["first", "second"]
-    print(comparison_text(found, (names[0], names[1])))
+    first, second = read_evaluation(flags.first), read_evaluation(flags.second)
+    comparison = compare(first, second, flags.k)
+    print(comparison_text(comparison))
     if flags.out is not None:
         with atomic_write(flags.out) as file:
-            file.write(comparison_json(found, (first.path, second.path)))
+            file.write(comparison_json(comparison, (first.answers_path, second.answers_path)))

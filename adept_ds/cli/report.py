@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adept_ds.config.command_line import parse_flags
-from adept_ds.reports.run_report import read_run, text_report, write_report
+from adept_ds.reports.run_report import make_report, text_report, write_report
 from adept_ds.storage.run_folder import CONFIG_NAME
 
 
@@ -33,21 +33,22 @@ def main(arguments: Sequence[str]) -> None:
     if others or flags.out or is_folder_of_runs:
         report_tables(flags.run_dir, flags.out or Path("report"))
         return
-    run = read_run(first)
-    page = write_report(run)
-    print(text_report(run))
+    report = make_report(first)
+    page = write_report(report)
+    print(text_report(report))
     print(f"  page: {page}")
 
 
 def report_tables(run_dirs: Sequence[Path], out: Path) -> None:
     """Compare many runs."""
     from adept_ds.reports.paper import paper_figures
-    from adept_ds.reports.run_results import read_runs
+    from adept_ds.reports.runs import read_runs, run_figures
     from adept_ds.reports.tables import build_tables
     from adept_ds.reports.tables_report import write_tables
 
-    records, notes = read_runs(run_dirs)
+    runs = read_runs(run_dirs)
+    figures, notes = run_figures(runs)
     paper = paper_figures()
-    tables = build_tables([result for record in records for result in record.results], paper)
-    print(write_tables(tables, records, notes, paper.source, out))
+    tables = build_tables(figures, paper)
+    print(write_tables(tables, runs, notes, paper.source, out))
     print(f"page: {out / 'report.html'}")

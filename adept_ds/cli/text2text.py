@@ -44,7 +44,7 @@ def with_tasks(run: RunConfig, tasks: Sequence[str] | None) -> RunConfig:
         raise UserError("--task TASK is needed, since the config's data.format is " + run.data.format)
     if tasks is None:
         return run
-    shared = run.data.model_dump() if run.data.format == "tasks" else {"format": "tasks"}
+    shared = run.data.model_dump() if run.data.tasks else {"format": "tasks"}
     return run.model_copy(update={"data": DataConfig.model_validate({**shared, "tasks": tuple(tasks)})})
 
 

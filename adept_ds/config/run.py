@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, StrictBool, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
 from adept_ds.config.base import Count, CountOrZero, Fraction, NonNegativeFloat, PositiveFloat, Section
 from adept_ds.config.method import AdeptConfig, MethodConfig
+from adept_ds.errors import did_you_mean
+from adept_ds.formats import FORMATS
 
 
 class ModelConfig(Section):
@@ -49,28 +53,36 @@ class ModelConfig(Section):
         return self
 
 
-TASK_SETTINGS = (
-    "variant",
-    "mixture",
-    "k_shot",
-    "k_shot_seed",
-    "split_seed",
-    "max_source_length",
-    "max_target_length",
-    "hub_ids",
-)
-"""Settings of `DataConfig` that only the format `tasks` has."""
-NOT_FOR_TASKS = ("max_prompt_length", "max_length", "validation_fraction", "few_shot")
-"""Settings of `DataConfig` that the format `tasks` does not have, since each task brings its own lengths and splits."""
+class _FormatName:
+    """A name of the registry of formats, which also gives the schema its choices."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(_known_format, str_schema(strict=True))
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "enum": list(FORMATS)}
+
+
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise PydanticCustomError(
+            "unknown_format",
+            "expected one of {names}{near}",
+            {"names": ", ".join(FORMATS), "near": did_you_mean(name, FORMATS)},
+        )
+    return name
 
 
 class DataConfig(Section):
     """What is trained and evaluated on."""
 
-    format: Literal["mbpp-paper", "mbpp", "mbpp-instruct", "humaneval", "jsonl", "tasks"] = "mbpp-paper"
-    """Problem form and split: the paper's protocol (signature and docstring; first half trains), the original MBPP
-    prompt with its usual split, the same through the tokenizer's chat template, HumanEval (evaluation only), the
-    user's own JSON lines, or the text-to-text tasks that `tasks` names."""
+    format: Annotated[str, _FormatName] = Field(
+        default="mbpp-paper",
+        description="Form and split of the data: "
+        + "; ".join(f"`{name}`: {format.about}" for name, format in FORMATS.items()),
+    )
     path: str | None = None
     """JSON lines file (.gz too) with the problems, or a hub id or folder laid out as google-research-datasets/mbpp; the
     bundled problems if not given. For `jsonl`: the training file. For `tasks`: folder with files TASK/SPLIT.jsonl
@@ -121,17 +133,15 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.max_prompt_length >= self.max_length:
             raise ValueError("max_prompt_length must be below max_length, or no token is left for the target")
-        if self.format == "jsonl" and self.path is None:
-            raise ValueError("format: jsonl needs a path")
-        if self.validation_path is not None and self.format != "jsonl":
-            raise ValueError("validation_path goes with format: jsonl")
-        if (self.format == "tasks") != bool(self.tasks):
-            raise ValueError("tasks goes with format: tasks, and is needed there")
-        defaults = {name: field.default for name, field in DataConfig.model_fields.items()}
-        others = NOT_FOR_TASKS if self.format == "tasks" else TASK_SETTINGS
-        for name in others:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is not for format: {self.format}")
+        format = FORMATS[self.format]
+        given = {name for name, field in DataConfig.model_fields.items() if getattr(self, name) != field.default}
+        for name in DataConfig.model_fields:
+            if name in given - {"format", *format.settings}:
+                others = ", ".join(other for other, record in FORMATS.items() if name in record.settings)
+                raise ValueError(f"{name} is not for format: {self.format}; it goes with {others}")
+        for name in format.needed:
+            if name not in given:
+                raise ValueError(f"format: {self.format} needs {name}")
         return self
 
 
@@ -301,10 +311,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        is_tasks = self.data.format == "tasks"
-        if not is_tasks and self.method.num_virtual_tokens >= self.data.max_prompt_length:
+        format = FORMATS[self.data.format]
+        if not format.has_tasks and self.method.num_virtual_tokens >= self.data.max_prompt_length:
             raise ValueError("method.num_virtual_tokens must be below data.max_prompt_length, which includes it")
-        if self.method.prompt_tasks and not is_tasks:
+        if self.method.prompt_tasks and not format.has_tasks:
             raise ValueError(f"method.tasks needs data.format: tasks; data.format {self.data.format} has none")
         for task in self.data.tasks if self.method.prompt_tasks else ():
             # A task of the user's own may have another name than its file.
@@ -320,13 +330,13 @@ class RunConfig(Section):
                 f"method.name {self.method.name} puts keys and values into the layers' caches, which they do not read "
                 "where train.activation_checkpointing recomputes them; set one of the two otherwise"
             )
-        if self.eval.metric == "pass@1" and self.data.format in ("jsonl", "tasks"):
+        if self.eval.metric == "pass@1" and format.problems is None:
             raise ValueError(f"eval.metric pass@1 needs problems with tests; data.format {self.data.format} has none")
         if self.train.sharding == "node" and self.method.trains_backbone:
             raise ValueError(
                 f"train.sharding node is for frozen weights, and method.name {self.method.name} trains them; expected "
                 "global or replicate"
             )
-        if self.eval.metric == "task" and not is_tasks:
+        if self.eval.metric == "task" and not format.has_tasks:
             raise ValueError(f"eval.metric task needs data.format: tasks; data.format {self.data.format} has no metric")
         return self

@@ -1,7 +1,6 @@
 """Problems and examples, their encoding, batches and order, and what is run of a completion."""
 
 from adept_ds.data.batches import global_batches, rank_micro_batches
-from adept_ds.data.completions import extract_code, repair_indentation, stop_at
 from adept_ds.data.encode import (
     Encoded,
     EncodedDataset,
@@ -11,9 +10,10 @@ from adept_ds.data.encode import (
     longest_example,
     task_number,
 )
-from adept_ds.data.jsonl import Sample, read_samples
 from adept_ds.data.problems import load_examples, load_problems, read_problems
-from adept_ds.data.records import Example, Problem
+from adept_ds.formats.completions import extract_code, repair_indentation, stop_at
+from adept_ds.formats.records import Example, Problem
+from adept_ds.formats.rows import Sample, read_samples
 
 __all__ = [
     "Encoded",

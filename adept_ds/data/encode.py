@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data.records import Example
 from adept_ds.data.tasks import TaskExample, TaskExamples, longest_lengths
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.formats import FORMATS, Example
 from adept_ds.model.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def encode_prompt(
 def longest_example(cfg: DataConfig, num_virtual_tokens: int, encoder_decoder: bool) -> tuple[int, int]:
     """Return how many positions the backbone reads and how many labels there are, at most: the longest example that the
     settings allow, soft prompt included. For encoder-decoder models the former are the encoder's."""
-    if cfg.format == "tasks":
+    if FORMATS[cfg.format].has_tasks:
         source, target = longest_lengths(cfg)
         return num_virtual_tokens + source + (0 if encoder_decoder else target), target
     return cfg.max_prompt_length if encoder_decoder else cfg.max_length, cfg.max_length - cfg.max_prompt_length
@@ -127,7 +127,7 @@ def _encode_prompts(
     num_virtual_tokens: int,
     encoder_decoder: bool,
 ) -> Iterator[tuple[list[int], bool]]:
-    texts = [_chat_text(example, tokenizer) if example.chat else example.prompt for example in examples]
+    texts = [_chat_text(example, tokenizer, cfg) if example.chat else example.prompt for example in examples]
     # Whether the tokenizer puts BOS in front is seen on a text; a trailing EOS of its own is not taken over.
     bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
     eos = [_eos(tokenizer)] if encoder_decoder else []
@@ -157,11 +157,11 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return [by_text[text] for text in texts]
 
 
-def _chat_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat_text(example: Example, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> str:
     if tokenizer.chat_template is None:
         raise UserError(
-            f"data.format mbpp-instruct needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none; "
-            "expected an instruction-tuned model's tokenizer, or data.format mbpp-paper or mbpp"
+            f"data.format {cfg.format} needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none; "
+            "expected an instruction-tuned model's tokenizer, or a data.format that shows its prompts as they stand"
         )
     turn = [{"role": "user", "content": example.prompt}]
     return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))

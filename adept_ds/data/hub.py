@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adept_ds.backbone.hub import is_local
 from adept_ds.config.run import DataConfig
+from adept_ds.formats import FORMATS
 
 
 def is_dataset_cached(name: str) -> bool:
@@ -23,7 +24,7 @@ def is_dataset_cached(name: str) -> bool:
 
 def hub_data_sets(data: DataConfig) -> list[str]:
     """Ids of the data sets that a run reads from the hub."""
-    if data.format == "tasks" and data.path is None:
+    if FORMATS[data.format].has_tasks and data.path is None:
         from adept_ds.data.tasks import find_task
         from adept_ds.data.tasks.sources import hub_id
 
@@ -39,4 +40,5 @@ def is_hub_data(data: DataConfig, path: str) -> bool:
     """Whether a data path that is not there as a file is a data set's id."""
     from adept_ds.data.problems import is_hub_id
 
-    return data.format.startswith("mbpp") and is_hub_id(path)
+    problem_set = FORMATS[data.format].problems
+    return problem_set is not None and problem_set.hub_config is not None and is_hub_id(path)

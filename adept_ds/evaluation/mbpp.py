@@ -27,9 +27,9 @@ from adept_ds.evaluation.scoring import Score, score_samples, write_score
 from adept_ds.evaluation.statistics import Estimate
 from adept_ds.evaluation.tuned import load_tuned, tuned_facts
 from adept_ds.files import atomic_write, read_json, write_json
+from adept_ds.formats import names_with_tests
 
 SAMPLES_NAME = "samples.jsonl"
-PROBLEM_FORMATS = ("mbpp-paper", "mbpp", "mbpp-instruct", "humaneval")
 
 
 def evaluate(
@@ -166,10 +166,10 @@ def score_file(
     samples = read_samples(samples_path)
     if split is None:
         problems = read_problems(problems_path, problem_format)
-    elif problem_format in PROBLEM_FORMATS:
+    elif problem_format in names_with_tests():
         problems = load_problems(DataConfig.model_validate({"format": problem_format, "path": problems_path}), split)
     else:
-        raise UserError(f"--split {split} needs --problem_format, one of {', '.join(PROBLEM_FORMATS)}")
+        raise UserError(f"--split {split} needs --problem_format, one of {', '.join(names_with_tests())}")
     facts = {
         "name": out.name,
         "adapter": None,

@@ -15,6 +15,7 @@ from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.tuned import load_tuned
 from adept_ds.files import read_json
+from adept_ds.formats.registry import FORMATS
 from adept_ds.sandbox import Tests
 from adept_ds.storage.adapter_folder import load_adapter
 from adept_ds.storage.model_folder import is_model_folder
@@ -35,7 +36,8 @@ class Origin:
     @property
     def is_chat(self) -> bool:
         """Whether its prompts were chat turns."""
-        return self.data.format == "mbpp-instruct"
+        problems = FORMATS[self.data.format].problems
+        return problems is not None and problems.form.chat
 
 
 def origin_of(result: Path, base: str | None) -> Origin:

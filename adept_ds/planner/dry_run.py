@@ -19,13 +19,12 @@ from adept_ds.config.loader import LoadedConfig, config_hash, flatten
 from adept_ds.config.run import DataConfig, RunConfig, TrainConfig
 from adept_ds.data import load_examples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
+from adept_ds.formats import FORMATS
 from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
 from adept_ds.planner.memory_plan import plan_memory
 from adept_ds.planner.memory_report import memory_text
 from adept_ds.planner.meta_step import meta_model
 
-RELEASED_TRAIN_SIZES = {"mbpp-paper": 487, "mbpp": 374, "mbpp-instruct": 374}
-"""Training examples by `data.format` in the released MBPP files, for a plan made before they are there."""
 SHOWN_SHAPES = 4
 """Trained parameters of one learning rate that are told with their shapes."""
 
@@ -140,10 +139,11 @@ def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
     Raises:
         UserError: The data file is there and is malformed.
     """
-    if config.format == "tasks":
+    if FORMATS[config.format].has_tasks:
         return count_task_examples(config)
     if config.path is not None and not Path(config.path).exists():
-        released = RELEASED_TRAIN_SIZES.get(config.format)
+        problem_set = FORMATS[config.format].problems
+        released = problem_set.released_train_size if problem_set else None
         if released is None:
             return None, f"unknown, {config.path} is not here"
         return released, f"{released:,} for training in the released MBPP; {config.path} is not here"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import re
@@ -12,11 +11,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import jinja2
-
+from adept_ds.evaluation.comparison import difference_text
 from adept_ds.files import atomic_write
 from adept_ds.reports.learning_curve import compare_curves
-from adept_ds.reports.run_results import RunRecord
+from adept_ds.reports.pages import write_page
+from adept_ds.reports.runs import RunRecord
 from adept_ds.reports.tables import Cell, Measurement, Row, Table
 
 LEGEND = (
@@ -25,8 +24,8 @@ LEGEND = (
     "the noise. ‡ : the task as it should be, the paper's figure is of the published code's form (data.variant)."
 )
 NOISE = (
-    "Noise is 1.96 standard errors of the difference: test examples on both sides, and seeds (see adept_ds/tables.py). "
-    "Of several settings of a method the best by validation is shown."
+    "Noise is 1.96 standard errors of the difference: test examples on both sides, and seeds (see "
+    "adept_ds/reports/tables.py). Of several settings of a method the best by validation is shown."
 )
 DETAIL_COLUMNS = (
     "method",
@@ -83,12 +82,9 @@ def detail_lines(table: Table) -> list[tuple[str, ...]]:
 
 
 def difference_lines(table: Table) -> list[str]:
-    """A sentence for each pair of our methods on the same examples."""
+    """Each pair of our methods on the same examples, in words."""
     return [
-        f"{one.column}: {one.second} against {one.first} {100 * one.difference.mean:+.2f} points "
-        f"(95 % interval {100 * one.difference.low:+.2f} to {100 * one.difference.high:+.2f}), better on "
-        f"{one.difference.better} of {one.difference.n} examples, worse on {one.difference.worse}, "
-        f"sign test p = {one.difference.p_value:.2g}"
+        f"{one.column}: {difference_text(one.difference, (one.first, one.second), one.metric)}"
         for one in table.differences
     ]
 
@@ -124,23 +120,17 @@ def write_html(
     tables: Sequence[Table], notes: Sequence[str], source: str, pictures: dict[str, bytes], path: Path
 ) -> None:
     """One self-contained page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("adept_ds.reports", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    page = environment.get_template("tables.html.jinja").render(
+    write_page(
+        "tables_report.html.jinja",
+        path,
         tables=[(table, wide_lines(table), detail_lines(table), difference_lines(table)) for table in tables],
         detail_columns=DETAIL_COLUMNS,
-        pictures={title: base64.b64encode(picture).decode() for title, picture in pictures.items()},
+        pictures=pictures,
         notes=notes,
         legend=LEGEND,
         noise=NOISE,
         source=source,
     )
-    with atomic_write(path) as file:
-        file.write(page)
 
 
 def learning_curves(records: Sequence[RunRecord]) -> dict[str, bytes]:
@@ -148,8 +138,9 @@ def learning_curves(records: Sequence[RunRecord]) -> dict[str, bytes]:
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         if record.metrics:
-            data = record.settings.get("data.tasks") or [record.settings.get("data.format", "unknown data")]
-            model = Path(record.settings.get("model.name_or_path", "unknown model")).name
+            settings = record.settings
+            data = settings.get("data.tasks") or [settings.get("data.format", "unknown data")]
+            model = Path(settings.get("model.name_or_path", "unknown model")).name
             groups.setdefault(f"{model} on {', '.join(Path(name).stem for name in data)}", []).append(record)
     return {
         title: compare_curves(
@@ -244,7 +235,7 @@ def _record(row: Row, cell: Cell) -> dict[str, Any]:
         record |= {"validation": mean(ours.validation_figures) if ours.validation_figures else None}
         record |= dict(zip(("low", "high"), ours.interval, strict=True))
         record |= {"examples": first.examples, "parameters": first.parameters}
-        record["run_folders"] = json.dumps([str(result.run) for result in ours.results])
+        record["run_folders"] = json.dumps([str(figure.run) for figure in ours.figures])
     return record
 
 

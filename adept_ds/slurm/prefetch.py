@@ -16,9 +16,7 @@ from adept_ds.backbone.load import load_architecture, load_tokenizer, weight_fil
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data import load_examples
 from adept_ds.data.hub import hub_data_sets, is_dataset_cached
-
-SPLITS = {"humaneval": ("test",), "jsonl": ("train", "validation")}
-"""Splits of formats that do not have all three."""
+from adept_ds.formats import FORMATS
 
 
 def prefetch(run: RunConfig) -> Iterator[str]:
@@ -46,7 +44,7 @@ def _fetch_model(model: ModelConfig) -> Iterator[str]:
 def _fetch_data(data: DataConfig) -> Iterator[str]:
     names = hub_data_sets(data)
     was_here = {name: is_dataset_cached(name) for name in names}
-    for split in SPLITS.get(data.format, ("train", "validation", "test")):
+    for split in FORMATS[data.format].splits:
         load_examples(data, split)
     for name in names:
         yield f"{name}: data set, {_how(False, was_here[name])}"

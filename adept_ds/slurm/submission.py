@@ -26,6 +26,7 @@ from adept_ds.data.hub import hub_data_sets
 from adept_ds.errors import UserError
 from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME
 from adept_ds.files import atomic_write
+from adept_ds.formats import FORMATS
 from adept_ds.slurm import queue
 from adept_ds.slurm.record import SLURM_FOLDER, Submission, write_record
 from adept_ds.slurm.script import SCRIPTS, render, site_lines
@@ -100,8 +101,11 @@ def array_job(run: RunConfig, cluster: Cluster, nodes: int, count: int, concurre
 
 
 def benchmark(run: RunConfig) -> Benchmark:
-    """What a run is evaluated on: the tasks that it is trained on, else MBPP."""
-    return "text2text" if run.data.format == "tasks" else "mbpp"
+    """What a run is evaluated on. UserError if there is nothing for its data."""
+    found = FORMATS[run.data.format].benchmark
+    if found is None:
+        raise UserError(f"data.format {run.data.format} has neither tests nor tasks to be evaluated on")
+    return found
 
 
 def evaluation_jobs(

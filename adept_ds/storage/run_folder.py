@@ -42,27 +42,21 @@ SEED_KEYS = ("train.seed", "data.k_shot_seed")
 
 
 class RunFolder:
-    """A run folder held by this process. For rank 0 alone.
+    """A run folder. Rank 0 opens it, and then holds it until it ends.
 
     Args:
-        path: The folder; made if it is not there.
-
-    Raises:
-        UserError: Another process holds it.
+        path: The folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / CHECKPOINTS_NAME
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[str] = (path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"logging.run_dir is {str(path)!r}, where another process is training now") from error
+        self.best = path / "best"
+        self._lock: IO[str] | None = None
 
     def open(self, config: dict[str, Any], resume: str) -> None:
-        """Take the folder for a new run, or for going on with its own, and store the resolved config.
+        """Take the folder for a new run, or for going on with its own, and store the resolved config. It is made if it
+        is not there.
 
         Args:
             config: The resolved config.
@@ -70,8 +64,15 @@ class RunFolder:
                 `find_checkpoint`.
 
         Raises:
-            UserError: The folder holds a run and `resume` is `never`, or a run with other settings.
+            UserError: Another process holds the folder; or the folder holds a run and `resume` is `never`, or a run
+                with other settings.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"logging.run_dir is {str(self.path)!r}, where another process is training now") from error
         stored = self.path / CONFIG_NAME
         if stored.is_file():
             if resume == "never":

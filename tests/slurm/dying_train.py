@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.storage.checkpoint import write_tensors
-from adept_ds.training import recipe
+from adept_ds.training import results
 
 
 def write_half(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -22,5 +22,5 @@ def write_half(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 if not os.environ.get("SPARED"):
-    recipe.write_tensors = write_half
+    results.write_tensors = write_half
 main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "adept_ds" / "cli" / "train.py"))["main"]

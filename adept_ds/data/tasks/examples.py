@@ -10,13 +10,13 @@ from typing import overload
 import numpy as np
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data.records import TokenLimits
 from adept_ds.data.tasks.prepare import texts
 from adept_ds.data.tasks.sources import RawSplit, read_split
 from adept_ds.data.tasks.splits import equal, k_shot, part_indices, proportional, round_robin
 from adept_ds.data.tasks.task import Part, Task, TaskExample
 from adept_ds.data.tasks.task_file import find_task
 from adept_ds.errors import UserError
+from adept_ds.formats.records import TokenLimits
 
 
 @dataclass(frozen=True)

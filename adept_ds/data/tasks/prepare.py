@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import regex
 
-from adept_ds.data.jsonl import Row
 from adept_ds.errors import UserError
+from adept_ds.formats.rows import Row
 
 
 @dataclass(frozen=True)

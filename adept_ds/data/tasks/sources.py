@@ -18,10 +18,10 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
-from adept_ds.data.jsonl import Row, iterate_rows
 from adept_ds.data.tasks.registry import HUB_IDS
 from adept_ds.data.tasks.task import Task
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.formats.rows import Row, iterate_rows
 
 if TYPE_CHECKING:
     import datasets

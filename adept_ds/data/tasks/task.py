@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from adept_ds.config.base import Count, Section
-from adept_ds.data.jsonl import Row
-from adept_ds.data.records import Example
 from adept_ds.data.tasks.prepare import PREPARE, text, texts
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.formats.records import Example
+from adept_ds.formats.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

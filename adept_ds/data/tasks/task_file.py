@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from adept_ds.data.tasks.registry import TASKS
 from adept_ds.data.tasks.task import Task
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.formats import names_with_tests
 
 
 def find_task(name: str) -> Task:
@@ -23,8 +24,11 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     if name.endswith(".json"):
         return read_task_file(Path(name))
-    if name == "mbpp":
-        raise UserError("data.tasks: MBPP's programs are run, not compared; expected data.format mbpp-paper for it")
+    benchmarks = [other for other in names_with_tests() if name in (other, other.partition("-")[0])]
+    if benchmarks:
+        raise UserError(
+            f"data.tasks: the programs of {name} are run, not compared; expected data.format {' or '.join(benchmarks)}"
+        )
     raise UserError(
         f"data.tasks: unknown task {name!r}; expected one of {', '.join(TASKS)}, or a JSON file that declares one"
         + did_you_mean(name.lower(), TASKS)

@@ -8,23 +8,27 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from adept_ds.config.run import LoggingConfig
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
-from adept_ds.storage.metrics_log import MetricsLog, check_trackers
-from adept_ds.storage.run_folder import METRICS_NAME, read_metrics
+from adept_ds.storage.run_folder import METRICS_NAME, RunFolder, read_metrics
+from adept_ds.storage.run_log import RunLog, check_trackers
 
-NO_TRACKERS = LoggingConfig(trackers=())
+
+def open_log(run_dir: Path, first_step: int = 0, trackers: tuple[str, ...] = ()) -> RunLog:
+    settings = {"run_dir": str(run_dir), "trackers": trackers}
+    run = RunConfig.model_validate({"model": {"name_or_path": "x"}, "train": {"epochs": 1}, "logging": settings})
+    return RunLog(RunFolder(run_dir), run, first_step, total_steps=10)
 
 
 def write(run_dir: Path, steps: list[int], first_step: int = 0, loss: float = 1.0) -> None:
-    log = MetricsLog(run_dir, NO_TRACKERS, first_step, {})
+    log = open_log(run_dir, first_step)
     for step in steps:
         log.write(step, {"loss": loss})
     log.close()
 
 
 def test_lines_are_step_and_values(tmp_path):
-    log = MetricsLog(tmp_path, NO_TRACKERS, 0, {})
+    log = open_log(tmp_path)
     log.write(3, {"loss": 0.1 + 0.2, "learning_rate/network": 1e-4})
     log.write(3, {"eval/loss": 2.0})
     log.close()
@@ -35,7 +39,7 @@ def test_lines_are_step_and_values(tmp_path):
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
-    log = MetricsLog(tmp_path, NO_TRACKERS, 0, {})
+    log = open_log(tmp_path)
     log.write(1, {"loss": 1.0})
     assert len(read_metrics(tmp_path / METRICS_NAME)) == 1
     log.close()
@@ -65,7 +69,7 @@ def test_a_last_line_cut_short_is_left_out(tmp_path, rest):
 
 
 def test_tensorboard_gets_the_values(tmp_path):
-    log = MetricsLog(tmp_path, LoggingConfig(trackers=("tensorboard",)), 0, {"train.seed": 1})
+    log = open_log(tmp_path, trackers=("tensorboard",))
     log.write(5, {"loss": 0.25})
     log.close()
     (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adept_ds.data.jsonl import Row
 from adept_ds.errors import UserError
+from adept_ds.formats.rows import Row
+from adept_ds.sandbox import Tests
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class MbppRecord:
     test_setup_code: str
     split: str | None
 
+    @property
+    def tests(self) -> Tests:
+        """For the sandbox."""
+        return Tests(
+            asserts=self.test_list, setup=self.test_setup_code, check="", entry_point=None, reference=self.code
+        )
+
 
 @dataclass(frozen=True)
 class HumanEvalRecord:
@@ -45,12 +54,27 @@ class HumanEvalRecord:
     entry_point: str
     split: str | None
 
+    @property
+    def tests(self) -> Tests:
+        """For the sandbox."""
+        return Tests(
+            asserts=(),
+            setup="",
+            check=self.test,
+            entry_point=self.entry_point,
+            reference=self.prompt + self.canonical_solution,
+        )
+
+
+Record = MbppRecord | HumanEvalRecord
 
 MBPP_FIELDS = ("task_id", "text", "code", "test_list")
 HUMANEVAL_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+FEW_SHOT_OPENING = "You are an expert Python programmer, and here is your task:"
+BEFORE_TESTS = "Your code should pass these tests:"
 
 
-def parse_record(row: Row) -> MbppRecord | HumanEvalRecord:
+def parse_record(row: Row) -> Record:
     """Read one record of either form, told apart by its fields. UserError on missing, mistyped and empty fields."""
     of_mbpp, of_humaneval = (sum(name in row.values for name in fields) for fields in (MBPP_FIELDS, HUMANEVAL_FIELDS))
     split = row.get("split", str) if "split" in row.values else None
@@ -89,17 +113,14 @@ def few_shot_target(record: MbppRecord) -> str:
 
 def _task_and_tests(record: MbppRecord) -> str:
     tests = "\n".join(record.test_list)
-    return (
-        f"You are an expert Python programmer, and here is your task: {record.text.strip()} "
-        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    )
+    return f"{FEW_SHOT_OPENING} {record.text.strip()} {BEFORE_TESTS}\n\n{tests}\n[BEGIN]\n"
 
 
 def instruct_prompt(record: MbppRecord) -> str:
     """Return the user's turn for a chat model."""
     tests = "\n".join(record.test_list)
     return (
-        f"{record.text.strip()}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```\n\n"
+        f"{record.text.strip()}\n\n{BEFORE_TESTS}\n\n```python\n{tests}\n```\n\n"
         "Answer with the Python code in one ```python block."
     )
 
@@ -107,6 +128,21 @@ def instruct_prompt(record: MbppRecord) -> str:
 def instruct_target(record: MbppRecord) -> str:
     """Return the answer that a chat model is trained to give."""
     return f"```python\n{record.code.rstrip()}\n```"
+
+
+def task_in_words(prompt: str) -> str:
+    """Return the task that a prompt of one of the forms states, on one line; empty if it states none.
+
+    Of worked examples it is the last one, of a signature with its docstring what stands before the first example.
+    """
+    stated, has_tests, _ = prompt.rpartition(BEFORE_TESTS)
+    if has_tests:
+        text = stated.rpartition(FEW_SHOT_OPENING)[2]
+    else:
+        last_function = prompt[max(0, prompt.rfind("\ndef ")) :]
+        parts = re.split(r"\"{3}|'{3}", last_function)
+        text = parts[1] if len(parts) > 1 else ""
+    return " ".join(text.partition(">>>")[0].split())
 
 
 def to_humaneval(record: MbppRecord) -> HumanEvalRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from adept_ds.data.completions import extract_code
+from adept_ds.formats.completions import extract_code
 from adept_ds.sandbox import Tests
 
 
