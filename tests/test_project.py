@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import re
 import shutil
@@ -14,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from tests.test_upstream import USES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -36,6 +39,32 @@ def pins() -> dict[str, Version]:
 @pytest.mark.parametrize("requirement", requirements(), ids=lambda requirement: requirement.name)
 def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) -> None:
     assert pins()[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+@pytest.mark.parametrize("package", USES)
+def test_a_package_whose_private_names_are_used_is_bound_to_minor_versions_that_were_tried(package: str) -> None:
+    major, minor, *_ = pins()[canonicalize_name(package)].release
+    allowed = next(requirement.specifier for requirement in requirements() if requirement.name == package)
+    assert Version(f"{major}.{minor + 1}") not in allowed
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    files = [path for folder in ("adept_ds", "evals", "launchers") for path in (REPOSITORY / folder).rglob("*.py")]
+    imports = [
+        name
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+            else []
+        )
+    ]
+    modules = {name.partition(".")[0] for name in imports} - sys.stdlib_module_names - {"adept_ds"}
+    packages = {canonicalize_name({"sklearn": "scikit-learn"}.get(module, module)) for module in modules}
+    assert packages - {canonicalize_name(requirement.name) for requirement in requirements()} == set()
 
 
 def test_no_pin_is_a_build_for_one_kind_of_machine() -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from adept_ds.backbone.load import load_backbone, random_backbone
 from adept_ds.benchmark.contenders import OURS, Contender
 from adept_ds.benchmark.work import Work, padded_tokens
-from adept_ds.config.deepspeed import DeepSpeedPlan
+from adept_ds.config.deepspeed import SHARDED_STAGE, DeepSpeedPlan
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World
 from adept_ds.model.adapted_model import get_adept_model
@@ -44,8 +44,9 @@ class EngineContender(Contender):
     @property
     def coordinator(self) -> Any:
         """See `Contender.coordinator`."""
-        offload = getattr(self._engine.deepspeed.optimizer, "parameter_offload", None)
-        return offload and offload.get_param_coordinator()
+        if self._engine.zero_stage != SHARDED_STAGE:
+            return None
+        return self._engine.deepspeed.optimizer.parameter_offload.get_param_coordinator()
 
 
 def engine_contender(
