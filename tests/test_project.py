@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -12,19 +13,26 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import adept_ds
 from tests.test_upstream import USES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def requirements() -> list[Requirement]:
-    """What setup.cfg asks for, extras included."""
+def setup_file() -> configparser.ConfigParser:
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg")
+    return setup
+
+
+def requirements() -> list[Requirement]:
+    """What setup.cfg asks for, extras included."""
+    setup = setup_file()
     blocks = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
     return [Requirement(line) for block in blocks for line in block.splitlines() if line]
 
@@ -125,3 +133,29 @@ def test_files_that_the_readme_names_exist() -> None:
     named = set(re.findall(r"\b(?:launchers|evals|ds_configs|adept_ds)/[\w./]*\w", readme))
     assert named
     assert [name for name in sorted(named) if not (REPOSITORY / name).exists()] == []
+
+
+def test_the_version_is_the_newest_of_the_changelog_and_that_of_the_citation() -> None:
+    version = setup_file()["metadata"]["version"]
+    released = re.findall(
+        r"^## \[(\d[^]]*)\] - \d{4}-\d\d-\d\d$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert released == sorted(released, key=Version, reverse=True)
+    assert (released[0], citation["version"]) == (version, version)
+
+
+def test_the_package_tells_its_version() -> None:
+    assert adept_ds.__version__ == importlib.metadata.version("adept-ds")
+
+
+def test_the_hooks_before_a_commit_are_the_checks_of_make_lint() -> None:
+    recipe = subprocess.run(["make", "--dry-run", "lint"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    commands = [line for line in recipe.stdout.splitlines() if line.startswith(".venv/bin/") and " -m " not in line]
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entries = [hook["entry"] for hook in hooks if hook["id"] != "schema"]
+    assert len(entries) == len(commands)
+    # The files that a hook is given follow its command.
+    assert [entry for entry, command in zip(entries, commands, strict=True) if not command.startswith(entry)] == []
+    scripts = commands[-1].removeprefix(entries[-1]).split()
+    assert all(re.search(hook["files"], script) for hook in hooks if hook["id"] == "shellcheck" for script in scripts)
