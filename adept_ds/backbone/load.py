@@ -31,7 +31,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
-from adept_ds.backbone.hub import is_local
+from adept_ds.backbone.hub import cached_commit, is_local
 from adept_ds.backbone.sharding import Partitioner
 from adept_ds.backbone.streaming import fill_backbone, fill_randomly
 from adept_ds.config.run import ModelConfig
@@ -155,6 +155,9 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Load the backbone in `config.dtype`, frozen. Collective where there is a process group.
 
+    Its attribute `hub_revision` is the commit that it was read from, None for a local folder: `transformers` does not
+    keep it any more.
+
     Args:
         config: What to load.
         device: Where to; the CPU if None.
@@ -179,6 +182,7 @@ def load_backbone(
         backbone = _from_source(
             auto, "model.name_or_path", config.name_or_path, revision=config.revision, use_safetensors=True, **options
         )
+        backbone.hub_revision = cached_commit(config.name_or_path, config.revision)
         return backbone.requires_grad_(False).to(device)
     weights = weight_files(config)
     backbone = _empty_backbone(config, architecture)
@@ -188,6 +192,7 @@ def load_backbone(
         backbone.generation_config = GenerationConfig.from_pretrained(
             config.name_or_path, revision=config.revision or "main"
         )
+    backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     return backbone.requires_grad_(False).eval()
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -235,7 +235,7 @@ def sharing_weights(backbone: Any) -> Any:
     """Return a copy of the backbone's modules that holds the very same parameters and buffers."""
     shared: list[Any] = [*backbone.parameters(), *backbone.buffers()]
     # bitsandbytes' layers refer to the scales of their weights too.
-    shared += [parameter.quant_state for parameter in backbone.parameters() if hasattr(parameter, "quant_state")]
+    shared += [parameter.quant_state for parameter in backbone.parameters() if isinstance(parameter, Params4bit)]
     return copy.deepcopy(backbone, {id(tensor): tensor for tensor in shared})
 
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from adept_ds.benchmark.contenders import OURS, Contender
 from adept_ds.benchmark.work import Work, padded_tokens
-from adept_ds.config.deepspeed import DeepSpeedPlan
+from adept_ds.config.deepspeed import SHARDED_STAGE, DeepSpeedPlan
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World
 from adept_ds.training.engine import Engine, build_engine
@@ -43,8 +43,9 @@ class EngineContender(Contender):
     @property
     @override
     def coordinator(self) -> Any:
-        offload = getattr(self._engine.deepspeed.optimizer, "parameter_offload", None)
-        return offload and offload.get_param_coordinator()
+        if self._engine.zero_stage != SHARDED_STAGE:
+            return None
+        return self._engine.deepspeed.optimizer.parameter_offload.get_param_coordinator()
 
 
 def engine_contender(

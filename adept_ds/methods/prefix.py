@@ -7,6 +7,7 @@ generation, beams and padding need no code of their own.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,6 +29,9 @@ from adept_ds.contexts import attribute_set, seeded
 from adept_ds.errors import UserError
 from adept_ds.methods.base import MethodDefaults
 from adept_ds.methods.layers import embedding_table
+
+CACHE = "past_key_values"
+"""Argument of decoders."""
 
 
 class PrefixTuning(MethodDefaults):
@@ -67,8 +71,15 @@ class PrefixTuning(MethodDefaults):
         backbone.prefix_encoder = self.encoder
         self._is_encoder_decoder = architecture.is_encoder_decoder
         self._dtype = table.weight.dtype
-        backbone.get_decoder().register_forward_pre_hook(self._put_before, with_kwargs=True)
-        backbone.get_decoder().register_forward_hook(self._take_back, with_kwargs=True)
+        decoder = backbone.get_decoder()
+        if CACHE not in inspect.signature(type(decoder).forward).parameters:
+            # Decoders swallow arguments that they do not know: there would be no prefix, and no error.
+            raise UserError(
+                f"method.name is 'prefix', which puts its vectors into the cache that a decoder takes as {CACHE}; "
+                f"{type(decoder).__name__} of {backbone.config.name_or_path!r} does not; expected another method"
+            )
+        decoder.register_forward_pre_hook(self._put_before, with_kwargs=True)
+        decoder.register_forward_hook(self._take_back, with_kwargs=True)
 
     def _put_before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -77,13 +88,13 @@ class PrefixTuning(MethodDefaults):
         if not self.enabled:
             return None
         ids = args[0] if args else kwargs["input_ids"]
-        length, cache = self.config.prefix_length, kwargs.get("past_key_values")
+        length, cache = self.config.prefix_length, kwargs.get(CACHE)
         kwargs = dict(kwargs)
         if cache is None:
             cache = DynamicCache()
             if self._is_encoder_decoder:
                 cache = EncoderDecoderCache(cache, DynamicCache())
-            kwargs["past_key_values"] = cache
+            kwargs[CACHE] = cache
         if cache.get_seq_length() == 0:
             self._fill(cache, ids)
         mask = kwargs.get("attention_mask")

@@ -206,8 +206,11 @@ class Engine:
     @property
     def _scaler(self) -> Any:
         """DeepSpeed's dynamic loss scaler; None where the loss is not scaled."""
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        return scaler if getattr(scaler, "dynamic", False) else None
+        if not self.deepspeed.fp16_enabled():
+            return None
+        # Not by getattr: a checkpoint without the scaler's state would be resumed with other losses.
+        scaler = self.deepspeed.optimizer.loss_scaler
+        return scaler if scaler.dynamic else None
 
     def _link_moments(self) -> None:
         """Make the moments of all groups reachable from their parameters.
@@ -215,10 +218,14 @@ class Engine:
         At stages 1 and 2 DeepSpeed links them once, when the first group has taken its first step and the others have
         no moments yet.
         """
+        if self.zero_stage not in (1, 2):
+            return
         optimizer = self.deepspeed.optimizer
-        if hasattr(optimizer, "_hp_optimizer_states_linked"):
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
+        if not hasattr(optimizer, "_hp_optimizer_states_linked"):
+            # Setting it anew would do nothing, and moments would be missing from every checkpoint.
+            raise RuntimeError(f"{type(optimizer).__name__} of this version of DeepSpeed links moments in another way")
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
     def _master(self, parameter: torch.nn.Parameter) -> Tensor:
         # Without ZeRO and in fp32 the parameter is its own master.
