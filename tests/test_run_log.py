@@ -93,7 +93,7 @@ def test_the_status_tells_where_trackers_keep_the_run(tmp_path, capsys):
     log.close()
     log.set_status("finished")
     assert read_status(tmp_path)["trackers"] == expected
-    assert f"tensorboard: {tmp_path / 'tensorboard'}" in capsys.readouterr().out
+    assert f"tensorboard has this run at {tmp_path / 'tensorboard'}" in capsys.readouterr().out
 
 
 def test_a_tracker_that_fails_to_take_the_result_does_not_fail_the_run(tmp_path, capsys, monkeypatch):

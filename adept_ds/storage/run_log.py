@@ -71,7 +71,7 @@ class RunLog(SilentLog):
         settings = flatten(self._run.model_dump(mode="json", by_alias=True))
         for name in self._run.logging.trackers:
             self._trackers[name] = start_tracker(name, self._run.logging, self._folder.path, settings)
-            print(f"{name}: {address(self._trackers[name])}")
+            print(f"{name} has this run at {address(self._trackers[name])}")
         self.set_status("running")
 
     @override
