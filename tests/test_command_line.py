@@ -57,6 +57,13 @@ def test_the_rank_that_the_deepspeed_launcher_passes_is_accepted(flag):
     assert parse(flag, "--config", CONFIG)[1].run.model.name_or_path == "meta-llama/Meta-Llama-3-8B"
 
 
+def test_a_shipped_config_is_found_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", "llama3_8b")[1].run == load_config(CONFIG).run
+    (tmp_path / "llama3_8b").write_text('{"model": {"name_or_path": "mine"}, "train": {"epochs": 1}}')
+    assert parse("--config", "llama3_8b")[1].run.model.name_or_path == "mine"
+
+
 def test_training_flags():
     flags, _ = parse("--config", CONFIG, "--dry-run", "--resume", "auto", "--world-size", "4")
     assert (flags.dry_run, flags.resume, flags.world_size) == (True, "auto", 4)
@@ -70,7 +77,7 @@ def test_an_entry_point_adds_its_own_flags():
 
 
 def test_help_documents_every_setting(capsys):
-    text = printed(capsys, "--help")
+    text = printed(capsys, "--help", "all")
     words = " ".join(text.split())
     for setting in [setting for method in method_docs() for setting in declared_settings(method).values()]:
         assert f"--{setting.key}  {setting.type}, " in text
@@ -78,8 +85,15 @@ def test_help_documents_every_setting(capsys):
         assert setting.doc
 
 
+def test_help_of_a_section_has_its_settings_alone(capsys):
+    text = printed(capsys, "--help", "eval")
+    keys = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert keys == [f"--{key}" for key in declared_settings() if key.startswith("eval.")]
+    assert "--help tran: expected one of" in message("--help", "tran")
+
+
 def test_help_shows_each_method_with_its_settings(capsys):
-    text = printed(capsys, "--help")
+    text = printed(capsys, "--help", "method")
     for name, doc in method_docs().items():
         assert " ".join(f"method {name}: {doc}".split()) in " ".join(text.split())
     assert text.count("--method.name ") == 1
@@ -107,6 +121,7 @@ def test_print_config_sources_names_the_source_of_every_value(capsys, monkeypatc
     ("arguments", "expected"),
     [
         ((), "--config FILE is needed"),
+        (("--config", "llama3_8"), "--config llama3_8: no such file; did you mean 'llama3_8b'?"),
         (("--confg", CONFIG), "--confg: unknown flag; did you mean '--config'?"),
         (("--config", CONFIG, "--epochs", "3"), "--epochs: unknown flag (unknown key; did you mean train.epochs?)"),
         (("--config", CONFIG, "--train.epochs"), "--train.epochs: expected a value"),

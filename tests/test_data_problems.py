@@ -12,7 +12,7 @@ from adept_ds.config.run import DataConfig
 from adept_ds.data import load_examples, load_problems, read_problems, read_samples
 from adept_ds.errors import UserError
 from adept_ds.formats import read_rows
-from adept_ds.formats.mbpp import MbppRecord, parse_record, to_humaneval
+from adept_ds.formats.mbpp import MbppRecord, parse_record, task_in_words, to_humaneval
 
 MBPP_ROW = {
     "task_id": 601,
@@ -145,6 +145,21 @@ def test_few_shot_prompt_takes_tasks_2_3_4_and_ends_ready_for_code(shared_dir):
     assert prompt.count("[DONE]\n\n") == 3
     positions = [prompt.index(name) for name in ("similar_elements", "is_not_prime", "heap_queue_largest")]
     assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("format", ["mbpp-paper", "mbpp", "mbpp-instruct"])
+def test_a_prompt_of_any_form_tells_its_task_in_words(shared_dir, format):
+    problems = load_problems(
+        DataConfig(format=format, path=str(shared_dir / "data/mbpp.jsonl"), few_shot=3 * (format == "mbpp")), "test"
+    )
+    told = {problem.task_id: task_in_words(problem.prompt) for problem in problems}
+    rows = [json.loads(line) for line in (shared_dir / "data/mbpp.jsonl").read_text().splitlines()]
+    texts = {f"MBPP/{row['task_id']}": " ".join(row["text"].partition(">>>")[0].split()) for row in rows}
+    assert told == {task_id: texts[task_id] for task_id in told}
+
+
+def test_a_prompt_that_states_no_task_is_told_as_none():
+    assert task_in_words("def f(x):\n") == ""
 
 
 def test_few_shot_needs_examples(tmp_path):

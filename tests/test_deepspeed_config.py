@@ -7,10 +7,6 @@ from typing import Any
 import pytest
 
 from adept_ds.config.deepspeed import (
-    OFFLOAD_KEYS,
-    REFUSED_KEYS,
-    SECTION_KEYS,
-    TOP_LEVEL_KEYS,
     BatchArithmetic,
     batch_arithmetic,
     complete,
@@ -187,66 +183,10 @@ def test_auto_sizes_without_a_hidden_size_are_refused():
         complete(run, 1)
 
 
-class ReadKeys(dict):
-    """A config that notes which keys are asked for."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self.read: set[str] = set()
-
-    def __contains__(self, key: object) -> bool:
-        self.read.add(str(key))
-        return super().__contains__(key)
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> Any:
-        return self
-
-    def __copy__(self) -> ReadKeys:
-        return self
-
-
 @pytest.fixture
 def deepspeed_config_module(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     return pytest.importorskip("deepspeed.runtime.config")
-
-
-def test_top_level_keys_are_those_that_the_installed_deepspeed_reads(deepspeed_config_module):
-    config = ReadKeys({"train_batch_size": 1})
-    deepspeed_config_module.DeepSpeedConfig(config)
-    removed = deepspeed_config_module._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
-    # `bfloat16` is an old name of `bf16`, which has an owner.
-    assert config.read - removed - {"bfloat16"} | {"sequence_parallel_size"} == TOP_LEVEL_KEYS
-    assert REFUSED_KEYS.keys() <= TOP_LEVEL_KEYS
-
-
-def test_section_keys_are_those_that_the_installed_deepspeed_reads(deepspeed_config_module):
-    from deepspeed.runtime import constants
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import (
-        DeepSpeedZeroOffloadOptimizerConfig,
-        DeepSpeedZeroOffloadParamConfig,
-    )
-
-    fields = DeepSpeedZeroConfig.model_fields
-    assert SECTION_KEYS["zero_optimization"] == fields.keys() | {
-        field.alias for field in fields.values() if field.alias
-    }
-    assert OFFLOAD_KEYS["offload_param"] == DeepSpeedZeroOffloadParamConfig.model_fields.keys()
-    assert OFFLOAD_KEYS["offload_optimizer"] == DeepSpeedZeroOffloadOptimizerConfig.model_fields.keys()
-    assert SECTION_KEYS["bf16"] == DeepSpeedBF16Config.model_fields.keys()
-    assert SECTION_KEYS["fp16"] == DeepSpeedFP16Config.model_fields.keys()
-    names = ("GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES")
-    assert SECTION_KEYS["data_types"] == {getattr(constants, name) for name in names}
 
 
 def test_stage_0_in_bf16_is_refused_for_it_keeps_nothing_to_save():

@@ -104,8 +104,27 @@ def test_an_unknown_task_is_refused():
 
 
 def test_a_warm_up_that_does_not_fit_is_refused():
-    with pytest.raises(UserError, match=r"train\.warmup_steps is 500, but the run has 122 steps"):
+    with pytest.raises(UserError, match=r"train\.warmup_steps is 500, but the run has 122 steps") as caught:
         plan("llama3_8b", "train.epochs=1")
+    assert "set train.warmup_ratio 0.1 and train.warmup_steps null" in str(caught.value)
+    plan("llama3_8b", "train.epochs=1", "train.warmup_ratio=0.1", "train.warmup_steps=null")
+
+
+def test_options_of_the_schedule_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match=r"polynomial.* a peak rate of 0\.001: lr_end"):
+        plan("llama3_8b", "train.schedule=polynomial", "train.schedule_options.lr_end=0.01")
+    # No parameter has the rate `backbone`, so the floor may be above it.
+    changed = ("train.schedule_options.lr_end=1e-4", "train.learning_rate.backbone=1e-9")
+    plan("llama3_8b", "train.schedule=polynomial", *changed)
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(UserError, match=r"attn_implementation is 'sdap'; .* did you mean 'sdpa'"):
+        plan("llama3_8b", "model.attn_implementation=sdap")
+
+
+def test_an_attention_without_its_package_here_can_be_planned():
+    assert plan("llama3_8b", "model.attn_implementation=flash_attention_3").total_steps == 1_220
 
 
 def test_a_batch_that_does_not_divide_is_refused():
@@ -140,6 +159,14 @@ def test_text_of_the_llama3_recipe():
     assert "1,220 = 10 epochs x 122" in text
     assert "500 steps, then linear decay to zero" in text
     assert "0.001 (train.learning_rate.soft_prompt) for soft_prompt [7, 4096]" in text
+
+
+def test_the_dry_run_tells_warm_up_schedule_and_early_stopping():
+    ratio = ["train.warmup_steps=null", "train.warmup_ratio=0.1"]
+    others = ["train.schedule=cosine", "train.schedule_options.num_cycles=1.5", "train.early_stopping_patience=3"]
+    text = dry_run(load_config(FOLDER / "smollm2_135m.json", ratio + others), world_size=2)
+    assert "warm-up        122 steps (10 % of the steps), then cosine (num_cycles 1.5)" in text
+    assert "10 epochs x 122; fewer after 3 evaluations without a better figure" in text
 
 
 def test_the_dry_run_tells_the_memory_of_this_machines_ranks():

@@ -17,6 +17,7 @@ from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.tools.import_adapter import import_adapter
 from tests.conftest import RunRanks
+from tests.tolerances import assert_equal_up_to_rounding
 
 A, B = "prompt_encoder.lora_embedding_A", "prompt_encoder.lora_embedding_B"
 
@@ -55,7 +56,9 @@ def test_the_authors_dept_adapters(shared_dir: Path, tmp_path: Path, task: str, 
     with torch.no_grad():
         model(ids, decoder_input_ids=torch.zeros(1, 1, dtype=torch.long))
     offsets = seen[0][0, length:] - model.method.embedding.table(ids[0])
-    torch.testing.assert_close(offsets, 8 / rank**0.5 * tensors[A] @ tensors[B], rtol=1e-4, atol=1e-4)
+    expected = 8 / rank**0.5 * tensors[A] @ tensors[B]
+    # What is left of sums with the embeddings, which round those.
+    assert_equal_up_to_rounding(offsets, expected, float(seen[0].abs().max()))
 
 
 def test_one_without_its_low_rank_pair_is_refused(shared_dir: Path, tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_what_does_not_fit_is_refused(published: Path, tmp_path: Path, change, m
 
 
 def test_command(published: Path, tmp_path: Path, run_ranks: RunRanks) -> None:
-    module = "adept_ds.tools.import_adapter"
+    module = "adept_ds.import_adapter"
     done = run_ranks(0, module, None, str(published), str(tmp_path / "adapter"))
     assert done.returncode == 0, done.stderr
     assert "'num_virtual_tokens': 60" in done.stdout

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, RwkvConfig, RwkvForCausalLM
 
+from adept_ds.backbone import frozen_linear
 from adept_ds.backbone.frozen_linear import FrozenLinear
-from adept_ds.backbone.quantization import Scheme, quantize_linears
+from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_linears
 from adept_ds.config.method import (
     AdapterConfig,
     AdapterDropConfig,
@@ -31,11 +34,13 @@ from adept_ds.config.method import (
     PTuningConfig,
 )
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
+from adept_ds.config.schema import method_docs
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
 from adept_ds.storage.adapter_folder import save_adapter
-from tests.models import EOS, PAD, VOCABULARY, WIDTH
+from tests.models import EOS, PAD, TOKENS, VOCABULARY, WIDTH, causal, seeded
+from tests.tolerances import assert_equal_up_to_rounding
 
 Make = Callable[[str], PreTrainedModel]
 
@@ -58,6 +63,7 @@ METHODS: dict[str, MethodConfig] = {
     "adapter_drop": AdapterDropConfig(bottleneck=3, dropped_layers=1),
     "bitfit": BitFitConfig(),
 }
+"""Every method but `full`, whose tests are in `test_full.py`."""
 BACKBONES = ("llama", "codegen", "gpt2", "t5-tied")
 MAIN = ("llama", "t5-tied")
 
@@ -140,6 +146,10 @@ def take_steps(
     return losses
 
 
+def test_no_method_is_left_out() -> None:
+    assert {config.name for config in METHODS.values()} == method_docs().keys() - {"full"}
+
+
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_falls_and_nothing_else_changes(make_backbone: Make, name: str, method: str) -> None:
@@ -148,29 +158,117 @@ def test_the_loss_falls_and_nothing_else_changes(make_backbone: Make, name: str,
     assert {id(p) for p in model.parameters() if p.requires_grad} == trained
     frozen = {key: p.clone() for key, p in model.named_parameters() if id(p) not in trained}
     losses = take_steps(model, batch(model))
-    assert losses[-1] < 0.95 * losses[0]
+    # By how much is Adam's affair, whose first steps have the size of the rate however small a gradient is.
+    assert losses[-1] < losses[0]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[key], value) for key, value in frozen.items())
 
 
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_falls_on_a_4_bit_backbone(make_backbone: Make, name: str, method: str) -> None:
-    model = get_adept_model(quantized(make_backbone, name), METHODS[method]).train()
-    losses = take_steps(model, batch(model))
-    assert losses[-1] < 0.95 * losses[0]
+def test_every_gradient_is_the_slope_of_the_loss(make_backbone: Make, name: str, method: str) -> None:
+    """Along each tensor's gradient; along any direction where there is none, as there the loss must not change.
+
+    A central difference comes as near to the slope as one likes when the step shrinks, until rounding outweighs it.
+    """
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method])).train()
+    data, generator = batch(model), torch.Generator().manual_seed(0)
+    named = model.trainable_parameters()
+    loss = model(**data).loss
+    rounding = 16 * torch.finfo(loss.dtype).eps * float(loss.detach())
+    for (key, parameter), gradient in zip(named.items(), torch.autograd.grad(loss, [*named.values()]), strict=True):
+        random = torch.randn(parameter.shape, generator=generator)
+        direction = gradient if float(gradient.norm()) > rounding else random
+        direction = direction / direction.norm()
+        slope = float((gradient * direction).sum())
+
+        def difference(step: float, moved=parameter, direction=direction) -> float:
+            start, ends = moved.detach().clone(), []
+            with torch.no_grad():
+                for sign in (1, -1):
+                    moved.copy_(start + sign * step * direction)
+                    ends.append(float(model(**data).loss))
+                moved.copy_(start)
+            return (ends[0] - ends[1]) / (2 * step)
+
+        steps = [2.0**-power for power in range(4, 12)]
+        close = (abs(difference(step) - slope) <= abs(slope) / 2 + rounding / step for step in steps)
+        assert any(close), (key, slope, [difference(step) for step in steps])
 
 
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bf16_backbone_is_followed_in_its_precision(make_backbone: Make, name: str, method: str) -> None:
+def test_a_4_bit_backbone_trains_as_a_plain_one_on_the_expanded_weights(
+    make_backbone: Make, name: str, method: str
+) -> None:
+    backbones = quantized(make_backbone, name), make_backbone(name)
+    layers = {key: m for key, m in backbones[0].named_modules() if isinstance(m, QuantizedLinear)}
+    assert layers
+    for key, layer in layers.items():
+        backbones[1].get_submodule(key).weight.data = layer.dense_weight()
+    results = []
+    for backbone in backbones:
+        model = far_from_start(get_adept_model(backbone, METHODS[method])).train()
+        loss = model(**batch(model)).loss
+        results.append((loss, torch.autograd.grad(loss, [*model.trainable_parameters().values()])))
+    (loss, gradients), (expected, references) = results
+    assert_equal_up_to_rounding(loss, expected)
+    largest = max(float(reference.abs().max()) for reference in references)
+    for gradient, reference in zip(gradients, references, strict=True):
+        assert_equal_up_to_rounding(gradient, reference, largest)
+
+
+def logits_with_every_result_rounded(model: AdaptedModel, generator: torch.Generator) -> Tensor:
+    """What an fp32 model gives if each module's result is off by up to a rounding to bf16."""
+
+    def off(module: nn.Module, args: object, output: object) -> object:
+        if not isinstance(output, Tensor):
+            return output
+        return output * (
+            1 + torch.finfo(torch.bfloat16).eps / 2 * (2 * torch.rand(output.shape, generator=generator) - 1)
+        )
+
+    handles = [module.register_forward_hook(off) for module in model.backbone.modules()]
+    try:
+        return logits(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fast_bf16", [True, False], ids=["", "widened"])
+def test_a_bf16_backbone_is_followed_in_its_precision(
+    make_backbone: Make, monkeypatch: pytest.MonkeyPatch, name: str, method: str, fast_bf16: bool
+) -> None:
+    monkeypatch.setattr(frozen_linear, "has_fast_bf16", lambda: fast_bf16)
     model = far_from_start(get_adept_model(make_backbone(name).bfloat16(), METHODS[method]))
     assert {parameter.dtype for parameter in model.trainable_parameters().values()} == {torch.float32}
     exact = far_from_start(get_adept_model(make_backbone(name).bfloat16().float(), METHODS[method]))
     expected, actual = logits(exact), logits(model)
     assert actual.dtype == torch.bfloat16
-    # Random layers of T5 amplify the rounding of what they read.
-    assert float((actual - expected).norm() / expected.norm()) < (0.05 if name == "llama" else 0.15)
+    # How much a model amplifies the rounding of what it reads is its own: it is measured, not guessed. A module rounds
+    # more than once inside, and both sides are draws of chance, hence the factor.
+    generator = torch.Generator().manual_seed(0)
+    rounded = torch.stack([logits_with_every_result_rounded(exact, generator) for _ in range(4)])
+    assert float((actual - expected).norm()) < 4 * float((rounded - expected).norm()) / 4**0.5
+
+
+ROUNDED_FIRST = ("pt", "prefix")
+"""Methods whose values enter a bf16 backbone as they are, so that rounding them is all that happens to them."""
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_in_a_bf16_backbone_computes_in_fp32(make_backbone: Make, name: str, method: str) -> None:
+    """Else its values would be rounded first, and rounding them beforehand would change nothing."""
+    model = far_from_start(get_adept_model(make_backbone(name).bfloat16(), METHODS[method]))
+    before = logits(model)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter.copy_(parameter.bfloat16())
+    assert torch.equal(logits(model), before) == (method in ROUNDED_FIRST)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -189,7 +287,7 @@ def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
     tuned = logits(model)
     with model.disable_adapter():
-        assert torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-5)
+        assert_equal_up_to_rounding(logits(model), logits(make_backbone(name)))
     assert torch.equal(logits(model), tuned)
     assert {parameter.requires_grad for parameter in model.trainable_parameters().values()} == {True}
 
@@ -200,7 +298,7 @@ def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str
 @pytest.mark.parametrize("name", BACKBONES)
 def test_methods_without_a_prompt_start_as_the_backbone(make_backbone: Make, name: str, method: str) -> None:
     model = get_adept_model(make_backbone(name), METHODS[method]).eval()
-    assert torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-5)
+    assert_equal_up_to_rounding(logits(model), logits(make_backbone(name)))
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -209,7 +307,7 @@ def test_padding_on_the_left_changes_nothing(make_backbone: Make, name: str, met
     if name == "t5-tied":
         pytest.skip("T5 reads positions relative to one another, padding included, and is padded on the right")
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
-    assert torch.allclose(logits(model, pads=5), logits(model), atol=2e-4)
+    assert_equal_up_to_rounding(logits(model, pads=5), logits(model))
 
 
 def greedy(model: AdaptedModel, ids: Tensor, mask: Tensor, **options: object) -> Tensor:
@@ -240,6 +338,16 @@ def test_generation_is_that_without_a_cache(make_backbone: Make, name: str, meth
 
 
 @pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("method", ["adept", "dept", "attempt", "prefix"])
+def test_generation_that_keeps_no_cache_is_the_same(make_backbone: Make, name: str, method: str) -> None:
+    model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
+    ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    if name != "t5-tied":
+        mask[0, :3] = 0
+    assert torch.equal(greedy(model, ids, mask, use_cache=False), greedy(model, ids, mask))
+
+
+@pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("method", METHODS)
 def test_beams_run_and_leave_the_prompt_out(make_backbone: Make, name: str, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
@@ -255,6 +363,40 @@ def test_start_values_are_a_function_of_the_seed(make_backbone: Make, method: st
         return list(get_adept_model(make_backbone("llama"), METHODS[method], seed=seed).trainable_parameters().values())
 
     assert all(torch.equal(a, b) for a, b in zip(values(1), values(1), strict=True))
+
+
+# Names in the adapter file: those of earlier versions must load
+
+ADAPTER = "adapter.w_down adapter.b_down adapter.w_up adapter.b_up"
+NORMS = "*.input_layernorm.trained.weight *.post_attention_layernorm.trained.weight model.norm.trained.weight"
+NAMES = {
+    "adept": "soft_prompt network.w_down network.b1 network.w_up network.b2",
+    "pt": "soft_prompt",
+    "dept": "soft_prompt offset.a offset.b",
+    "pt_embedding": "soft_prompt offset.weight",
+    "mpt": "soft_prompt prefix_task_cols prefix_task_rows",
+    "attempt": "soft_prompt sources network.w_down network.w_up network.norm_weight network.norm_bias",
+    "prefix": "prefix_encoder.embedding.weight",
+    "lora": " ".join(f"*.self_attn.{x}_proj.lora_{pair}.weight" for x in "qkv" for pair in "AB"),
+    "ia3-feed-forward": "*.self_attn.k_proj.ia3_l *.self_attn.v_proj.ia3_l *.mlp.down_proj.ia3_l",
+    "adapter": " ".join(
+        [*(f"*.{part}.{end}" for part in ("self_attn.o_proj", "mlp.down_proj") for end in ADAPTER.split()), NORMS]
+    ),
+    "bitfit": " ".join(
+        [
+            *(f"*.self_attn.{x}_proj.bias" for x in "qkvo"),
+            *(f"*.mlp.{x}_proj.bias" for x in ("gate", "up", "down")),
+            *("*.input_layernorm.bias", "*.post_attention_layernorm.bias", "lm_head.bias"),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_names_in_the_adapter_file_stay(make_backbone: Make, tmp_path: Path, method: str) -> None:
+    get_adept_model(make_backbone("llama"), METHODS[method]).save_pretrained(tmp_path)
+    names = {re.sub(r"model\.layers\.\d", "*", name) for name in load_file(tmp_path / "adapter_model.safetensors")}
+    assert names == set(NAMES[method].split())
 
 
 # Parameter counts
@@ -322,11 +464,6 @@ def test_frozen_layers_below_lora_keep_nothing_for_the_backward_pass(make_backbo
     assert all(isinstance(module, FrozenLinear) for module in bases)
 
 
-def test_lora_layers_of_another_name_are_refused(make_backbone: Make) -> None:
-    with pytest.raises(UserError, match=r"method\.target_modules does not fit"):
-        get_adept_model(make_backbone("llama"), LoraConfig(target_modules=("query",)))
-
-
 def test_dept_offset_is_by_position_behind_the_prompt(make_backbone: Make) -> None:
     model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["dept"]))
     embedding, values = model.method.embedding, model.trainable_parameters()
@@ -336,7 +473,7 @@ def test_dept_offset_is_by_position_behind_the_prompt(make_backbone: Make) -> No
     offsets = torch.zeros(14, 32)
     offsets[:12] = 8 / 2**0.5 * values["offset.a"] @ values["offset.b"]
     expected = embedding.table.weight[random_ids(2, 14)] + offsets
-    torch.testing.assert_close(seen[0][:, 5:], expected, rtol=1e-5, atol=1e-5)
+    assert_equal_up_to_rounding(seen[0][:, 5:], expected)
 
 
 def test_dept_offsets_can_be_shifted_cyclically(make_backbone: Make, tmp_path: Path) -> None:
@@ -382,6 +519,18 @@ def test_a_source_of_another_kind_is_refused(make_backbone: Make, tmp_path: Path
     wanted = METHODS["adept"].model_copy(update={"init_from": str(tmp_path)})
     with pytest.raises(UserError, match=message):
         get_adept_model(make_backbone("llama"), wanted)
+
+
+def test_a_prefix_has_the_one_head_of_multi_query_attention() -> None:
+    model = get_adept_model(seeded(causal("falcon", multi_query=True)), METHODS["prefix"]).train()
+    losses = take_steps(model, batch(model), steps=5)
+    assert losses[-1] < losses[0]
+
+
+def test_a_backbone_without_attention_takes_no_prefix() -> None:
+    backbone = RwkvForCausalLM(RwkvConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, **TOKENS))
+    with pytest.raises(UserError, match=r"method\.name is 'prefix'.* \(model type 'rwkv'\) has none"):
+        get_adept_model(backbone, METHODS["prefix"])
 
 
 def test_a_prefix_and_recomputed_layers_exclude_one_another() -> None:

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
+import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import adept_ds
+from tests.test_upstream import USES
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def setup_file() -> configparser.ConfigParser:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    return setup
 
 
 def requirements() -> list[Requirement]:
     """What setup.cfg asks for, extras included."""
-    setup = configparser.ConfigParser()
-    setup.read(REPOSITORY / "setup.cfg")
+    setup = setup_file()
     blocks = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
     return [Requirement(line) for block in blocks for line in block.splitlines() if line]
 
@@ -38,21 +48,41 @@ def test_every_requirement_is_pinned_within_its_range(requirement: Requirement) 
     assert pins()[canonicalize_name(requirement.name)] in requirement.specifier
 
 
+@pytest.mark.parametrize("package", USES)
+def test_a_package_whose_private_names_are_used_is_bound_to_minor_versions_that_were_tried(package: str) -> None:
+    major, minor, *_ = pins()[canonicalize_name(package)].release
+    allowed = next(requirement.specifier for requirement in requirements() if requirement.name == package)
+    assert Version(f"{major}.{minor + 1}") not in allowed
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    files = [path for folder in ("adept_ds", "evals", "launchers") for path in (REPOSITORY / folder).rglob("*.py")]
+    imports = [
+        name
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+            else []
+        )
+    ]
+    modules = {name.partition(".")[0] for name in imports} - sys.stdlib_module_names - {"adept_ds"}
+    packages = {canonicalize_name({"sklearn": "scikit-learn"}.get(module, module)) for module in modules}
+    assert packages - {canonicalize_name(requirement.name) for requirement in requirements()} == set()
+
+
 def test_no_pin_is_a_build_for_one_kind_of_machine() -> None:
     assert [name for name, version in pins().items() if version.local] == []
 
 
 @pytest.fixture(scope="module")
-def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names of the files in a wheel built from this tree (from a copy, since setuptools builds in place)."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, folder)
-    shutil.copytree(REPOSITORY / "adept_ds", folder / "adept_ds", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", folder, folder], check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        return set(wheel.namelist())
+def wheel_files(wheel: Path) -> set[str]:
+    """Names of the files in the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
 
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel_files: set[str]) -> None:
@@ -60,6 +90,15 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel_files: set[str]) -> Non
     files = {str(path.relative_to(REPOSITORY)) for path in package.rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
     assert files - wheel_files == set()
+
+
+def test_recipes_and_batch_scripts_are_in_the_wheel(wheel_files: set[str]) -> None:
+    recipes = {f"adept_ds/recipes/{path.name}" for path in (REPOSITORY / "ds_configs").glob("*.json")}
+    folder = REPOSITORY / "launchers" / "slurm"
+    scripts = {f"adept_ds/slurm/scripts/{path.name}" for path in [*folder.glob("*.sbatch"), *folder.glob("*.sh")]}
+    assert len(recipes) > 5
+    assert len(scripts) > 5
+    assert (recipes | scripts) - wheel_files == set()
 
 
 def test_the_wheel_holds_nothing_but_the_package(wheel_files: set[str]) -> None:
@@ -96,3 +135,29 @@ def test_files_that_the_readme_names_exist() -> None:
     named = set(re.findall(r"\b(?:launchers|evals|ds_configs|adept_ds)/[\w./]*\w", readme))
     assert named
     assert [name for name in sorted(named) if not (REPOSITORY / name).exists()] == []
+
+
+def test_the_version_is_the_newest_of_the_changelog_and_that_of_the_citation() -> None:
+    version = setup_file()["metadata"]["version"]
+    released = re.findall(
+        r"^## \[(\d[^]]*)\] - \d{4}-\d\d-\d\d$", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert released == sorted(released, key=Version, reverse=True)
+    assert (released[0], citation["version"]) == (version, version)
+
+
+def test_the_package_tells_its_version() -> None:
+    assert adept_ds.__version__ == importlib.metadata.version("adept-ds")
+
+
+def test_the_hooks_before_a_commit_are_the_checks_of_make_lint() -> None:
+    recipe = subprocess.run(["make", "--dry-run", "lint"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    commands = [line for line in recipe.stdout.splitlines() if line.startswith(".venv/bin/") and " -m " not in line]
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    entries = [hook["entry"] for hook in hooks if hook["id"] != "schema"]
+    assert len(entries) == len(commands)
+    # The files that a hook is given follow its command.
+    assert [entry for entry, command in zip(entries, commands, strict=True) if not command.startswith(entry)] == []
+    scripts = commands[-1].removeprefix(entries[-1]).split()
+    assert all(re.search(hook["files"], script) for hook in hooks if hook["id"] == "shellcheck" for script in scripts)

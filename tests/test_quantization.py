@@ -34,6 +34,19 @@ def test_nf4_is_that_of_bitsandbytes_to_the_bit(double: bool, dtype: torch.dtype
     assert quantized.dense_weight().dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32), (33, 96), (9, 160), (5, 48), (7, 33), (8, 128)], ids=str)
+def test_nf4_values_are_code_times_absmax_in_any_shape(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Also where blocks run on from row to row, which bitsandbytes' kernels get wrong on processors with AVX-512."""
+    linear, quantized = layers(Scheme("nf4"), dtype, shape)
+    numel = linear.weight.numel()
+    packed, state = bnb_functional.quantize_4bit(linear.weight, blocksize=64, quant_type="nf4")
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:numel].long()
+    # One product in fp32 and one rounding, which are the same on every processor.
+    values = state.code[codes] * state.absmax.repeat_interleave(64)[:numel]
+    assert torch.equal(quantized.dense_weight(), values.view(shape).to(dtype))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_values_are_off_by_no_more_than_the_format_allows(scheme: Scheme) -> None:
     linear, quantized = layers(scheme, torch.float32)

@@ -48,10 +48,11 @@ def write_checkpoint(root: Path, step: int) -> Path:
 
 def test_a_second_writer_is_refused(tmp_path):
     first = RunFolder(tmp_path)
+    first.open(resolved(), "never")
     with pytest.raises(UserError, match="where another process is training now"):
-        RunFolder(tmp_path)
+        RunFolder(tmp_path).open(resolved(), "auto")
     del first
-    RunFolder(tmp_path)
+    RunFolder(tmp_path).open(resolved(), "auto")
 
 
 def test_the_resolved_config_is_stored(tmp_path):
@@ -136,6 +137,30 @@ def test_settings_that_do_not_change_the_training_may_change(tmp_path, changes):
     start(tmp_path, resolved())
     start(tmp_path, resolved(**changes), "auto")
     assert json.loads((tmp_path / "config.json").read_text()) == resolved(**changes)
+
+
+def without(config: dict[str, Any], section: str, *keys: str) -> dict[str, Any]:
+    """A resolved config as a version wrote it that did not have these settings yet."""
+    return config | {section: {key: value for key, value in config[section].items() if key not in keys}}
+
+
+def test_a_setting_that_is_new_since_the_run_began_has_its_default(tmp_path):
+    start(tmp_path, without(resolved(), "train", "warmup_ratio", "schedule_options", "early_stopping_patience"))
+    start(tmp_path, resolved(), "auto")
+
+
+def test_a_new_setting_with_another_value_is_named(tmp_path):
+    start(tmp_path, without(resolved(), "train", "early_stopping_patience"))
+    with pytest.raises(UserError, match=r"train\.early_stopping_patience was None and is now 3"):
+        start(tmp_path, resolved(train={"early_stopping_patience": 3}), "auto")
+
+
+def test_a_setting_that_there_is_no_longer_is_named(tmp_path):
+    old = resolved()
+    old["train"]["momentum"] = 0.5
+    start(tmp_path, old)
+    with pytest.raises(UserError, match=r"train\.momentum was 0\.5 and is now None"):
+        start(tmp_path, resolved(), "auto")
 
 
 def test_the_metric_that_the_best_is_chosen_by_may_not_change(tmp_path):

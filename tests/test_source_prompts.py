@@ -26,6 +26,7 @@ from adept_ds.planner.meta_step import meta_model, trace_step
 from tests.models import EOS, PAD, VOCABULARY, WIDTH
 from tests.test_meta_step import SHAPE, llama, run_of, t5
 from tests.test_methods import far_from_start, random_ids
+from tests.tolerances import assert_equal_up_to_rounding
 
 Make = Callable[[str], PreTrainedModel]
 
@@ -191,12 +192,12 @@ def test_mpt_distills_from_the_teacher_of_the_rows_task(make_backbone: Make, mak
     data = {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_ids": tasks, "reduction": "sum"}
     parameters = list(model.trainable_parameters().values())
     actual = model.train()(**data).loss
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_equal_up_to_rounding(actual, expected)
     gradients = (torch.autograd.grad(loss, parameters) for loss in (actual, expected))
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        assert_equal_up_to_rounding(ours, theirs)
     assert model.backbone.training
-    torch.testing.assert_close(model.eval()(**data).loss, plain, rtol=1e-5, atol=1e-5)
+    assert_equal_up_to_rounding(model.eval()(**data).loss, plain)
 
 
 def test_teachers_have_no_dropout(make_backbone: Make, make_sources) -> None:

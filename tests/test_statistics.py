@@ -103,6 +103,35 @@ def test_p_value_is_mcnemars_exact_one() -> None:
     assert paired_difference(first, second).p_value == pytest.approx(22 / 1024)
 
 
+@pytest.mark.parametrize(
+    ("better", "worse", "beyond"),
+    [
+        (5, 0, False),  # p = 0.0625, though the interval excludes 0
+        (6, 0, True),
+        (0, 6, True),
+        (12, 4, False),  # p = 0.077
+        (15, 4, True),
+        (20, 20, False),
+        (0, 0, False),
+    ],
+)
+def test_a_difference_is_beyond_the_noise_if_interval_and_sign_test_agree(
+    better: int, worse: int, beyond: bool
+) -> None:
+    first = {str(i): float(i < worse) for i in range(60)}
+    second = {str(i): float(worse <= i < worse + better) for i in range(60)}
+    assert paired_difference(first, second).is_beyond_noise is beyond
+
+
+def test_many_small_steps_do_not_outvote_a_few_large_ones() -> None:
+    first = {str(i): 0.2 if i < 90 else 0.0 for i in range(100)}
+    second = {str(i): 0.19 if i < 90 else 1.0 for i in range(100)}
+    difference = paired_difference(first, second)
+    assert difference.low > 0
+    assert difference.p_value < 0.05
+    assert not difference.is_beyond_noise
+
+
 def test_a_difference_both_ways_has_the_bootstraps_interval() -> None:
     # 12 better, 4 worse of 100: standard error sqrt(0.16 - 0.08^2) / 10 = 0.039.
     first = {str(i): float(i < 4) for i in range(100)}

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from adept_ds.cli.sweep import main
 from adept_ds.config.loader import load_config
 from adept_ds.errors import UserError
 from adept_ds.training.sweep import Member, members, read_grid, summary
-from launchers.sweep import main
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 

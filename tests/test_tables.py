@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from adept_ds.cli.report import main
 from adept_ds.errors import UserError
 from adept_ds.reports.paper import paper_figures
-from adept_ds.reports.run_results import read_runs
+from adept_ds.reports.runs import read_runs, run_figures
 from adept_ds.reports.tables import Table, build_tables
 from adept_ds.reports.tables_report import markdown, write_csv
-from evals.report import main
 
 MakeRun = Callable[..., Path]
 
@@ -63,6 +63,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             "method": evaluated or (method if adapter else None),
             "protocol": {"task": task, "variant": "fixed", "split": split},
             "examples": 100,
+            "invalid": 0,
             "metrics": {metric: {"value": share, "low": share - 0.1, "high": share + 0.1, "n": 100}},
         }
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -76,8 +77,8 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 
 def tables_of(*runs: Path) -> list[Table]:
-    records, _ = read_runs(runs)
-    return build_tables([result for record in records for result in record.results], paper_figures())
+    figures, _ = run_figures(read_runs(runs))
+    return build_tables(figures, paper_figures())
 
 
 def cell(table: Table, row: str, column: str) -> Any:
@@ -201,17 +202,17 @@ def test_other_backbones_have_a_table_without_the_paper(make_run: MakeRun) -> No
 def test_methods_are_compared_example_by_example(make_run: MakeRun) -> None:
     runs = [make_run("a", 60), make_run("b", 62, seed=2), make_run("c", 30, {"name": "pt"})]
     (found,) = table_3(*runs).differences
-    assert (found.first, found.second, found.column) == ("ADePT", "PT", "RTE")
-    assert found.difference.mean == pytest.approx(0.30 - 0.61)
-    assert (found.difference.worse, found.difference.better) == (32, 0)
-    assert found.difference.high < 0
+    assert found.startswith("RTE: PT has a lower accuracy than ADePT on 100 examples (-31.0 points, ")
+    assert found.endswith(
+        "better on 0, worse on 32, sign test p < 0.0001). That is beyond the noise of these examples."
+    )
 
 
 def test_other_splits_and_unfinished_runs_are_noted(make_run: MakeRun) -> None:
     run = make_run("a", 60, split="validation")
     (run / "status.json").write_text(json.dumps({"state": "interrupted"}))
-    records, notes = read_runs([run])
-    assert records[0].results == []
+    figures, notes = run_figures(read_runs([run]))
+    assert figures == []
     assert "is of the split 'validation' and is left out" in " ".join(notes)
     assert "is not finished (interrupted)" in " ".join(notes)
 
@@ -223,7 +224,8 @@ def test_bundled_problems_are_not_mbpp(make_run: MakeRun) -> None:
         folder = run / "eval" / name
         folder.mkdir()
         protocol = {"format": "mbpp-paper", "path": path, "split": "test"}
-        summary = {"adapter": "best", "protocol": protocol, "pass@1": score, "problems": 40}
+        summary = {"adapter": "best", "protocol": protocol, "pass@1": score}
+        summary |= {"problems": 40, "samples": 40, "verdicts": {"passed": 8, "failed": 32}}
         if name == "mbpp":
             summary["paper"] = {"cut": 0.2, "repaired": 0.24, "average": 0.22}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -258,6 +260,16 @@ def test_the_entry_point_writes_all_files_for_a_folder_of_runs(
     shown = capsys.readouterr().out
     assert "65.00 ± 7.07 (-17.00)" in shown
     assert "task 0.5500 ± 0.0707" in shown
+
+
+def test_runs_that_are_not_graded_have_a_report_that_says_so(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run("a", 60)
+    (run / "eval" / "test" / "rte" / "summary.json").unlink()
+    main([str(run), "--out", str(tmp_path / "out")])
+    assert f"{run} has no evaluation in eval/." in capsys.readouterr().out
+    assert "has no evaluation" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from adept_ds.cli.text2text import main, with_tasks
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
 from adept_ds.data.tasks import TaskExamples, load_task_examples
@@ -17,7 +18,6 @@ from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.text2text import greedy, score_to_folder, validation_metrics
 from adept_ds.model.adapted_model import get_adept_model
-from evals.text2text import main, with_tasks
 
 
 @pytest.fixture

@@ -38,6 +38,13 @@ def is_tokenizer_here(source: str) -> bool:
     return Path(source).is_dir() if is_local(source) else _find(source, None, TOKENIZER_CONFIG_NAME) is not None
 
 
+def cached_commit(source: str, revision: str | None = None) -> str | None:
+    """Commit of the hub's repository that a model in this machine's cache is of; None for a local folder."""
+    found = None if is_local(source) else _find(source, revision, CONFIG_NAME)
+    # The cache has a folder for each commit.
+    return found.parent.name if found else None
+
+
 def _find(source: str, revision: str | None, name: str) -> Path | None:
     if is_local(source):
         path = Path(source) / name

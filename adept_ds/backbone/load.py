@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
@@ -23,15 +25,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.hub_kernels import is_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
-from adept_ds.backbone.hub import is_local
+from adept_ds.backbone.hub import cached_commit, is_local
 from adept_ds.backbone.sharding import Partitioner
 from adept_ds.backbone.streaming import fill_backbone, fill_randomly
 from adept_ds.config.run import ModelConfig
-from adept_ds.errors import UserError, did_you_mean_path
+from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """`model.dtype` to the torch dtype."""
@@ -60,10 +64,10 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
     """Return the backbone's `transformers` config: its shape, no weights.
 
     Raises:
-        UserError: There is none at that place, it cannot be reached, or it does not work in `config.dtype`.
+        UserError: There is none at that place, it cannot be reached, or it does not work as `config` says.
     """
     architecture = _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
-    check_precision(config, architecture)
+    _check_settings(config, architecture)
     return architecture
 
 
@@ -74,21 +78,67 @@ def resolve_architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
     that they serve for mirrors and for folders that are yet to be filled, then the hub.
 
     Raises:
-        UserError: It is in none of the three.
+        UserError: It is in none of the three, or it does not work as `config` says.
     """
     name = config.name_or_path
     shipped = resources.files("adept_ds.backbone") / "architectures" / f"{Path(name).name.lower()}.json"
     if Path(name).is_dir() or not shipped.is_file():
         return load_architecture(config), f"config of {name}"
-    return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8"))), "shape shipped with adept_ds"
+    architecture = AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
+    _check_settings(config, architecture)
+    return architecture, "shape shipped with adept_ds"
 
 
-def check_precision(config: ModelConfig, architecture: PreTrainedConfig) -> None:
-    """Refuse a precision that the architecture does not work in.
+def check_attention(config: ModelConfig, architecture: PreTrainedConfig) -> None:
+    """Refuse an attention that the architecture does not have, or for which this machine lacks a package or a device.
+
+    Kernels of the hub are those that `transformers` loads by itself: their repositories are named in full, and belong
+    to publishers that it trusts.
 
     Raises:
-        UserError: An encoder-decoder model in fp16.
+        UserError: Names those that work here.
     """
+    refusal = _attention_refusal(config, architecture)
+    if refusal:
+        others = (config.model_copy(update={"attn_implementation": name}) for name in _attentions())
+        working = [str(other.attn_implementation) for other in others if not _attention_refusal(other, architecture)]
+        raise UserError(
+            f"model.attn_implementation is {config.attn_implementation!r}, which does not work here: {refusal}; "
+            f"expected {' or '.join(working)}"
+        )
+
+
+def _attention_refusal(config: ModelConfig, architecture: PreTrainedConfig) -> str:
+    """What `transformers` has against building the architecture with an attention; nothing if it builds it."""
+    if config.attn_implementation is None:
+        return ""
+    auto, options = _auto_model(config, architecture)
+    try:
+        with torch.device("meta"):
+            auto.from_config(copy.deepcopy(architecture), **options)
+    except (OSError, ValueError, ImportError) as error:
+        return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
+    return ""
+
+
+def _attentions() -> list[str]:
+    """Names of attentions that models are trained with."""
+    # Paged ones are for servers.
+    return ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if not name.startswith("paged|"))]
+
+
+def _check_settings(config: ModelConfig, architecture: PreTrainedConfig) -> None:
+    """Refuse settings that the architecture does not work with on any machine.
+
+    Raises:
+        UserError: An attention that there is none of by that name, or an encoder-decoder model in fp16.
+    """
+    attention = config.attn_implementation
+    if attention is not None and attention not in _attentions() and not is_kernel(attention):
+        raise UserError(
+            f"model.attn_implementation is {attention!r}; expected one of {', '.join(_attentions())}, or a kernel of "
+            f"the hub (kernels-community/NAME){did_you_mean(attention, _attentions())}"
+        )
     if config.dtype == "fp16" and architecture.is_encoder_decoder:
         raise UserError(
             f"model.dtype is 'fp16', in which the feed-forward layers of encoder-decoder models such as "
@@ -105,6 +155,9 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Load the backbone in `config.dtype`, frozen. Collective where there is a process group.
 
+    Its attribute `hub_revision` is the commit that it was read from, None for a local folder: `transformers` does not
+    keep it any more.
+
     Args:
         config: What to load.
         device: Where to; the CPU if None.
@@ -114,7 +167,8 @@ def load_backbone(
         show_progress: Whether this rank shows the progress of loading.
 
     Raises:
-        UserError: There is no such checkpoint, it cannot be reached, or it is not one of this architecture.
+        UserError: There is no such checkpoint, it cannot be reached, or it is not one of this architecture; or as
+            `check_attention`.
     """
     global _zero_init
     _zero_init = None  # or the skeleton below would be sharded, which is for an earlier backbone of this process
@@ -122,11 +176,13 @@ def load_backbone(
         disable_progress_bar()
     device = device or torch.device("cpu")
     architecture = load_architecture(config)
+    check_attention(config, architecture)
     if deepspeed_config is None and config.quantization is None:
         auto, options = _auto_model(config, architecture)
         backbone = _from_source(
             auto, "model.name_or_path", config.name_or_path, revision=config.revision, use_safetensors=True, **options
         )
+        backbone.hub_revision = cached_commit(config.name_or_path, config.revision)
         return backbone.requires_grad_(False).to(device)
     weights = weight_files(config)
     backbone = _empty_backbone(config, architecture)
@@ -136,6 +192,7 @@ def load_backbone(
         backbone.generation_config = GenerationConfig.from_pretrained(
             config.name_or_path, revision=config.revision or "main"
         )
+    backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     return backbone.requires_grad_(False).eval()
 

@@ -113,8 +113,11 @@ class Scheme:
             nested = bnb.QuantState(scales[0][1:], code=code, blocksize=_SCALES_PER_NESTED_BLOCK, dtype=torch.float32)
             absmax = bnb.dequantize_blockwise(absmax, nested) + scales[0][0]
         if self.name == "nf4":
-            state = bnb.QuantState(absmax, shape=shape, dtype=storage.dtype, blocksize=size, quant_type=self.name)
-            return bnb.dequantize_4bit(codes.view(-1, 1), state)
+            # Blocks run on from row to row, but bitsandbytes' AVX-512 kernel begins a new one with every row, and would
+            # scale rows that are no whole blocks by absmax of others: those are expanded as one row.
+            rows = shape if shape[-1] % size == 0 else torch.Size((1, shape.numel()))
+            state = bnb.QuantState(absmax, shape=rows, dtype=storage.dtype, blocksize=size, quant_type=self.name)
+            return bnb.dequantize_4bit(codes.view(-1, 1), state).view(shape)
         state = bnb.QuantState(absmax, code=_dynamic_map(storage.device), blocksize=size, dtype=storage.dtype)
         return bnb.dequantize_blockwise(codes.view(shape), state)
 

@@ -29,12 +29,15 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """The parameter's shape as the model declared it, sharded or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    # Not by getattr: a sharded parameter's own shape is 0, which must not be taken where DeepSpeed renames the other.
+    return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)  # type: ignore[attr-defined]
 
 
 def full_numel(parameter: Tensor) -> int:
     """Number of elements as the model declared it, sharded or quantised or not."""
-    return int(getattr(parameter, "dense_numel", getattr(parameter, "ds_numel", parameter.numel())))
+    if hasattr(parameter, "dense_numel"):
+        return int(parameter.dense_numel)
+    return int(parameter.ds_numel if is_sharded(parameter) else parameter.numel())  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -138,11 +141,27 @@ class Partitioner:
         return slice(min(self.rank * part, numel), min((self.rank + 1) * part, numel))
 
     def split(self, parameter: nn.Parameter) -> None:
-        """Keep this rank's part and release the rest. Every rank calls this for the same parameters in one order."""
+        """Keep this rank's part and release the rest. Every rank calls this for the same parameters in one order.
+
+        Raises:
+            RuntimeError: DeepSpeed kept another part than `own_part`, the only one with values.
+        """
         if self.group is not None:
             # DeepSpeed splits a parameter over all ranks unless it names a group (there: those that hold an expert).
             parameter.ds_zero_partition_process_group = self.group  # type: ignore[attr-defined]
         self._zero._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
+        self._check_part(parameter)
         # Where it will be gathered; code outside asks an empty parameter for its device too.
         parameter.data = parameter.data.to(self.device)
+
+    def _check_part(self, parameter: Any) -> None:
+        """By a group that it does not look at any more, or another way to cut, DeepSpeed would keep memory that nothing
+        was written to, and training would go on with that."""
+        kept = (parameter.ds_zero_partition_rank, parameter.ds_tensor.ds_numel)
+        expected = (self.rank, -(-parameter.ds_numel // self.size))
+        if kept != expected or not is_sharded(parameter):
+            raise RuntimeError(
+                f"DeepSpeed keeps part {kept[0]} with {kept[1]} elements of a weight, expected part {expected[0]} with "
+                f"{expected[1]}: this version of it splits weights in another way"
+            )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from adept_ds.backbone.load import DTYPES, check_precision, load_architecture, resolve_architecture
+from adept_ds.backbone.load import DTYPES, check_attention, load_architecture, resolve_architecture
 from adept_ds.benchmark.contenders import FLOOR, PEFT_PROMPT, Contender, build_contenders, quantized_layers
 from adept_ds.benchmark.flops import ModelFlops, peak_flops
 from adept_ds.benchmark.memory import held_bytes, step_growth
@@ -72,7 +72,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
             or `against` does not go with the quantisation.
     """
     architecture = resolve_architecture(run.model)[0] if options.random_init else load_architecture(run.model)
-    check_precision(run.model, architecture)
+    check_attention(run.model, architecture)
     world, notes = None, []
     if options.on_ranks:
         # Imports DeepSpeed, which one process does without.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -37,7 +37,7 @@ from adept_ds.data import longest_example
 from adept_ds.errors import UserError
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
-from adept_ds.training.optimizer import build_optimizer, set_learning_rates
+from adept_ds.training.optimizer import build_optimizer
 
 OURS, FLOOR, STOCK_FLOOR = "adept_ds", "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
@@ -174,9 +174,7 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | Non
     if not parameters:
         return None
     if isinstance(model, AdaptedModel):
-        optimizer = build_optimizer(model, config)
-        set_learning_rates(optimizer, 1.0)
-        return optimizer
+        return build_optimizer(model, config)
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate.soft_prompt,
@@ -237,7 +235,7 @@ def sharing_weights(backbone: Any) -> Any:
     """Return a copy of the backbone's modules that holds the very same parameters and buffers."""
     shared: list[Any] = [*backbone.parameters(), *backbone.buffers()]
     # bitsandbytes' layers refer to the scales of their weights too.
-    shared += [parameter.quant_state for parameter in backbone.parameters() if hasattr(parameter, "quant_state")]
+    shared += [parameter.quant_state for parameter in backbone.parameters() if isinstance(parameter, Params4bit)]
     return copy.deepcopy(backbone, {id(tensor): tensor for tensor in shared})
 
 

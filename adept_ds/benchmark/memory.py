@@ -14,8 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from adept_ds.backbone.sharding import is_sharded
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
@@ -30,8 +33,8 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int
 def _held(model: nn.Module) -> Iterator[Tensor]:
     for parameter in model.parameters():
         # ZeRO-3 keeps this rank's part beside the parameter, bitsandbytes its scales.
-        yield getattr(parameter, "ds_tensor", parameter)
-        state = getattr(parameter, "quant_state", None)
+        yield parameter.ds_tensor if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+        state = parameter.quant_state if isinstance(parameter, Params4bit) else None
         while state is not None:
             yield from (value for value in vars(state).values() if isinstance(value, Tensor))
             state = state.state2

@@ -1,4 +1,4 @@
-"""ADePT in DeepSpeed's engine on the ranks of a launcher, as `adept_ds.training.recipe` sets it up."""
+"""ADePT in DeepSpeed's engine on the ranks of a launcher, as training sets it up."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
+from typing_extensions import override
 
-from adept_ds.backbone.load import load_backbone, random_backbone
 from adept_ds.benchmark.contenders import OURS, Contender
 from adept_ds.benchmark.work import Work, padded_tokens
-from adept_ds.config.deepspeed import DeepSpeedPlan
+from adept_ds.config.deepspeed import SHARDED_STAGE, DeepSpeedPlan
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World
-from adept_ds.model.adapted_model import get_adept_model
-from adept_ds.training.engine import Engine, prepare_deepspeed, shard_options
-from adept_ds.training.optimizer import build_optimizer, set_learning_rates
+from adept_ds.training.engine import Engine, build_engine
 
 
 class EngineContender(Contender):
@@ -33,39 +31,32 @@ class EngineContender(Contender):
         )
         self._engine, self._labels = engine, work.labels_of_step
 
+    @override
     def forward_backward(self, number: int) -> Tensor:
-        """See `Contender.forward_backward`; the loss is this rank's sum."""
+        """The loss is this rank's sum."""
         return self._engine.forward_backward(self.steps[number], self._labels[number])
 
+    @override
     def update(self) -> None:
-        """See `Contender.update`."""
         self._engine.step()
 
     @property
+    @override
     def coordinator(self) -> Any:
-        """See `Contender.coordinator`."""
-        offload = getattr(self._engine.deepspeed.optimizer, "parameter_offload", None)
-        return offload and offload.get_param_coordinator()
+        if self._engine.zero_stage != SHARDED_STAGE:
+            return None
+        return self._engine.deepspeed.optimizer.parameter_offload.get_param_coordinator()
 
 
 def engine_contender(
     run: RunConfig, architecture: PreTrainedConfig, work: Work, plan: DeepSpeedPlan, random_init: bool, world: World
 ) -> Contender:
-    """Load the backbone, split over the ranks at ZeRO stage 3, and put ADePT and DeepSpeed around it. Collective.
+    """Build the engine that training would have. Collective.
 
     Raises:
-        UserError: As `load_backbone`.
+        UserError: As `build_engine`.
     """
-    prepare_deepspeed(world)
-    shards = shard_options(plan.config, run.train.sharding, world)
-    if random_init:
-        backbone = random_backbone(run.model, architecture, world.device, **shards)
-    else:
-        backbone = load_backbone(run.model, world.device, show_progress=world.is_main, **shards)
-    model = get_adept_model(backbone, run.method, work.tokenizer, run.train.seed)
-    if run.train.activation_checkpointing:
-        model.checkpoint_activations()
-    engine = Engine(model, build_optimizer(model, run.train), plan.config, world)
-    set_learning_rates(engine.optimizer, 1.0)
-    model.train()
+    random_shape = architecture if random_init else None
+    engine = build_engine(run, plan.config, work.tokenizer, world, random_shape=random_shape)
+    engine.model.train()
     return EngineContender(engine, work, run.method.num_virtual_tokens)

@@ -1,11 +1,11 @@
-"""What the sections of a config are made of: their base class, strict numbers, sizes."""
+"""What the sections of a config are made of: their base class, strict numbers, sizes; and what is wrong with values."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 Count = Annotated[StrictInt, Field(ge=1)]
 CountOrZero = Annotated[StrictInt, Field(ge=0)]
@@ -29,3 +29,9 @@ class Section(BaseModel):
     """Base of every section: unknown keys are refused, values cannot be changed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def validation_problems(error: ValidationError) -> str:
+    """Return all that is wrong with a value as one line: each key with its problem."""
+    problems = [(".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+    return "; ".join(f"{key}: {message}" if key else message for key, message in problems)

@@ -1,11 +1,13 @@
-"""The arithmetic of a run: how a global batch is split, and how many steps there are."""
+"""The arithmetic of a run: how a global batch is split, how many steps there are, and at which rates."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from adept_ds.config.run import TrainConfig
+from adept_ds.config.schedule import rate_factor
 from adept_ds.errors import UserError
 
 
@@ -64,12 +66,37 @@ def count_steps(config: TrainConfig, examples: int) -> int:
         UserError: The warm-up does not fit in.
     """
     total = config.max_steps or (config.epochs or 0) * math.ceil(examples / config.global_batch_size)
-    if config.warmup_steps >= total:
+    if (config.warmup_steps or 0) >= total:
         raise UserError(
             f"train.warmup_steps is {config.warmup_steps}, but the run has {total} steps ({config.epochs} epochs of "
-            f"{examples} examples, {config.global_batch_size} a step); expected: less"
+            f"{examples} examples, {config.global_batch_size} a step); expected: less. For a run as short as this one "
+            f"{config.shorter_warmup}"
         )
     return total
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Steps of warm-up in a run of so many steps."""
+    if config.warmup_ratio is None:
+        return config.warmup_steps or 0
+    return min(round(config.warmup_ratio * total_steps), total_steps - 1)
+
+
+def learning_rates(config: TrainConfig, groups: Iterable[str], total_steps: int) -> Callable[[int], dict[str, float]]:
+    """Return the function from the number of an optimizer step (the first is 0) to the rate of each parameter group.
+
+    Args:
+        config: Peak rates, schedule, warm-up.
+        groups: Fields of `train.learning_rate`.
+        total_steps: Steps of the whole run.
+
+    Raises:
+        UserError: As `rate_factor`.
+    """
+    warmup, options = warmup_steps(config, total_steps), config.schedule_options
+    peaks = {group: getattr(config.learning_rate, group) for group in groups}
+    factors = {group: rate_factor(config.schedule, options, peak, warmup, total_steps) for group, peak in peaks.items()}
+    return lambda step: {group: factors[group](step) * peak for group, peak in peaks.items()}
 
 
 def _divisors(number: int) -> str:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
-from typing import NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import argcomplete
 
 from adept_ds.config.batch import batch_arithmetic
-from adept_ds.config.loader import LoadedConfig, flatten, load_config, resolved_json
+from adept_ds.config.loader import LoadedConfig, flatten, load_config, load_values, resolved_json
+from adept_ds.config.recipes import config_path
 from adept_ds.config.schema import Setting, declared_settings, method_docs, section_docs, unknown_key_message
 from adept_ds.errors import UserError, did_you_mean
+
+FITTED = "chosen for this model and data"
+"""Source of settings that no file holds."""
+FLAGS, ALL = "flags", "all"
+"""What `--help` shows without a section, and with every one."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,10 +53,13 @@ def parse_command_line(
     description: str,
     add_flags: Callable[[argparse.ArgumentParser], object] = add_training_flags,
     check: Callable[[argparse.Namespace], object] = lambda flags: None,
+    own_help: Mapping[str, Callable[[], str]] = MappingProxyType({}),
+    without_config: Callable[[argparse.Namespace], Mapping[str, Any] | None] = lambda flags: None,
 ) -> tuple[argparse.Namespace, LoadedConfig]:
     """Parse `arguments`, load the config file that they name, and apply their overrides.
 
     `--help` and `--print_config` print and end the program. Flags and keys may be written with dashes or underscores.
+    `--config` takes a file, or the name of a config that ships with the package.
 
     Args:
         arguments: `sys.argv[1:]`.
@@ -55,6 +67,8 @@ def parse_command_line(
         description: What it does, for the help.
         add_flags: Adds the entry point's own flags to the parser, with underscores in their names.
         check: Checks those flags; its `UserError` is told together with the config's problems.
+        own_help: What `--help` takes beside the sections of settings, and what it then shows.
+        without_config: Gives the settings where there is no --config, if the flags say enough for that.
 
     Returns:
         The flags and the config.
@@ -70,8 +84,15 @@ def parse_command_line(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="JSON file with the settings of the run")
-    parser.add_argument("--help", "-h", action="store_true", help="print this help")
+    parser.add_argument("--config", metavar="FILE", help="JSON file with the settings, or the name of a shipped one")
+    parser.add_argument(
+        "--help",
+        "-h",
+        nargs="?",
+        const=FLAGS,
+        metavar="SECTION",
+        help=f"print this help, or that of the settings of a section: {', '.join([*own_help, *help_sections()])}",
+    )
     parser.add_argument(
         "--print_config",
         nargs="?",
@@ -81,21 +102,30 @@ def parse_command_line(
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     add_flags(parser)
+    if is_completing():
+        for setting in declared_settings().values():
+            parser.add_argument(f"--{setting.key}", choices=setting.choices or None, help=setting.doc)
+        argcomplete.autocomplete(parser)
 
     flags, rest = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if flags.help:
-        print(parser.format_help() + "\n" + settings_help(), end="")
+        own = {FLAGS: parser.format_help, **own_help}.get(flags.help)
+        print(own() if own else settings_help(flags.help), end="")
         raise SystemExit(0)
     overrides, problems = _overrides(rest, [f"--{name}" for name in vars(flags)])
-    if flags.config is None:
-        problems.append("--config FILE is needed, for example ds_configs/llama3_8b.json")
+    values = without_config(flags) if flags.config is None and not problems else None
+    if flags.config is None and values is None:
+        problems.append("--config FILE is needed, for example llama3_8b (`adept-ds recipes` lists those that ship)")
         raise UserError("\n".join(problems))
     try:
         check(flags)
     except UserError as error:
         problems.append(str(error))
     try:
-        loaded = load_config(flags.config, overrides)
+        if values is None:
+            loaded = load_config(config_path(flags.config), overrides)
+        else:
+            loaded = load_values(values, FITTED, overrides)
     except UserError as error:
         raise UserError("\n".join([*problems, str(error)])) from None
     if problems:
@@ -122,11 +152,18 @@ def parse_flags(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser)
+    if is_completing():
+        argcomplete.autocomplete(parser)
     flags, rest = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if rest:
         near = did_you_mean(rest[0], [f"--{name}" for name in vars(flags)])
         raise UserError(f"{rest[0]}: unknown flag{near}")
     return flags
+
+
+def is_completing() -> bool:
+    """Whether a shell asks for completions: then flags are told to it instead of being parsed."""
+    return "_ARGCOMPLETE" in os.environ
 
 
 def launcher_world_size() -> int:
@@ -141,17 +178,31 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def settings_help() -> str:
-    """Every setting by section, those of each method apart, from its declaration: type, default, meaning."""
+def help_sections() -> list[str]:
+    """What `--help` takes: sections whose settings it then documents, and `all`."""
+    sections = dict.fromkeys(key.partition(".")[0] for key in declared_settings())
+    return [*(name for name in sections if not name.startswith("_")), ALL]
+
+
+def settings_help(section: str = ALL) -> str:
+    """The settings of a section, those of each method apart, from their declaration: type, default, meaning.
+
+    Raises:
+        UserError: There is no such section.
+    """
+    if section not in help_sections():
+        raise UserError(
+            f"--help {section}: expected one of {', '.join(help_sections())}{did_you_mean(section, help_sections())}"
+        )
     lines = ["settings, in the config file or as --section.key VALUE (read as JSON, else as a string):"]
-    section = None
+    last = None
     for setting in declared_settings().values():
         parent = setting.key.rpartition(".")[0]
-        if parent == "method" and setting.key != "method.name":
+        if section not in (ALL, setting.key.partition(".")[0]) or (parent == "method" and setting.key != "method.name"):
             continue
-        if parent != section:
-            section = parent
-            lines += ["", f"{section}: {section_docs()[section]}" if section else "top level"]
+        if parent != last:
+            last = parent
+            lines += ["", f"{last}: {section_docs()[last]}" if last else "top level"]
         lines += _setting_help(setting)
         if setting.key == "method.name":
             for name, doc in method_docs().items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
+from typing_extensions import override
 
 from adept_ds.config.base import Count, CountOrZero, Fraction, PositiveFloat, Section
 
@@ -66,8 +67,8 @@ class AdapterSettings(MethodSettings):
         return {}
 
     @property
+    @override
     def adapter_folders(self) -> dict[str, str]:
-        """See `MethodSettings.adapter_folders`."""
         return self.source_prompts | ({} if self.init_from is None else {"method.init_from": self.init_from})
 
 
@@ -92,22 +93,27 @@ class PromptSettings(AdapterSettings):
         return self
 
 
-class AdeptConfig(PromptSettings):
+class OffsetSettings(PromptSettings):
+    """Base for methods with a soft prompt and an offset to the tokens' embeddings that evaluation can leave out."""
+
+    num_virtual_tokens: CountOrZero = 7
+    """Length l of the soft prompt, in tokens. 0 leaves the prompt out."""
+    offset_in_evaluation: StrictBool = True
+    """Whether the offset is added in evaluation and generation too; without it the soft prompt is left alone (table
+    11 of the paper)."""
+
+
+class AdeptConfig(OffsetSettings):
     """ADePT (eq. 3 and 4 of the paper): soft prompt P [l, d] and token-shared network of bottleneck r."""
 
     name: Literal["adept"] = "adept"
     """The method."""
-    num_virtual_tokens: CountOrZero = 7
-    """Length l of the soft prompt, in tokens. 0 leaves the prompt out."""
     bottleneck: Count = 1
     """Width r of the token-shared network's hidden layer."""
     down_init: Literal["published", "linear"] = "published"
     """Bounds of W_down's uniform draw: 1/sqrt(r) (the published code) or 1/sqrt(d) (the usual linear-layer rule)."""
     dropout: Fraction = 0.0
     """Dropout on the bottleneck's activations in training. The paper has none; the published code has 0.1."""
-    offset_in_evaluation: StrictBool = True
-    """Whether the offset is added in evaluation and generation too; without it the soft prompt is left alone (table
-    11 of the paper)."""
 
 
 class PromptTuningConfig(PromptSettings):
@@ -119,22 +125,17 @@ class PromptTuningConfig(PromptSettings):
     """Length l of the soft prompt, in tokens. The paper has 10 for decoder-only models and 100 for T5."""
 
 
-class DeptConfig(PromptSettings):
+class DeptConfig(OffsetSettings):
     """DePT (eq. 2 of the paper): soft prompt P [l, d] and an offset 8 / sqrt(r) A B that depends on the position."""
 
     name: Literal["dept"] = "dept"
     """The method."""
-    num_virtual_tokens: CountOrZero = 7
-    """Length l of the soft prompt, in tokens. 0 leaves the prompt out."""
     rank: Count = 3
     """Rank r of the offsets: A [max_positions, r], B [r, d]."""
     max_positions: Count = 581
     """Positions with an offset, counted from the first token behind the prompt; tokens further on have none."""
     cyclic_shift: CountOrZero = 0
     """Take the offset of the position so many places further on, modulo `max_positions` (table 1 of the paper)."""
-    offset_in_evaluation: StrictBool = True
-    """Whether the offset is added in evaluation and generation too; without it the soft prompt is left alone (table
-    11 of the paper)."""
 
 
 class PromptEmbeddingConfig(PromptSettings):
@@ -186,13 +187,14 @@ class MptConfig(PromptSettings):
     """Temperature of the predictions that are compared."""
 
     @property
+    @override
     def prompt_tasks(self) -> tuple[str, ...]:
-        """See `MethodSettings.prompt_tasks`."""
         return self.tasks
 
     @property
+    @override
     def source_prompts(self) -> dict[str, str]:
-        """See `AdapterSettings.source_prompts`. The teachers, in the order of the tasks."""
+        """The teachers, in the order of the tasks."""
         return {f"method.teachers.{task}": self.teachers[task] for task in self.tasks if self.teachers}
 
     @model_validator(mode="after")
@@ -225,8 +227,8 @@ class AttemptConfig(PromptSettings):
     """Temperature of the softmax over the prompts; e d if not given, as published."""
 
     @property
+    @override
     def source_prompts(self) -> dict[str, str]:
-        """See `AdapterSettings.source_prompts`."""
         return {f"method.sources[{number}]": folder for number, folder in enumerate(self.sources)}
 
 
@@ -259,7 +261,8 @@ class LoraConfig(AdapterSettings, PromptlessSettings):
     """Dropout on the layer's input, for the low-rank pair alone."""
     target_modules: tuple[str, ...] | None = None
     """Ends of the names of the layers that get a pair. If not given: queries, keys and values of decoder-only models,
-    queries and values of T5, as in the paper."""
+    queries and values of T5, as in the paper; in a backbone that is not built like T5, Llama, CodeGen or GPT-2, HF
+    PEFT's choice for its model type."""
 
 
 class Ia3Config(AdapterSettings, PromptlessSettings):
@@ -271,7 +274,8 @@ class Ia3Config(AdapterSettings, PromptlessSettings):
     """Scale the inputs of the feed-forward layers' last projection too, as (IA)3 was published; the parameters that
     the paper counts for it (55.3K on T5-base) are those of keys and values."""
     target_modules: tuple[str, ...] | None = None
-    """Ends of the names of the layers whose outputs are scaled; those of keys and values if not given."""
+    """Ends of the names of the layers whose outputs are scaled. If not given: those of keys and values; in a backbone
+    that is not built like T5, Llama, CodeGen or GPT-2, HF PEFT's choice for its model type."""
 
 
 class BottleneckSettings(AdapterSettings, PromptlessSettings):

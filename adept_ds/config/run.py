@@ -18,6 +18,7 @@ from pydantic_core.core_schema import no_info_after_validator_function, str_sche
 
 from adept_ds.config.base import Count, CountOrZero, Fraction, NonNegativeFloat, PositiveFloat, Section
 from adept_ds.config.method import AdeptConfig, MethodConfig
+from adept_ds.config.schedule import ScheduleName, check_options
 from adept_ds.errors import did_you_mean
 from adept_ds.formats import FORMATS
 
@@ -41,8 +42,9 @@ class ModelConfig(Section):
     """For `nf4`: keep the blocks' scales in 8 bits too, 4.13 bits a weight instead of 4.5."""
     quantized_cache: str | None = None
     """Folder in which quantised weights are kept, so that later runs read them instead of converting anew."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
-    """Attention kernel; the choice of `transformers` for the architecture if not given."""
+    attn_implementation: str | None = Field(default=None, min_length=1)
+    """Attention by `transformers`' name: eager, sdpa, flash_attention_2 (3, 4), flex_attention, or a kernel of the hub
+    such as kernels-community/flash-attn2; the choice of `transformers` for the architecture if not given."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -193,10 +195,19 @@ class TrainConfig(Section):
     """Forward passes before one optimizer step; follows from the two sizes above and the world size if not given."""
     learning_rate: LearningRateConfig = LearningRateConfig()
     """Peak learning rates by parameter group."""
-    schedule: Literal["linear", "constant"] = "linear"
-    """After warm-up: linear decay to zero at the last step, or constant."""
-    warmup_steps: CountOrZero = 500
-    """Steps of linear warm-up from zero. Must be below the total number of steps."""
+    schedule: ScheduleName = "linear"
+    """After warm-up: linear decay to zero at the last step, constant, or another of `transformers`' schedules."""
+    schedule_options: dict[str, Any] = Field(default={})
+    """What `transformers` calls the schedule's own arguments, such as {"num_cycles": 2} for cosine_with_restarts."""
+    warmup_steps: CountOrZero | None = 500
+    """Steps of linear warm-up from zero. Must be below the total number of steps. null, if `warmup_ratio` is given."""
+    warmup_ratio: Fraction | None = None
+    """In place of `warmup_steps`: warm-up as a share of all steps, rounded to the nearest number of them."""
+    early_stopping_patience: Count | None = None
+    """End the run after so many evaluations, one after the other, without a better figure of `eval.metric`; it takes
+    all its steps if not given. The schedule is that of the whole run either way."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """How much better than the last better one a figure must be to count for `early_stopping_patience`."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """AdamW's beta1 and beta2."""
     adam_eps: PositiveFloat = 1e-6
@@ -220,13 +231,36 @@ class TrainConfig(Section):
     keep_checkpoints: Count = 2
     """Newest checkpoints to keep; the best adapter is kept beside them."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_warmup(cls, values: Any) -> Any:
+        """The default of `warmup_steps` is for runs without a `warmup_ratio`."""
+        if isinstance(values, dict) and values.get("warmup_steps") is None:
+            has_ratio = values.get("warmup_ratio") is not None
+            others = {key: value for key, value in values.items() if key != "warmup_steps"}
+            return others | ({"warmup_steps": None} if has_ratio else {})
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("give exactly one of epochs and max_steps")
-        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give one of warmup_steps and warmup_ratio; the other is null, or left out")
+        if self.max_steps is not None and (self.warmup_steps or 0) >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps}); {self.shorter_warmup}"
+            )
+        check_options(self.schedule, self.schedule_options)
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold goes with early_stopping_patience")
         return self
+
+    @property
+    def shorter_warmup(self) -> str:
+        """What to set where the warm-up is longer than the run."""
+        given = "warmup_steps" in self.model_fields_set
+        return f"set train.warmup_ratio 0.1{' and train.warmup_steps null' if given else ''}"
 
 
 class GenerationConfig(Section):
@@ -294,6 +328,10 @@ class EvalConfig(Section):
     sandbox: SandboxConfig = SandboxConfig()
     """Execution."""
 
+    def gain(self, value: float, reference: float) -> float:
+        """By how much a figure of `metric` is better than another."""
+        return reference - value if self.metric == "loss" else value - reference
+
 
 class LoggingConfig(Section):
     """The run folder and what is written to it."""
@@ -306,6 +344,9 @@ class LoggingConfig(Section):
     """Trackers by their Accelerate name (tensorboard, wandb, mlflow, ...). metrics.jsonl is written always."""
     project: str = Field(default="adept_ds", min_length=1)
     """Project name for trackers that have one."""
+    upload_result: StrictBool = False
+    """Put the best adapter (or model) into the trackers too when the run is finished, where they take files (wandb,
+    mlflow)."""
 
 
 class RunConfig(Section):

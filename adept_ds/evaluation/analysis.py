@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from adept_ds.config.base import validation_problems
 from adept_ds.config.run import RunConfig
 from adept_ds.data import EncodedDataset, collate
 from adept_ds.data.tasks import TaskExamples
@@ -154,8 +155,7 @@ def write_variant(adapter: Path, changes: Sequence[str], out: Path) -> None:
     try:
         method = type(source.method).model_validate(settings)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise UserError(f"--set {' '.join(changes)}: {problems}") from None
+        raise UserError(f"--set {' '.join(changes)}: {validation_problems(error)}") from None
     facts = {key: value for key, value in source.facts.items() if key not in ("tensors_sha256", "versions")}
     save_adapter(out, method, source.tensors, source.backbone, {**facts, "variant_of": str(adapter)})
 

@@ -16,7 +16,8 @@ from adept_ds.data import Problem, Sample
 from adept_ds.errors import UserError
 from adept_ds.evaluation.results import RESULTS_NAME, SUMMARY_NAME, verdict_label
 from adept_ds.evaluation.statistics import Estimate, mean_pass_at_k
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, write_json
+from adept_ds.formats.mbpp import task_in_words
 from adept_ds.sandbox import Limits, Program, Sandbox, Verdict
 
 
@@ -25,9 +26,9 @@ class Score:
     """All verdicts of a set of samples, and what follows from them."""
 
     results: list[dict[str, Any]]
-    """One entry a sample, in the samples' order: task id, completion, program, verdict."""
+    """One entry a sample, in the samples' order: task id, task in words, completion, program, verdict."""
     pass_at_k: dict[int, Estimate]
-    """k to the mean over problems."""
+    """k to the mean over problems; 1 is always there, as every comparison and report starts from it."""
     verdicts: dict[str, int]
     """Verdict, with its kind where it has one, to the number of samples."""
     missing: list[str]
@@ -53,7 +54,7 @@ def score_samples(
         problems: What counts; each is in the mean, with or without samples.
         samples: Completions, any number for a problem, identical ones included.
         config: The sandbox's settings.
-        ks: The k of pass@k.
+        ks: The k of pass@k, beside 1.
         postprocess: Changes each completion before its program is made.
 
     Raises:
@@ -85,14 +86,16 @@ def score_samples(
         counts[sample.task_id][0] += 1
         counts[sample.task_id][1] += verdict.status == "passed"
         facts = {name: value for name, value in asdict(verdict).items() if name != "id"}
-        results.append({"task_id": sample.task_id, "completion": sample.completion, "program": program.source, **facts})
+        task = task_in_words(by_id[sample.task_id].prompt)
+        about = {"task_id": sample.task_id, "task": task, "completion": sample.completion, "program": program.source}
+        results.append({**about, **facts})
     missing = [task_id for task_id, (n, _) in counts.items() if n == 0]
     largest = max(ks)
     tallies = {task_id: (n, c) if n else (largest, 0) for task_id, (n, c) in counts.items()}
     return Score(
         results=results,
-        pass_at_k={k: mean_pass_at_k(tallies, k) for k in ks},
-        verdicts=dict(Counter(verdict_label(result) for result in results).most_common()),
+        pass_at_k={k: mean_pass_at_k(tallies, k) for k in dict.fromkeys((1, *ks))},
+        verdicts=dict(Counter(verdict_label(one["status"], one["kind"]) for one in results).most_common()),
         missing=missing,
         unique_samples=len({(result["task_id"], result["program"]) for result in results}),
         isolation=isolation,
@@ -119,6 +122,4 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
         "in_process": sum(result["in_process"] for result in score.results),
         "isolation": score.isolation,
     }
-    with atomic_write(folder / SUMMARY_NAME) as file:
-        json.dump(summary, file, indent=2)
-        file.write("\n")
+    write_json(folder / SUMMARY_NAME, summary)

@@ -14,12 +14,15 @@ from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 from adept_ds.errors import UserError
 
-# Half-width of a 95 % interval in standard errors.
 CONFIDENCE = 0.95
+SIGNIFICANCE = 0.05
+FEWEST_CHANGED = 6
+"""Problems that must come out differently before the sign test can fall below `SIGNIFICANCE`: 2 / 2^5 is above it."""
+# Half-width of a 95 % interval in standard errors.
 Z95 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 RESAMPLES = 10_000
 BATCH_ELEMENTS = 10_000_000
@@ -56,6 +59,19 @@ class PairedDifference:
     method: str
     """How the interval was made: "bootstrap", or "agresti-min" where no two problems differ in opposite directions."""
 
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Whether the difference is more than the choice of problems explains.
+
+        Two things must hold, in the same direction: the interval excludes 0, and the sign test's p is below 0.05. Each
+        alone is too easily met. A bootstrap of few problems is too narrow; and the sign test asks only on how many
+        problems a score rose or fell, so that with several samples a problem many small steps one way outvote a few
+        large ones the other way. Both take a problem's samples as one observation, however many they are. With fewer
+        than six problems that came out differently the sign test cannot be met, all in one direction or not.
+        """
+        same_direction = (self.low > 0 and self.better > self.worse) or (self.high < 0 and self.worse > self.better)
+        return same_direction and self.p_value < SIGNIFICANCE
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Unbiased estimate of the chance that one of `k` samples passes, when `c` of `n` drawn samples passed.
@@ -89,18 +105,23 @@ def problem_scores(results: Mapping[str, tuple[int, int]], k: int) -> dict[str, 
 
 
 def mean_pass_at_k(results: Mapping[str, tuple[int, int]], k: int) -> Estimate:
-    """Average pass@k over problems; `results` maps a task id to (samples n, passed samples c).
-
-    The interval is the bias-corrected and accelerated bootstrap's over problems (Efron 1987, `RESAMPLES` resamples).
-    Problems that all have the same score resample to that score only; the interval is then Wilson's (1927) for as many
-    trials as there are problems, so that a score of 0 or 1 has an honest interval too.
+    """Average pass@k over problems; `results` maps a task id to (samples n, passed samples c). See `mean_score`.
 
     Raises:
         UserError: there is no problem, or one has fewer than `k` samples.
     """
     if not results:
         raise UserError(f"pass@{k} of no problems is undefined")
-    scores = list(problem_scores(results, k).values())
+    return mean_score(list(problem_scores(results, k).values()))
+
+
+def mean_score(scores: Sequence[float]) -> Estimate:
+    """Average of the problems' scores, one in [0, 1] for each; there must be a problem.
+
+    The interval is the bias-corrected and accelerated bootstrap's over problems (Efron 1987, `RESAMPLES` resamples).
+    Problems that all have the same score resample to that score only; the interval is then Wilson's (1927) for as many
+    trials as there are problems, so that a score of 0 or 1 has an honest interval too.
+    """
     mean = math.fsum(scores) / len(scores)
     is_varied = len(set(scores)) > 1
     low, high = _bootstrap(scores) if is_varied else _wilson(mean, len(scores))
@@ -126,6 +147,7 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
     differences = [second[task_id] - first[task_id] for task_id in first]
     better = sum(difference > 0 for difference in differences)
     worse = sum(difference < 0 for difference in differences)
+    changed = better + worse
     is_both_ways = better > 0 and worse > 0
     low, high = _bootstrap(differences) if is_both_ways else _agresti_min(differences)
     return PairedDifference(
@@ -135,7 +157,7 @@ def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -
         n=len(differences),
         better=better,
         worse=worse,
-        p_value=_sign_test(better, worse),
+        p_value=float(binomtest(better, changed).pvalue) if changed else 1.0,
         method="bootstrap" if is_both_ways else "agresti-min",
     )
 
@@ -189,9 +211,3 @@ def _wilson(p: float, n: float) -> tuple[float, float]:
     margin = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
     # At p = 0 and p = 1 one bound is p itself; rounding may put it a hair on the other side.
     return max(0.0, min(p, centre - margin)), min(1.0, max(p, centre + margin))
-
-
-def _sign_test(better: int, worse: int) -> float:
-    trials = better + worse
-    tail = sum(math.comb(trials, i) for i in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**trials)

@@ -21,12 +21,10 @@ from adept_ds.data.tasks import Part, Task, TaskExamples, cut_references, load_t
 from adept_ds.distributed import World, init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.results import PREDICTIONS_NAME, SUMMARY_NAME
 from adept_ds.evaluation.tuned import load_tuned, tuned_facts
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, write_json
 from adept_ds.model.adapted_model import AdaptedModel
-
-PREDICTIONS_NAME = "predictions.jsonl"
-SUMMARY_NAME = "summary.json"
 
 
 def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) -> None:
@@ -141,8 +139,7 @@ def score_to_folder(
         "reported": task.metrics[0],
         "metrics": {name: asdict(interval) for name, interval in metrics.items()},
     }
-    with atomic_write(folder / SUMMARY_NAME) as file:
-        file.write(json.dumps(summary, indent=2) + "\n")
+    write_json(folder / SUMMARY_NAME, summary)
     for name, interval in metrics.items():
         print(
             f"{task.name}: {name} {100 * interval.value:.2f} (95 % interval {100 * interval.low:.2f} to "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 import warnings
 from collections.abc import Sequence
@@ -69,6 +70,8 @@ Record = MbppRecord | HumanEvalRecord
 
 MBPP_FIELDS = ("task_id", "text", "code", "test_list")
 HUMANEVAL_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+FEW_SHOT_OPENING = "You are an expert Python programmer, and here is your task:"
+BEFORE_TESTS = "Your code should pass these tests:"
 
 
 def parse_record(row: Row) -> Record:
@@ -110,17 +113,14 @@ def few_shot_target(record: MbppRecord) -> str:
 
 def _task_and_tests(record: MbppRecord) -> str:
     tests = "\n".join(record.test_list)
-    return (
-        f"You are an expert Python programmer, and here is your task: {record.text.strip()} "
-        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    )
+    return f"{FEW_SHOT_OPENING} {record.text.strip()} {BEFORE_TESTS}\n\n{tests}\n[BEGIN]\n"
 
 
 def instruct_prompt(record: MbppRecord) -> str:
     """Return the user's turn for a chat model."""
     tests = "\n".join(record.test_list)
     return (
-        f"{record.text.strip()}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```\n\n"
+        f"{record.text.strip()}\n\n{BEFORE_TESTS}\n\n```python\n{tests}\n```\n\n"
         "Answer with the Python code in one ```python block."
     )
 
@@ -128,6 +128,21 @@ def instruct_prompt(record: MbppRecord) -> str:
 def instruct_target(record: MbppRecord) -> str:
     """Return the answer that a chat model is trained to give."""
     return f"```python\n{record.code.rstrip()}\n```"
+
+
+def task_in_words(prompt: str) -> str:
+    """Return the task that a prompt of one of the forms states, on one line; empty if it states none.
+
+    Of worked examples it is the last one, of a signature with its docstring what stands before the first example.
+    """
+    stated, has_tests, _ = prompt.rpartition(BEFORE_TESTS)
+    if has_tests:
+        text = stated.rpartition(FEW_SHOT_OPENING)[2]
+    else:
+        last_function = prompt[max(0, prompt.rfind("\ndef ")) :]
+        parts = re.split(r"\"{3}|'{3}", last_function)
+        text = parts[1] if len(parts) > 1 else ""
+    return " ".join(text.partition(">>>")[0].split())
 
 
 def to_humaneval(record: MbppRecord) -> HumanEvalRecord:

@@ -15,7 +15,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
+from adept_ds.config.method import AdeptConfig
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding
 
@@ -67,8 +69,8 @@ class AdeptEmbedding(PromptedEmbedding):
         super().__init__(table, soft_prompt, offset_in_evaluation)
         self.network = network
 
+    @override
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
-        """See `PromptedEmbedding.add_offset`; the ids are not looked at."""
         return tokens + self.network(tokens)
 
     @torch.no_grad()
@@ -89,10 +91,12 @@ class AdeptEmbedding(PromptedEmbedding):
 class Adept(PromptedMethod):
     """Soft prompt and token-shared offset network in the input embedding; made from an `AdeptConfig`."""
 
+    config: AdeptConfig
+
+    @override
     def make_embedding(
         self, table: nn.Embedding, prompt: nn.Module | None, generator: torch.Generator | None
     ) -> AdeptEmbedding:
-        """See `PromptedMethod.make_embedding`."""
         config = self.config
         network = TokenSharedNetwork(
             table.embedding_dim,

@@ -5,9 +5,9 @@
     P' = P + sum_j a_j P_j                    j: the n frozen source prompts, and P itself
     in = concat(P', E)
 
-Every row has weights a of its own, and so a prompt. Its input is what is read before anything is predicted: all of an
-encoder's, and of a causal model's the tokens in front of the answer, in training as in generation. Padding is left out,
-which the published code reads too.
+Every row has weights a of its own, and so a prompt of its own. The input x is what is read before anything is
+predicted: all that an encoder reads, and in a causal model the tokens in front of the answer, in training as in
+generation. Padding is no part of it; the published code counts it in.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.config.method import AttemptConfig
 from adept_ds.contexts import attribute_set
+from adept_ds.methods.layers import embedding_table
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding, SoftPrompt
 from adept_ds.methods.source_prompts import load_source_prompts
@@ -71,13 +73,15 @@ class AttemptEmbedding(PromptedEmbedding):
         self.network = network
         self.temperature = temperature
 
+    @override
     def forward(self, input_ids: Tensor) -> Tensor:
-        """See `PromptedEmbedding.forward`.
+        """Embed ids below V, and prompt ids from V on.
 
         Raises:
             ValueError: There is a prompt to read, but not the whole of the input that it depends on.
         """
-        is_whole = self.context is not None and self.context.shape[1] == input_ids.shape[1]
+        # Without a cache, what has been generated is read again behind the input.
+        is_whole = self.context is not None and self.context.shape[1] <= input_ids.shape[1]
         if self.enabled and not is_whole and bool((input_ids >= self.num_embeddings).any()):
             raise ValueError(
                 "the prompt of ATTEMPT depends on the whole input, and a part of it came alone; generate without "
@@ -85,8 +89,8 @@ class AttemptEmbedding(PromptedEmbedding):
             )
         return super().forward(input_ids)
 
+    @override
     def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
-        """See `PromptedEmbedding.read_prompt`."""
         assert self.soft_prompt is not None
         rows, columns = index.shape
         length = self.sources.shape[1]
@@ -100,10 +104,11 @@ class AttemptEmbedding(PromptedEmbedding):
 
     def _input_columns(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Which columns are a row's input [B, S]. A call for generated tokens alone has no prompt, and none are."""
-        if self.context is None or self.context.shape[1] != columns:
+        if self.context is None or self.context.shape[1] > columns:
             return torch.zeros(rows, columns, dtype=torch.bool, device=device)
+        context = F.pad(self.context, (0, columns - self.context.shape[1]))
         # Beams are copies of a row, side by side.
-        return self.context.repeat_interleave(rows // self.context.shape[0], 0)
+        return context.repeat_interleave(rows // context.shape[0], 0)
 
 
 def _largest(vectors: Tensor, is_counted: Tensor) -> Tensor:
@@ -121,15 +126,16 @@ class Attempt(PromptedMethod):
     config: AttemptConfig
     embedding: AttemptEmbedding
 
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`.
+        """Read the source prompts too, where values are initialised: an adapter file has them.
 
         Raises:
             UserError: As `load_source_prompts`.
         """
-        config, table = self.config, cast(nn.Embedding, backbone.get_input_embeddings())
+        config, table = self.config, embedding_table(backbone)
         if table.weight.is_meta or generator is None:
             self._sources = torch.zeros(len(config.sources), config.num_virtual_tokens, table.embedding_dim)
         else:
@@ -137,23 +143,24 @@ class Attempt(PromptedMethod):
             self._sources = load_source_prompts(config.source_prompts, length, facts)
         super().inject(backbone, tokenizer, generator)
 
+    @override
     def make_embedding(
         self, table: nn.Embedding, prompt: nn.Module | None, generator: torch.Generator | None
     ) -> AttemptEmbedding:
-        """See `PromptedMethod.make_embedding`."""
         network = AttentionNetwork(table.embedding_dim, self.config.bottleneck, generator)
         temperature = self.config.temperature or math.e * table.embedding_dim
         sources = self._sources.to(table.weight.device)
         return AttemptEmbedding(table, cast(SoftPrompt, prompt), sources, network, temperature)
 
+    @override
     def constants(self) -> dict[str, Tensor]:
-        """See `Method.constants`."""
         return {"sources": self.embedding.sources}
 
+    @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """See `Method.start_values`. The source prompts stay those of the settings."""
+        """The source prompts stay those of the settings."""
         return source.tensors | self.constants()
 
+    @override
     def reading(self, context: Tensor) -> AbstractContextManager[None]:
-        """See `Method.reading`."""
         return attribute_set(self.embedding, "context", context)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.config.method import MethodConfig
 from adept_ds.storage.adapter_folder import Adapter
@@ -33,15 +35,14 @@ class Method(Protocol):
     parameters. Nothing outside a method knows what they are.
     """
 
+    config: MethodConfig | None
+    """The settings it was made from; None for the backbone as it is."""
     num_virtual_tokens: int
     """Soft-prompt tokens l in front of the input; those of prompt k have the ids V + k l .. V + (k + 1) l - 1."""
     distillation: Distillation | None
     """How training follows teachers; None if it has none."""
 
-    @property
-    def config(self) -> MethodConfig | None:
-        """The settings it was made from; None for the backbone as it is."""
-
+    @abstractmethod
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
@@ -52,43 +53,59 @@ class Method(Protocol):
         table.
         """
 
+    @abstractmethod
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Name to parameter of all that is trained. The names are the keys of the adapter file."""
 
+    @abstractmethod
     def learning_rate_group(self, name: str) -> str:
         """Field of `train.learning_rate` with the peak learning rate of the trained parameter `name`."""
 
+    @abstractmethod
     def constants(self) -> dict[str, Tensor]:
-        """Name to tensor of what is in the adapter file beside the trained parameters: fp32 values that are never
-        trained, in their place, so that loading an adapter is copying into them."""
+        """Name to tensor of what the adapter file holds beside the trained parameters: fp32 values that are never
+        trained. They are the tensors in use, so that an adapter is loaded by copying into them."""
 
+    @abstractmethod
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """What to load where training starts from an adapter of this method: all that the adapter file has of it."""
+        """Values to start training from, made of those of `source`, an adapter of the same method: one for every name
+        in the adapter file."""
 
+    @abstractmethod
     def reading(self, context: Tensor) -> AbstractContextManager[None]:
         """Context in which the backbone reads a batch, or generates from it.
 
-        `context` [B, l + S] is true where a token stands that a soft prompt made for its row may depend on: not at
-        padding, at the prompt itself or at what is to be predicted.
+        Some methods make a prompt for each row from the row's own tokens. `context` [B, l + S] is true at the tokens
+        that it may depend on, and false at padding, at the prompt itself, and at what is to be predicted.
         """
 
+    @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Context in which the backbone computes what it did before `inject`."""
 
 
-class MethodDefaults:
-    """What most methods answer to the questions of `Method` that only some have an answer of their own to."""
+class MethodDefaults(Method):
+    """What most methods answer to `Method`: one learning rate, `adapter`, nothing beside the trained parameters in the
+    adapter file, and no interest in the batch that is read."""
 
     distillation: Distillation | None = None
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.num_virtual_tokens = config.num_virtual_tokens
+
+    @override
+    def learning_rate_group(self, name: str) -> str:
+        return "adapter"
+
+    @override
     def constants(self) -> dict[str, Tensor]:
-        """See `Method.constants`; here none."""
         return {}
 
+    @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """See `Method.start_values`; here the source as it is."""
         return source.tensors
 
+    @override
     def reading(self, context: Tensor) -> AbstractContextManager[None]:
-        """See `Method.reading`; here every row is read alike."""
         return nullcontext()

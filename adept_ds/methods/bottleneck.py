@@ -11,20 +11,18 @@ norms are trained too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import AdapterConfig, AdapterDropConfig
-from adept_ds.contexts import attribute_set
-from adept_ds.methods.base import MethodDefaults
-from adept_ds.methods.layers import layer_index, layer_names, norms, replace
+from adept_ds.methods.layers import embedding_table, layer_index, norms, output_layers
+from adept_ds.methods.wrapped import WrappedLayer, WrappedLayersMethod
 
 _INITIAL_STD = 0.01
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -50,87 +48,55 @@ class BottleneckAdapter(nn.Module):
         return (x.float() + F.linear(hidden, self.w_up.float(), self.b_up.float())).to(x.dtype)
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(WrappedLayer):
     """A layer and what is made of its output."""
 
-    def __init__(self, layer: nn.Module, adapter: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+    def __init__(self, layer: nn.Module, adapter: BottleneckAdapter) -> None:
+        super().__init__(layer)
         self.adapter = adapter
-        self.enabled = True
 
-    @property
-    def weight(self) -> Any:
-        """The layer's, which T5 asks for its dtype."""
-        return self.layer.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
-        return self.adapter(self.layer(x)) if self.enabled else self.layer(x)
+    @override
+    def tuned(self, x: Tensor) -> Tensor:
+        output: Tensor = self.adapter(self.layer(x))
+        return output
 
 
-class TrainedCopy(nn.Module):
-    """A frozen layer and a copy of it with trained fp32 parameters, which takes its place."""
+class TrainedCopy(WrappedLayer):
+    """A copy of a layer with trained fp32 parameters."""
 
     def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
+        super().__init__(layer)
         with gathered(layer.parameters()):
             parameters = {id(old): nn.Parameter(old.detach().float().clone()) for old in layer.parameters()}
-            trained = copy.deepcopy(layer, parameters)
-        self.layer = layer
-        self.trained = trained
-        self.enabled = True
+            self.trained = copy.deepcopy(layer, parameters)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., d] to [..., d], in the dtype of x."""
-        return self.trained(x).to(x.dtype) if self.enabled else self.layer(x)
+    @override
+    def tuned(self, x: Tensor) -> Tensor:
+        output: Tensor = self.trained(x)
+        return output.to(x.dtype)
 
 
-class Bottleneck(MethodDefaults):
+class Bottleneck(WrappedLayersMethod):
     """Adapters behind the two parts of each layer, and trained layer norms; made from an `AdapterConfig` or an
     `AdapterDropConfig`, which leaves the lowest layers without."""
 
-    num_virtual_tokens = 0
+    config: AdapterConfig | AdapterDropConfig
 
-    def __init__(self, config: AdapterConfig | AdapterDropConfig) -> None:
-        self.config = config
-        self._dropped = config.dropped_layers if isinstance(config, AdapterDropConfig) else 0
+    @override
+    def wrap(self, backbone: PreTrainedModel, generator: torch.Generator | None) -> dict[str, WrappedLayer]:
+        """Choose the outputs of each layer's two parts, and the norms.
 
-    def inject(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
-    ) -> None:
-        """See `Method.inject`."""
-        config, names = self.config, layer_names(backbone)
-        table = cast(nn.Embedding, backbone.get_input_embeddings())
-        outputs = (f".{names.attention_output}", f".{names.feed_forward_output}")
-        places = {name: module for name, module in backbone.named_modules() if name.endswith(outputs)}
-        self._changed: dict[str, AdaptedLayer | TrainedCopy] = {}
-        for name, layer in places.items():
-            if (layer_index(name) or 0) >= self._dropped:
+        Raises:
+            UserError: The backbone is of no family.
+        """
+        config = self.config
+        dropped = config.dropped_layers if isinstance(config, AdapterDropConfig) else 0
+        table = embedding_table(backbone)
+        wrapped: dict[str, WrappedLayer] = {}
+        for name, layer in output_layers(backbone).items():
+            if (layer_index(name) or 0) >= dropped:
                 adapter = BottleneckAdapter(table.embedding_dim, config.bottleneck, config.activation, generator)
-                self._changed[name] = AdaptedLayer(layer, adapter.to(table.weight.device))
+                wrapped[name] = AdaptedLayer(layer, adapter.to(table.weight.device))
         if config.train_norms:
-            self._changed |= {name: TrainedCopy(norm) for name, norm in norms(backbone).items()}
-        for name, module in self._changed.items():
-            replace(backbone, name, module)
-
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
-        return {
-            f"{name}.{key}": parameter
-            for name, module in self._changed.items()
-            for key, parameter in module.named_parameters()
-            if not key.startswith("layer.")
-        }
-
-    def learning_rate_group(self, name: str) -> str:
-        """See `Method.learning_rate_group`."""
-        return "adapter"
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """See `Method.disabled`."""
-        with ExitStack() as stack:
-            for module in self._changed.values():
-                stack.enter_context(attribute_set(module, "enabled", False))
-            yield
+            wrapped |= {name: TrainedCopy(norm) for name, norm in norms(backbone).items()}
+        return wrapped

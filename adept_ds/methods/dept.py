@@ -2,8 +2,8 @@
 
     in = concat(P, E + 8 / sqrt(r) A B)      P [l, d]   A [S, r]   B [r, d]
 
-Row i of A B belongs to the i-th token behind the prompt, counted from 0 without padding: in the published code inputs
-are padded on the right, where that is the column. Tokens from position S on have no offset.
+Row i of A B is added to the i-th token behind the prompt, counted from 0; padding is not counted. The published code
+counts columns, which comes to the same, since it pads on the right. Tokens from position S on have no offset.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.config.method import DeptConfig
 from adept_ds.methods.prompted import PromptedMethod
@@ -60,8 +61,8 @@ class DeptEmbedding(PromptedEmbedding):
         super().__init__(table, soft_prompt, offset_in_evaluation)
         self.offset = offset
 
+    @override
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
-        """See `PromptedEmbedding.add_offset`; the ids are not looked at."""
         return tokens + self.offset(self.positions)
 
 
@@ -71,18 +72,18 @@ class Dept(PromptedMethod):
     config: DeptConfig
     embedding: DeptEmbedding
 
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`."""
         super().inject(backbone, tokenizer, generator)
         reader = backbone.get_encoder() if backbone.config.is_encoder_decoder else backbone
         reader.register_forward_pre_hook(self._note_positions, with_kwargs=True)
 
+    @override
     def make_embedding(
         self, table: nn.Embedding, prompt: nn.Module | None, generator: torch.Generator | None
     ) -> DeptEmbedding:
-        """See `PromptedMethod.make_embedding`."""
         config = self.config
         offset = PositionOffset(config.max_positions, config.rank, table.embedding_dim, config.cyclic_shift, generator)
         return DeptEmbedding(table, prompt, offset, config.offset_in_evaluation)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.config.method import FullConfig
 from adept_ds.errors import UserError
@@ -16,28 +17,26 @@ from adept_ds.methods.base import MethodDefaults
 class Full(MethodDefaults):
     """Trains every parameter of the backbone, tied ones once."""
 
-    num_virtual_tokens = 0
+    config: FullConfig
 
-    def __init__(self, config: FullConfig) -> None:
-        self.config = config
-
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`."""
         backbone.requires_grad_(True)
         self._backbone = backbone
 
+    @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
         return dict(self._backbone.named_parameters())
 
+    @override
     def learning_rate_group(self, name: str) -> str:
-        """See `Method.learning_rate_group`."""
         return "backbone"
 
+    @override
     def disabled(self) -> AbstractContextManager[None]:
-        """See `Method.disabled`. There is no way back to the backbone as it was.
+        """There is no way back to the backbone as it was.
 
         Raises:
             UserError: Always.

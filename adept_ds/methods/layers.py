@@ -1,53 +1,101 @@
-"""Where in a backbone's layers a method goes to work."""
+"""Where in a backbone's layers a method goes to work.
+
+Layers are named by the ends of their modules' names, as in `method.target_modules`: `q_proj` stands for every module
+whose name is `q_proj` or ends in `.q_proj`.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from adept_ds.errors import UserError
 
 
 @dataclass(frozen=True)
-class LayerNames:
-    """Ends of the names of a family's modules."""
+class Family:
+    """Names of the layers of backbones that are built alike."""
 
     low_rank: tuple[str, ...]
     """Projections that get a low-rank pair in the paper."""
     keys_values: tuple[str, ...]
     """Projections to keys and values; where one makes queries too, it is that one."""
-    attention_output: str
-    """Last projection of the self-attention."""
-    feed_forward_output: str
+    attention_output: tuple[str]
+    """Last projection of the self-attention. It is what tells the families apart."""
+    feed_forward_output: tuple[str]
     """Last projection of the feed-forward part."""
 
 
-_FAMILIES = (
-    LayerNames(("q", "v"), ("k", "v"), "SelfAttention.o", "DenseReluDense.wo"),  # T5 and its like
-    LayerNames(("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), "self_attn.o_proj", "mlp.down_proj"),  # Llama
-    LayerNames(("qkv_proj",), ("qkv_proj",), "attn.out_proj", "mlp.fc_out"),  # CodeGen
-    LayerNames(("c_attn",), ("c_attn",), "attn.c_proj", "mlp.c_proj"),  # GPT-2
-)
+FAMILIES = {
+    "T5": Family(("q", "v"), ("k", "v"), ("SelfAttention.o",), ("DenseReluDense.wo",)),
+    "Llama": Family(("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("self_attn.o_proj",), ("mlp.down_proj",)),
+    "CodeGen": Family(("qkv_proj",), ("qkv_proj",), ("attn.out_proj",), ("mlp.fc_out",)),
+    "GPT-2": Family(("c_attn",), ("c_attn",), ("attn.c_proj",), ("mlp.c_proj",)),
+}
+"""By the best-known member. Another may lack some of the layers, as Mixtral has Llama's in the attention alone."""
 
 
-def layer_names(backbone: PreTrainedModel) -> LayerNames:
-    """Return the names of the family whose layers the backbone has.
+def family_of(backbone: PreTrainedModel) -> Family | None:
+    """Return the family that the backbone's self-attention is of; None if it is of none."""
+    return next((family for family in FAMILIES.values() if layers_named(backbone, family.attention_output)), None)
+
+
+def layers_named(backbone: PreTrainedModel, ends: Collection[str]) -> dict[str, nn.Module]:
+    """Return the modules whose names have one of the ends, by name."""
+    dotted = tuple(f".{end}" for end in ends)
+    return {name: module for name, module in backbone.named_modules() if f".{name}".endswith(dotted)}
+
+
+def missing_ends(backbone: PreTrainedModel, ends: Collection[str]) -> list[str]:
+    """Return those of the ends that no module's name has."""
+    return [end for end in ends if not layers_named(backbone, [end])]
+
+
+def output_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the last projections of self-attention and feed-forward part of all layers, by name.
 
     Raises:
-        UserError: It has those of none.
+        UserError: They are not those of a family.
     """
-    names = [name for name, _ in backbone.named_modules()]
-    for family in _FAMILIES:
-        outputs = (f".{family.attention_output}", f".{family.feed_forward_output}")
-        if all(any(name.endswith(output) for name in names) for output in outputs):
-            return family
-    raise UserError(
-        f"{backbone.config.name_or_path!r} ({backbone.config.model_type}) has layers whose parts this method does not "
-        "know by name; expected a backbone built like T5, Llama, CodeGen or GPT-2, or, where the method has it, "
-        "method.target_modules"
+    family = family_of(backbone)
+    parts = [family.attention_output, family.feed_forward_output] if family else []
+    # Where only some layers have a feed-forward part of this name, the adapters of the others would be missing.
+    if len({len(layers_named(backbone, ends)) for ends in parts}) != 1:
+        raise UserError(
+            "bottleneck adapters stand behind the attention and the feed-forward part of each layer, which are known "
+            f"by name in backbones built like {', '.join(FAMILIES)}; {described(backbone)}. Methods lora and ia3 can "
+            "be told by method.target_modules which layers to change"
+        )
+    return layers_named(backbone, [end for ends in parts for end in ends])
+
+
+def embedding_table(backbone: PreTrainedModel) -> nn.Embedding:
+    """Return the input embedding; trained parameters are put on the device of its weight."""
+    return cast(nn.Embedding, backbone.get_input_embeddings())
+
+
+def linear_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the linear layers by name, all but the LM head."""
+    head = backbone.get_output_embeddings()
+    return {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+
+
+def described(backbone: PreTrainedModel) -> str:
+    """Say for a message what kind of backbone it is, and which layers it has."""
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(backbone))
+    return (
+        f"{backbone.config.name_or_path!r} (model type {backbone.config.model_type!r}) has linear layers whose names "
+        f"end in {', '.join(ends)}"
     )
 
 
@@ -60,9 +108,3 @@ def layer_index(name: str) -> int | None:
 def norms(backbone: PreTrainedModel) -> dict[str, nn.Module]:
     """The layer norms (RMS norms too) by name."""
     return {name: module for name, module in backbone.named_modules() if "norm" in type(module).__name__.lower()}
-
-
-def replace(backbone: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Put a module into the place of the one of this name."""
-    parent, _, child = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), child, module)

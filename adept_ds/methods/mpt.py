@@ -3,14 +3,15 @@
     P_k = P * (u_k v_k^T)       P [l, d]   u_k [l, r]   v_k [r, d]      * is elementwise, the published r is 1
     in  = concat(P_k, E)
 
-Source training learns P and the factors of several tasks together; which task a row is of is said by its prompt's ids.
-With teachers, prompts that prompt tuning has learned on each task alone, the loss is that of
+Source training learns P and the factors of several tasks together; a row's prompt ids say which task it is of. There
+may be teachers: prompts that prompt tuning has learned on each task alone. The loss is then that of
 `adept_ds.model.distillation`.
-Target training starts from that adapter with one pair of factors: the mean of the source tasks', or those of one.
+Target training starts from that adapter with one pair of factors: the mean over the source tasks, or the pair of one.
 
-The terms of the loss are means over the global batch's label tokens. The paper sums them, takes the hidden states of
-the whole sequence, and draws a number of tasks for each batch; here the mixture of `data` says how many examples of
-which task come. The weight and the temperature of the distillation are left to the settings.
+Three things differ from the paper. The terms of the loss are means over the global batch's label tokens, not sums; the
+hidden states compared are those of label tokens, not of the whole sequence; and the mixture of `data` says how many
+examples of which task come, where the paper draws a number of tasks for each batch. The weight and the temperature of
+the distillation are settings.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from peft import MultitaskPromptTuningConfig
 from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import MptConfig
 from adept_ds.contexts import seeded
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import Distillation
+from adept_ds.methods.layers import embedding_table
 from adept_ds.methods.prompted import PromptedMethod, initial_prompt
 from adept_ds.methods.source_prompts import load_source_prompts
 from adept_ds.storage.adapter_folder import Adapter, backbone_facts
@@ -65,16 +68,17 @@ class MultitaskPromptTuning(PromptedMethod):
 
     config: MptConfig
 
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`. Teachers are read where values are initialised: an adapter that is loaded has none.
+        """Read the teachers too, where values are initialised: an adapter that is loaded needs none.
 
         Raises:
             UserError: As `load_source_prompts`.
         """
         config, self._teachers = self.config, None
-        table = cast(nn.Embedding, backbone.get_input_embeddings())
+        table = embedding_table(backbone)
         if config.teachers:
             if table.weight.is_meta:
                 self._teachers = torch.zeros(len(config.tasks), config.num_virtual_tokens, table.embedding_dim)
@@ -89,10 +93,10 @@ class MultitaskPromptTuning(PromptedMethod):
             )
         super().inject(backbone, tokenizer, generator)
 
+    @override
     def make_prompt(
         self, table: nn.Embedding, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> MultitaskPrompt:
-        """See `PromptedMethod.make_prompt`."""
         config = self.config
         settings = MultitaskPromptTuningConfig(
             num_virtual_tokens=config.num_virtual_tokens,
@@ -110,13 +114,14 @@ class MultitaskPromptTuning(PromptedMethod):
                 encoder.embedding.weight.copy_(initial_prompt(config, table, tokenizer, generator))
         return MultitaskPrompt(encoder, self._teachers)
 
+    @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
         encoder = cast(MultitaskPrompt, self.embedding.soft_prompt).encoder
         return {"soft_prompt": encoder.embedding.weight, **{name: getattr(encoder, name) for name in FACTORS}}
 
+    @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """See `Method.start_values`. Factors of the same tasks are taken over, those of others brought to one pair.
+        """Factors of the same tasks are taken over, those of others brought to one pair.
 
         Raises:
             UserError: The source has no task `factors_from`.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.config.method import PTuningConfig
 from adept_ds.contexts import seeded
@@ -35,10 +36,10 @@ class PTuning(PromptedMethod):
 
     config: PTuningConfig
 
+    @override
     def make_prompt(
         self, table: nn.Embedding, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> EncodedPrompt:
-        """See `PromptedMethod.make_prompt`."""
         config = self.config
         settings = peft.PromptEncoderConfig(
             encoder_reparameterization_type=config.reparameterization.upper(),

@@ -1,50 +1,83 @@
-"""Methods whose layers HF PEFT makes and puts into the backbone: LoRA and (IA)3."""
+"""Methods whose layers HF PEFT makes and puts into the backbone: LoRA and (IA)3.
+
+`method.target_modules` says which layers they are. If it is not given, they are those of the paper's figures in a
+backbone of a family (see `adept_ds.methods.layers`), and in any other those that PEFT chooses for its model type.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
+from adept_ds.config.method import Ia3Config, LoraConfig
 from adept_ds.contexts import seeded
-from adept_ds.errors import UserError
+from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import MethodDefaults
-from adept_ds.methods.layers import layer_names
+from adept_ds.methods.layers import described, family_of, linear_layers, missing_ends
 
 _ADAPTER = "default"
+_REMEDIES = {
+    "low_rank": "set method.target_modules",
+    "keys_values": "set method.target_modules",
+    "feed_forward_output": "set method.feed_forward to false",
+}
+"""What to do where the layers of a part of `Family` are not known."""
 
 
-class PeftLayers(MethodDefaults, ABC):
+def published_layers(mapping: Mapping[str, Any], backbone: PreTrainedModel) -> list[str]:
+    """Return PEFT's choice of layers for the backbone's model type, if it has made one."""
+    ends = mapping.get(backbone.config.model_type, [])
+    # One multimodal type has a pattern in place of names.
+    return ends if isinstance(ends, list) else []
+
+
+class PeftLayers(MethodDefaults):
     """Wraps layers of the backbone in those of PEFT, which call the layer and never read its weight: it may be sharded
     or quantised."""
 
-    num_virtual_tokens = 0
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    config: LoraConfig | Ia3Config
 
     @abstractmethod
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
-        """The settings in PEFT's form."""
+        """The settings in PEFT's form.
 
+        Raises:
+            UserError: The settings name no layers, and those of the backbone are not known.
+        """
+
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`.
+        """Let PEFT wrap the layers.
 
         Raises:
-            UserError: No layer has one of the names, or one that has cannot be wrapped.
+            UserError: As `peft_config`. Or a name in the settings is that of no layer, or of one that PEFT cannot wrap.
         """
+        missing = missing_ends(backbone, self.config.target_modules or ())
+        if missing and generator is not None:  # without one an adapter is loaded, whose layers are settled
+            names = [name.rpartition(".")[2] for name in linear_layers(backbone)]
+            raise UserError(
+                f"method.target_modules has {missing[0]!r}; {described(backbone)}{did_you_mean(missing[0], names)}"
+            )
+        settings = self.peft_config(backbone)
         try:
             with seeded(generator):
-                peft.inject_adapter_in_model(self.peft_config(backbone), backbone, _ADAPTER)
+                peft.inject_adapter_in_model(settings, backbone, _ADAPTER)
         except (ValueError, TypeError) as error:
             raise UserError(f"method.target_modules does not fit {backbone.config.name_or_path!r}: {error}") from error
         self._layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
@@ -56,17 +89,28 @@ class PeftLayers(MethodDefaults, ABC):
         for parameter in self._trained.values():
             parameter.data = parameter.data.float()
 
+    def known_layers(self, backbone: PreTrainedModel, part: str, theirs: list[str]) -> list[str]:
+        """Return the layers of this part of the backbone's family, or PEFT's choice where the backbone lacks one of
+        them.
+
+        Raises:
+            UserError: It lacks one of PEFT's too, or PEFT has made no choice.
+        """
+        for ends in (getattr(family_of(backbone), part, ()), theirs):
+            if ends and not missing_ends(backbone, ends):
+                return list(ends)
+        raise UserError(
+            f"{described(backbone)}; which of them {self.config.name} is for is known neither here nor to HF PEFT: "
+            f"{_REMEDIES[part]}"
+        )
+
+    @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
         return self._trained
 
-    def learning_rate_group(self, name: str) -> str:
-        """See `Method.learning_rate_group`."""
-        return "adapter"
-
     @contextmanager
+    @override
     def disabled(self) -> Iterator[None]:
-        """See `Method.disabled`."""
         for layer in self._layers:
             layer.enable_adapters(False)
         try:
@@ -82,14 +126,17 @@ class Lora(PeftLayers):
     Parameters: r (in + out) for each layer.
     """
 
+    config: LoraConfig
+
+    @override
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
-        """See `PeftLayers.peft_config`."""
         config = self.config
+        theirs = published_layers(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, backbone)
         return peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules=list(config.target_modules or layer_names(backbone).low_rank),
+            target_modules=list(config.target_modules or self.known_layers(backbone, "low_rank", theirs)),
         )
 
 
@@ -97,9 +144,16 @@ class Ia3(PeftLayers):
     """(IA)3: s * (W x) for keys and values, W (s * x) for the feed-forward layers' last projection; s one at the start;
     made from an `Ia3Config`."""
 
+    config: Ia3Config
+
+    @override
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
-        """See `PeftLayers.peft_config`."""
         config = self.config
-        feed_forward = [layer_names(backbone).feed_forward_output] if config.feed_forward else []
-        targets = config.target_modules or layer_names(backbone).keys_values
+        their_feed_forward = published_layers(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING, backbone)
+        theirs = published_layers(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING, backbone)
+        theirs = [end for end in theirs if end not in their_feed_forward]
+        targets = config.target_modules or self.known_layers(backbone, "keys_values", theirs)
+        feed_forward: list[str] = []
+        if config.feed_forward:
+            feed_forward = self.known_layers(backbone, "feed_forward_output", their_feed_forward)
         return peft.IA3Config(target_modules=[*targets, *feed_forward], feedforward_modules=feed_forward)

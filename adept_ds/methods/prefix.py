@@ -1,23 +1,37 @@
 """Prefix tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190) with HF PEFT's prefix encoder.
 
 Each decoder layer attends to l trained keys and values in front of those of its input. They are put into the layer's
-cache when it is empty, so reading on, beams and padding are the backbone's stock code: the decoder just finds l more
-entries in its cache, in front of any padding.
+cache while it is empty. The decoder finds l entries in it, in front of any padding, as if it had read l tokens before:
+generation, beams and padding need no code of their own.
 """
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from typing_extensions import override
 
 from adept_ds.config.method import PrefixTuningConfig
 from adept_ds.contexts import attribute_set, seeded
+from adept_ds.errors import UserError
 from adept_ds.methods.base import MethodDefaults
+from adept_ds.methods.layers import embedding_table
+
+CACHE = "past_key_values"
+"""Argument of decoders."""
 
 
 class PrefixTuning(MethodDefaults):
@@ -26,22 +40,24 @@ class PrefixTuning(MethodDefaults):
     Parameters: 2 l x layers x width of a layer's keys, without a projection.
     """
 
-    num_virtual_tokens = 0
+    config: PrefixTuningConfig
+    enabled = True
 
-    def __init__(self, config: PrefixTuningConfig) -> None:
-        self.config = config
-        self.enabled = True
-
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`."""
         architecture, length = backbone.config, self.config.prefix_length
-        table = cast(nn.Embedding, backbone.get_input_embeddings())
-        heads: int = architecture.num_attention_heads
+        table = embedding_table(backbone)
+        heads: int | None = getattr(architecture, "num_attention_heads", None)
+        if heads is None:
+            raise UserError(
+                "method.name is 'prefix', which stands in front of the keys and values of attention layers; "
+                f"{architecture.name_or_path!r} (model type {architecture.model_type!r}) has none"
+            )
         width = getattr(architecture, "d_kv", None) or getattr(architecture, "head_dim", None)
         self._head_width: int = width or architecture.hidden_size // heads
-        self._heads: int = getattr(architecture, "num_key_value_heads", None) or heads
+        self._heads = _key_heads(architecture, heads)
         self._layers: int = getattr(architecture, "num_decoder_layers", None) or architecture.num_hidden_layers
         settings = peft.PrefixTuningConfig(
             num_virtual_tokens=length,
@@ -55,7 +71,15 @@ class PrefixTuning(MethodDefaults):
         backbone.prefix_encoder = self.encoder
         self._is_encoder_decoder = architecture.is_encoder_decoder
         self._dtype = table.weight.dtype
-        backbone.get_decoder().register_forward_pre_hook(self._put_before, with_kwargs=True)
+        decoder = backbone.get_decoder()
+        if CACHE not in inspect.signature(type(decoder).forward).parameters:
+            # Decoders swallow arguments that they do not know: there would be no prefix, and no error.
+            raise UserError(
+                f"method.name is 'prefix', which puts its vectors into the cache that a decoder takes as {CACHE}; "
+                f"{type(decoder).__name__} of {backbone.config.name_or_path!r} does not; expected another method"
+            )
+        decoder.register_forward_pre_hook(self._put_before, with_kwargs=True)
+        decoder.register_forward_hook(self._take_back, with_kwargs=True)
 
     def _put_before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -64,13 +88,13 @@ class PrefixTuning(MethodDefaults):
         if not self.enabled:
             return None
         ids = args[0] if args else kwargs["input_ids"]
-        length, cache = self.config.prefix_length, kwargs.get("past_key_values")
+        length, cache = self.config.prefix_length, kwargs.get(CACHE)
         kwargs = dict(kwargs)
         if cache is None:
             cache = DynamicCache()
             if self._is_encoder_decoder:
                 cache = EncoderDecoderCache(cache, DynamicCache())
-            kwargs["past_key_values"] = cache
+            kwargs[CACHE] = cache
         if cache.get_seq_length() == 0:
             self._fill(cache, ids)
         mask = kwargs.get("attention_mask")
@@ -79,6 +103,11 @@ class PrefixTuning(MethodDefaults):
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + length
         return args, kwargs
+
+    def _take_back(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Give out no cache where none is wanted: `generate` would hand it to the next call, which reads all again."""
+        if self.enabled and kwargs.get("use_cache") is False:
+            output.past_key_values = None
 
     def _fill(self, cache: Cache, ids: Tensor) -> None:
         """Put the prefix into an empty cache of as many rows as `ids` [B, S] has."""
@@ -90,14 +119,22 @@ class PrefixTuning(MethodDefaults):
             rows = ids.shape[0]
             own.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
 
+    @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
         return {f"prefix_encoder.{name}": parameter for name, parameter in self.encoder.named_parameters()}
 
+    @override
     def learning_rate_group(self, name: str) -> str:
-        """See `Method.learning_rate_group`."""
         return "soft_prompt"
 
+    @override
     def disabled(self) -> AbstractContextManager[None]:
-        """See `Method.disabled`."""
         return attribute_set(self, "enabled", False)
+
+
+def _key_heads(architecture: PreTrainedConfig, heads: int) -> int:
+    """Number of heads that a layer's cached keys have, of an attention with so many heads."""
+    # The first Falcons have one head for all queries; later ones, which say `multi_query` too, cache one for each.
+    if getattr(architecture, "multi_query", False) and not getattr(architecture, "new_decoder_architecture", False):
+        return 1
+    return getattr(architecture, "num_key_value_heads", None) or heads

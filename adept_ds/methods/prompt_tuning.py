@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding
@@ -40,16 +41,16 @@ class TokenOffsetEmbedding(PromptedEmbedding):
         super().__init__(table, soft_prompt)
         self.offset = TokenOffset(table.num_embeddings, table.embedding_dim)
 
+    @override
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
-        """See `PromptedEmbedding.add_offset`."""
         return tokens + self.offset(token_ids)
 
 
 class PromptEmbedding(PromptedMethod):
     """Soft prompt and embedding matrix: l d + V d parameters; made from a `PromptEmbeddingConfig`."""
 
+    @override
     def make_embedding(
         self, table: nn.Embedding, prompt: nn.Module | None, generator: torch.Generator | None
     ) -> TokenOffsetEmbedding:
-        """See `PromptedMethod.make_embedding`."""
         return TokenOffsetEmbedding(table, prompt)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import PromptSettings
@@ -24,16 +25,13 @@ class PromptedMethod(MethodDefaults):
     T5 shares one table between encoder, decoder and LM head; the other two keep the plain one.
     """
 
+    config: Any
     embedding: PromptedEmbedding
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.num_virtual_tokens: int = config.num_virtual_tokens
-
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`."""
         reader = backbone.get_encoder() if backbone.config.is_encoder_decoder else backbone
         table = cast(nn.Embedding, reader.get_input_embeddings())
         prompt = self.make_prompt(table, tokenizer, generator) if self.num_virtual_tokens else None
@@ -56,20 +54,20 @@ class PromptedMethod(MethodDefaults):
         """Return the embedding that takes the table's place, what it adds on the CPU; here the prompt alone."""
         return PromptedEmbedding(table, prompt)
 
+    @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
         return {
             "soft_prompt" if name == "soft_prompt.weight" else name: parameter
             for name, parameter in self.embedding.named_parameters()
             if not name.startswith("table.")
         }
 
+    @override
     def learning_rate_group(self, name: str) -> str:
-        """See `Method.learning_rate_group`."""
         return "soft_prompt" if name.partition(".")[0] == "soft_prompt" else "network"
 
+    @override
     def disabled(self) -> AbstractContextManager[None]:
-        """See `Method.disabled`."""
         return attribute_set(self.embedding, "enabled", False)
 
 

@@ -1,9 +1,9 @@
 """The soft prompt, and the input embedding that reads it: only torch.
 
-Prompt token i has the id V + i, where V is the vocabulary size, and the embedding returns P[i] for it. So attention
-masks, positions, padding, beams and the KV cache are the backbone's stock code, and what changes a token's embedding
-changes that of a generated token the same way as that of one that was read. Where there are several prompts of l
-tokens, token i of prompt k has the id V + k l + i: which one a row reads is said by its ids alone.
+Prompt token i has the id V + i, where V is the vocabulary size, and the embedding returns P[i] for it. To the backbone
+it is a token like any other, so attention masks, positions, padding, beams and the KV cache need no code here; and an
+offset is added to generated tokens just as to those that were read. Where there are several prompts of l tokens,
+token i of prompt k has the id V + k l + i, so that a row's ids say which prompt it reads.
 """
 
 from __future__ import annotations

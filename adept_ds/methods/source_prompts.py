@@ -19,7 +19,7 @@ def load_source_prompts(folders: Mapping[str, str], length: int, backbone: Mappi
     Args:
         folders: Adapter folder by the setting that names it.
         length: The length l that they must have.
-        backbone: What `adapter_io.backbone_facts` says of the backbone that they are for.
+        backbone: What `adapter_folder.backbone_facts` says of the backbone that they are for.
 
     Raises:
         UserError: A folder holds no whole adapter, one of another method than `pt`, of another length, or for another

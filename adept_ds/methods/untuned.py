@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from adept_ds.methods.base import MethodDefaults
 
@@ -14,22 +15,24 @@ from adept_ds.methods.base import MethodDefaults
 class Untuned(MethodDefaults):
     """Trains nothing and changes nothing."""
 
-    config = None
-    num_virtual_tokens = 0
+    def __init__(self) -> None:
+        self.config = None
+        self.num_virtual_tokens = 0
 
+    @override
     def inject(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
-        """See `Method.inject`."""
+        pass
 
+    @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """See `Method.trained_parameters`."""
         return {}
 
+    @override
     def learning_rate_group(self, name: str) -> str:
-        """See `Method.learning_rate_group`."""
         raise KeyError(name)
 
+    @override
     def disabled(self) -> AbstractContextManager[None]:
-        """See `Method.disabled`."""
         return nullcontext()

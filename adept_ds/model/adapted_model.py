@@ -153,7 +153,7 @@ class AdaptedModel(nn.Module):
     def _reading(
         self, attention_mask: Tensor, context_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Tell the method what its prompt may depend on in a batch whose masks and labels are without the prompt."""
+        """Tell the method which tokens its prompt may depend on; masks and labels are those without the prompt."""
         context = attention_mask.bool()
         if context_mask is not None:
             context = context & context_mask.bool()

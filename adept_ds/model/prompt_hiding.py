@@ -1,4 +1,4 @@
-"""Soft-prompt ids hidden from what looks at ids in generation: logits processors, stopping criteria, the caller."""
+"""Hides soft-prompt ids from all that looks at ids in generation: logits processors, stopping criteria, the caller."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def plain_ids(ids: Any, vocabulary_size: int) -> Any:
 
 @contextmanager
 def prompt_hidden(backbone: Any, vocabulary_size: int, columns: int) -> Iterator[None]:
-    """Make logits processors and stopping criteria of `backbone.generate` what they are without a prompt.
+    """Within the block, `backbone.generate` shows its logits processors and stopping criteria ids without the prompt.
 
-    They look up scores and strings by id, where an id above V is out of range, and they compare numbers of columns
-    with `max_length` and the like. So they see ids and lengths without the prompt, and a `max_length` or
-    `min_length` asked for does not count it.
+    They look up scores and strings by id, and an id above V is out of range. They also compare the number of columns
+    with `max_length` and `min_length`, so those count no prompt tokens either.
 
     Args:
         backbone: The `transformers` model.

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from adept_ds.backbone.load import DTYPES, resolve_architecture
-from adept_ds.config.batch import count_steps
+from adept_ds.config.batch import count_steps, learning_rates, warmup_steps
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.loader import LoadedConfig, config_hash, flatten
 from adept_ds.config.run import DataConfig, RunConfig, TrainConfig
@@ -84,13 +84,12 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
         lines.append(
             f"learning rate  {getattr(train.learning_rate, group):g} (train.learning_rate.{group}) for {shapes}"
         )
-    decay = "linear decay to zero" if train.schedule == "linear" else "constant"
     lines += [
         f"batch          {batch.global_batch_size} = {batch.micro_batch_size} (micro-batch) x "
         f"{batch.gradient_accumulation_steps} (accumulation) x {batch.world_size} (ranks)",
         f"examples       {plan.data_note}",
         f"steps          {_steps_text(plan, train)}",
-        f"warm-up        {train.warmup_steps:,} steps, then {decay}",
+        f"warm-up        {_warmup_text(plan, train)}, then {_schedule_text(train)}",
         f"DeepSpeed      zero_optimization.stage = {zero.get('stage', 0)}",
     ]
     settings = flatten(plan.deepspeed.config)
@@ -104,7 +103,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
 
     Raises:
         UserError: The backbone's config cannot be had, the batch does not divide, the data is malformed, or the
-            warm-up does not fit into the run.
+            warm-up or the schedule's options do not fit into the run.
     """
     architecture, origin = resolve_architecture(run.model)
     if run.train.sharding == "auto":
@@ -120,17 +119,21 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         tensors = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
         result_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     examples, note = count_training_examples(run.data)
+    groups = model.learning_rate_groups()
+    total_steps = None if examples is None and run.train.epochs else count_steps(run.train, examples or 0)
+    if total_steps is not None:
+        learning_rates(run.train, groups, total_steps)
     return Plan(
         architecture_origin=origin,
         backbone_parameters=total if run.method.saves_model else total - trained,
         trained_parameters=trained,
         result_bytes=result_bytes,
         shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        learning_rate_groups=model.learning_rate_groups(),
+        learning_rate_groups=groups,
         deepspeed=deepspeed,
         training_examples=examples,
         data_note=note,
-        total_steps=None if examples is None and run.train.epochs else count_steps(run.train, examples or 0),
+        total_steps=total_steps,
     )
 
 
@@ -156,7 +159,25 @@ def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
 
 def _steps_text(plan: Plan, train: TrainConfig) -> str:
     if plan.total_steps is None:
-        return f"{train.epochs} epochs; their length is known once the data is here"
-    if train.epochs is None:
-        return f"{plan.total_steps:,}"
-    return f"{plan.total_steps:,} = {train.epochs} epochs x {plan.total_steps // train.epochs:,}"
+        text = f"{train.epochs} epochs; their length is known once the data is here"
+    elif train.epochs is None:
+        text = f"{plan.total_steps:,}"
+    else:
+        text = f"{plan.total_steps:,} = {train.epochs} epochs x {plan.total_steps // train.epochs:,}"
+    if train.early_stopping_patience is None:
+        return text
+    return f"{text}; fewer after {train.early_stopping_patience} evaluations without a better figure"
+
+
+def _warmup_text(plan: Plan, train: TrainConfig) -> str:
+    share = "" if train.warmup_ratio is None else f"{100 * train.warmup_ratio:g} % of the steps"
+    if plan.total_steps is None:
+        return share or f"{train.warmup_steps:,} steps"
+    return f"{warmup_steps(train, plan.total_steps):,} steps{share and f' ({share})'}"
+
+
+def _schedule_text(train: TrainConfig) -> str:
+    if train.schedule == "linear":
+        return "linear decay to zero"
+    options = ", ".join(f"{name} {value}" for name, value in train.schedule_options.items())
+    return f"{train.schedule}{options and f' ({options})'}"

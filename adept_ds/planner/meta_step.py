@@ -86,8 +86,8 @@ def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
     """Return the adapted model as it is trained, every parameter on the meta device: shapes, no values."""
     auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
     attention, scheme = run.model.attn_implementation, Scheme.of(run.model)
-    if attention == "flash_attention_2":
-        attention = "sdpa"  # the same memory, without its package
+    if attention not in ("eager", "sdpa"):
+        attention = None  # fused like sdpa, the usual choice, and with the same memory; the package need not be here
     with torch.device("meta"):
         backbone = auto.from_config(architecture, dtype=DTYPES[run.model.dtype], attn_implementation=attention)
         if scheme:

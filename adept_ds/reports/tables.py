@@ -24,9 +24,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from adept_ds.data.tasks.registry import TASKS
-from adept_ds.evaluation.statistics import Z95, PairedDifference, paired_difference
+from adept_ds.evaluation.comparison import difference_text
+from adept_ds.evaluation.results import EXAMPLE_METRICS, PASS_AT_1
+from adept_ds.evaluation.statistics import Z95, paired_difference
 from adept_ds.reports.paper import PaperColumn, PaperFigures, PaperRow, PaperTable
-from adept_ds.reports.run_results import Result, example_scores
+from adept_ds.reports.runs import RunFigure
 from adept_ds.storage.run_folder import SEED_KEYS
 
 PAPER_RUNS = 3
@@ -39,34 +41,34 @@ REFERENCE = "adept"
 class Measurement:
     """One method with one setting on one task and metric, over its seeds. Figures in percent."""
 
-    results: tuple[Result, ...]
+    figures: tuple[RunFigure, ...]
     settings_tried: int = 1
     """Settings that this one was chosen from, by validation."""
 
     @property
-    def first(self) -> Result:
-        """One of the results, for what they have in common."""
-        return self.results[0]
+    def first(self) -> RunFigure:
+        """One of the figures, for what they have in common."""
+        return self.figures[0]
 
     @property
     def runs(self) -> int:
         """Number of seeds."""
-        return len(self.results)
+        return len(self.figures)
 
     @property
     def mean(self) -> float:
         """Mean over seeds."""
-        return mean(100 * result.value for result in self.results)
+        return mean(100 * figure.value for figure in self.figures)
 
     @property
     def deviation(self) -> float | None:
         """Standard deviation over seeds (n - 1); None for one."""
-        return stdev(100 * result.value for result in self.results) if self.runs > 1 else None
+        return stdev(100 * figure.value for figure in self.figures) if self.runs > 1 else None
 
     @property
     def example_error(self) -> float:
         """Standard error over the test examples."""
-        return mean(100 * (result.high - result.low) for result in self.results) / (2 * Z95)
+        return mean(100 * (figure.high - figure.low) for figure in self.figures) / (2 * Z95)
 
     @property
     def standard_error(self) -> float:
@@ -77,14 +79,14 @@ class Measurement:
     def interval(self) -> tuple[float, float]:
         """95 % interval of the mean."""
         seeds = Z95 * (self.deviation or 0.0) / math.sqrt(self.runs)
-        below = mean(100 * (result.value - result.low) for result in self.results)
-        above = mean(100 * (result.high - result.value) for result in self.results)
+        below = mean(100 * (figure.value - figure.low) for figure in self.figures)
+        above = mean(100 * (figure.high - figure.value) for figure in self.figures)
         return self.mean - math.hypot(below, seeds), self.mean + math.hypot(above, seeds)
 
     @property
     def validation_figures(self) -> list[float]:
         """Validation figures of the best checkpoints, of the runs that have one; in the unit of `eval.metric`."""
-        return [result.validation for result in self.results if result.validation is not None]
+        return [figure.validation for figure in self.figures if figure.validation is not None]
 
     @property
     def validation(self) -> float:
@@ -161,55 +163,46 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Two of our methods on the same examples, each example's score averaged over seeds."""
-
-    first: str
-    second: str
-    column: str
-    difference: PairedDifference
-
-
-@dataclass(frozen=True)
 class Table:
     """One table."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    differences: tuple[Difference, ...] = ()
+    differences: tuple[str, ...] = ()
+    """Our methods against one another on the same examples, in words."""
     has_paper: bool = True
 
 
-def build_tables(results: Sequence[Result], paper: PaperFigures) -> list[Table]:
-    """Return the paper's tables that any result belongs to, then one a backbone with all that is in none of them."""
+def build_tables(figures: Sequence[RunFigure], paper: PaperFigures) -> list[Table]:
+    """Return the paper's tables that any figure belongs to, then one a backbone with all that is in none of them."""
     tables, placed = [], set()
     for printed in paper.tables:
-        of_backbone = [result for result in results if result.model.lower() in printed.models]
+        of_backbone = [figure for figure in figures if figure.model.lower() in printed.models]
         table = _paper_table(printed, of_backbone)
         if any(row.is_run for row in table.rows):
             tables.append(table)
             placed |= {_place(cell.ours.first) for row in table.rows for cell in row.cells if cell.ours}
-    for model in sorted({result.model for result in results}):
-        rest = [result for result in results if result.model == model and _place(result) not in placed]
+    for model in sorted({figure.model for figure in figures}):
+        rest = [figure for figure in figures if figure.model == model and _place(figure) not in placed]
         if rest:
             tables.append(_own_table(model, rest))
     return tables
 
 
-def _place(result: Result) -> tuple[Any, ...]:
-    return result.model, result.method, result.task, result.metric, result.settings.get("data.k_shot")
+def _place(figure: RunFigure) -> tuple[Any, ...]:
+    return figure.model, figure.method, figure.task, figure.metric, figure.settings.get("data.k_shot")
 
 
-def measurements(results: Iterable[Result]) -> list[Measurement]:
+def measurements(figures: Iterable[RunFigure]) -> list[Measurement]:
     """Put repetitions together. Of several evaluations with the same seeds, the last one counts: a run taken again is
     no further sample."""
-    groups: dict[tuple[Any, ...], dict[Any, Result]] = {}
-    for result in results:
-        key = (*_place(result), result.variant, result.group())
+    groups: dict[tuple[Any, ...], dict[Any, RunFigure]] = {}
+    for figure in figures:
+        key = (*_place(figure), figure.variant, figure.group())
         # The backbone alone is the same whichever run it was evaluated beside.
-        seeds = None if result.method == "untuned" else tuple(result.settings.get(seed) for seed in SEED_KEYS)
-        groups.setdefault(key, {})[seeds] = result
+        seeds = None if figure.method == "untuned" else tuple(figure.settings.get(seed) for seed in SEED_KEYS)
+        groups.setdefault(key, {})[seeds] = figure
     return [Measurement(tuple(group.values())) for group in groups.values()]
 
 
@@ -218,23 +211,23 @@ def choose(found: Sequence[Measurement]) -> Measurement | None:
     if not found:
         return None
     best = max(found, key=lambda one: (one.first.variant == "faithful", one.validation))
-    return Measurement(best.results, len(found))
+    return Measurement(best.figures, len(found))
 
 
-def _paper_table(printed: PaperTable, results: Sequence[Result]) -> Table:
+def _paper_table(printed: PaperTable, figures: Sequence[RunFigure]) -> Table:
     rows = []
     for row in printed.rows:
-        of_method = [result for result in results if row.method is not None and result.method == row.method]
+        of_method = [figure for figure in figures if row.method is not None and figure.method == row.method]
         rows.append(_paper_row(row, printed.columns, of_method))
     columns = tuple(column.label for column in printed.columns)
     title = f"Table {printed.number} of the paper: {printed.title} ({printed.backbone})"
     return Table(title, columns, tuple(rows), _differences(rows, columns))
 
 
-def _paper_row(row: PaperRow, columns: Sequence[PaperColumn], results: Sequence[Result]) -> Row:
+def _paper_row(row: PaperRow, columns: Sequence[PaperColumn], figures: Sequence[RunFigure]) -> Row:
     ours: dict[str, Measurement | None] = {}
     for column in columns:
-        fitting = [result for result in results if _fits(result, column, row.settings | column.settings)]
+        fitting = [figure for figure in figures if _fits(figure, column, row.settings | column.settings)]
         ours[column.label] = choose(measurements(fitting))
     cells = []
     for index, column in enumerate(columns):
@@ -247,28 +240,28 @@ def _paper_row(row: PaperRow, columns: Sequence[PaperColumn], results: Sequence[
     return Row(row.label, tuple(cells), row.section, row.parameters, row.quoted_from)
 
 
-def _fits(result: Result, column: PaperColumn, settings: dict[str, Any]) -> bool:
+def _fits(figure: RunFigure, column: PaperColumn, settings: dict[str, Any]) -> bool:
     return (
-        (result.task, result.metric) == (column.task, column.metric)
-        and result.settings.get("data.k_shot") == column.k_shot
-        and len(result.settings.get("data.tasks") or [result.task]) == 1
-        and all(result.settings.get(key) == value for key, value in settings.items())
+        (figure.task, figure.metric) == (column.task, column.metric)
+        and figure.settings.get("data.k_shot") == column.k_shot
+        and len(figure.settings.get("data.tasks") or [figure.task]) == 1
+        and all(figure.settings.get(key) == value for key, value in settings.items())
     )
 
 
-def _own_table(model: str, results: Sequence[Result]) -> Table:
+def _own_table(model: str, figures: Sequence[RunFigure]) -> Table:
     """Methods by task and metric, as they were run."""
-    places = list(dict.fromkeys((result.task, result.variant, result.metric, _shots(result)) for result in results))
+    places = list(dict.fromkeys((figure.task, figure.variant, figure.metric, _shots(figure)) for figure in figures))
     columns = tuple(" ".join(part for part in place if part) for place in places)
-    methods = sorted({result.method for result in results}, key=lambda name: (name != "untuned", name))
+    methods = sorted({figure.method for figure in figures}, key=lambda name: (name != "untuned", name))
     rows = []
     for method in methods:
         cells = []
         for place in places:
             fitting = [
-                result
-                for result in results
-                if result.method == method and (result.task, result.variant, result.metric, _shots(result)) == place
+                figure
+                for figure in figures
+                if figure.method == method and (figure.task, figure.variant, figure.metric, _shots(figure)) == place
             ]
             own = choose(measurements(fitting))
             cells.append(Cell(own, our_mean=own.mean if own else None))
@@ -276,12 +269,12 @@ def _own_table(model: str, results: Sequence[Result]) -> Table:
     return Table(model, columns, tuple(rows), _differences(rows, columns), has_paper=False)
 
 
-def _shots(result: Result) -> str:
-    k_shot = result.settings.get("data.k_shot")
+def _shots(figure: RunFigure) -> str:
+    k_shot = figure.settings.get("data.k_shot")
     return f"k = {k_shot}" if k_shot else ""
 
 
-def _differences(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Difference, ...]:
+def _differences(rows: Sequence[Row], columns: Sequence[str]) -> tuple[str, ...]:
     """Each method against the reference (or the first that was run), where both have scores of the same examples."""
     found = []
     for index, column in enumerate(columns):
@@ -291,14 +284,18 @@ def _differences(rows: Sequence[Row], columns: Sequence[str]) -> tuple[Differenc
         for label, other in scores[1:]:
             reference = scores[0][1]
             if reference and other and reference.keys() == other.keys():
-                found.append(Difference(scores[0][0], label, column, paired_difference(reference, other)))
+                difference = paired_difference(reference, other)
+                words = difference_text(difference, (scores[0][0], label), measured[0][1].first.metric)
+                found.append(f"{column}: {words}")
     return tuple(found)
 
 
 def _mean_scores(measurement: Measurement) -> dict[str, float] | None:
     """Score of each example, averaged over seeds; None if a run's are not there or of other examples."""
-    of_runs = [example_scores(result) for result in measurement.results]
-    known = [scores for scores in of_runs if scores]
-    if len(known) < len(of_runs) or any(scores.keys() != known[0].keys() for scores in known):
+    metric, evaluations = measurement.first.metric, [figure.evaluation for figure in measurement.figures]
+    if metric not in (PASS_AT_1, *EXAMPLE_METRICS) or not all(one.has_answers for one in evaluations):
         return None
-    return {task_id: mean(scores[task_id] for scores in known) for task_id in known[0]}
+    of_runs = [one.grade(metric) for one in evaluations]
+    if any(answers.keys() != of_runs[0].keys() for answers in of_runs):
+        return None
+    return {task_id: mean(answers[task_id].score for answers in of_runs) for task_id in of_runs[0]}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import jinja2
-
 from adept_ds.files import atomic_write
 from adept_ds.reports.learning_curve import compare_curves
-from adept_ds.reports.run_results import RunRecord
+from adept_ds.reports.pages import write_page
+from adept_ds.reports.runs import RunRecord
 from adept_ds.reports.tables import Cell, Measurement, Row, Table
 
 LEGEND = (
@@ -25,23 +23,9 @@ LEGEND = (
     "the noise. ‡ : the task as it should be, the paper's figure is of the published code's form (data.variant)."
 )
 NOISE = (
-    "Noise is 1.96 standard errors of the difference: test examples on both sides, and seeds (see adept_ds/tables.py). "
-    "Of several settings of a method the best by validation is shown."
-)
-DETAIL_COLUMNS = (
-    "method",
-    "column",
-    "runs",
-    "settings tried",
-    "validation",
-    "mean",
-    "standard deviation",
-    "95 % interval",
-    "trained parameters",
-    "paper",
-    "difference",
-    "noise",
-    "verdict",
+    "Noise is 1.96 standard errors of the difference: test examples on both sides, and seeds (see "
+    "adept_ds/reports/tables.py). Of several settings of a method the best by validation is shown. "
+    "Each pair of methods is judged by itself: of many pairs without a difference, a few will seem to have one."
 )
 
 
@@ -72,24 +56,13 @@ def wide_lines(table: Table) -> list[Line]:
     return lines
 
 
-def detail_lines(table: Table) -> list[tuple[str, ...]]:
-    """One line for each measurement, as `DETAIL_COLUMNS` says."""
+def detail_lines(table: Table) -> list[dict[str, str]]:
+    """One line for each measurement: heading to text."""
     return [
-        (row.label, column, *_details(cell))
+        {"method": row.label, "column": column, **_details(cell, cell.ours)}
         for row in table.rows
         for column, cell in zip(table.columns, row.cells, strict=True)
         if cell.ours
-    ]
-
-
-def difference_lines(table: Table) -> list[str]:
-    """A sentence for each pair of our methods on the same examples."""
-    return [
-        f"{one.column}: {one.second} against {one.first} {100 * one.difference.mean:+.2f} points "
-        f"(95 % interval {100 * one.difference.low:+.2f} to {100 * one.difference.high:+.2f}), better on "
-        f"{one.difference.better} of {one.difference.n} examples, worse on {one.difference.worse}, "
-        f"sign test p = {one.difference.p_value:.2g}"
-        for one in table.differences
     ]
 
 
@@ -97,9 +70,13 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], source: str) -> str:
     """All tables as Markdown, which is also what is printed."""
     parts = ["# Results", LEGEND, NOISE]
     for table in tables:
-        parts += [f"## {table.title}", _grid([("", "parameters", *table.columns)], wide_lines(table))]
-        parts.append(_grid([DETAIL_COLUMNS], [Line("ours", line) for line in detail_lines(table)]))
-        parts += [f"- {line}" for line in difference_lines(table)]
+        details = detail_lines(table)
+        parts += [
+            f"## {table.title}",
+            _grid(("", "parameters", *table.columns), *(line.cells for line in wide_lines(table))),
+        ]
+        parts.append(_grid(details[0].keys(), *(line.values() for line in details)))
+        parts += [f"- {line}" for line in table.differences]
     if notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join([*parts, f"Paper: {source}"]) + "\n"
@@ -107,40 +84,17 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], source: str) -> str:
 
 def write_csv(tables: Sequence[Table], path: Path) -> None:
     """One line a place of a table, quoted figures included, unrounded."""
-    fields = ["table", "method", "column", "task", "variant", "metric", "runs", "settings_tried", "validation", "mean"]
-    fields += ["standard_deviation", "low", "high", "examples", "parameters", "paper", "paper_standard_deviation"]
-    fields += ["paper_parameters", "quoted_from", "difference", "noise", "exceeds_noise", "run_folders"]
+    records = [
+        _record(table, row, column, cell)
+        for table in tables
+        for row in table.rows
+        for column, cell in zip(table.columns, row.cells, strict=True)
+        if cell.paper is not None or cell.our_mean is not None
+    ]
     with atomic_write(path) as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer = csv.DictWriter(file, list(next(iter(records), {})), lineterminator="\n")
         writer.writeheader()
-        for table in tables:
-            for row in table.rows:
-                for column, cell in zip(table.columns, row.cells, strict=True):
-                    if cell.paper is not None or cell.our_mean is not None:
-                        writer.writerow({"table": table.title, "column": column} | _record(row, cell))
-
-
-def write_html(
-    tables: Sequence[Table], notes: Sequence[str], source: str, pictures: dict[str, bytes], path: Path
-) -> None:
-    """One self-contained page."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("adept_ds.reports", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    page = environment.get_template("tables.html.jinja").render(
-        tables=[(table, wide_lines(table), detail_lines(table), difference_lines(table)) for table in tables],
-        detail_columns=DETAIL_COLUMNS,
-        pictures={title: base64.b64encode(picture).decode() for title, picture in pictures.items()},
-        notes=notes,
-        legend=LEGEND,
-        noise=NOISE,
-        source=source,
-    )
-    with atomic_write(path) as file:
-        file.write(page)
+        writer.writerows(records)
 
 
 def learning_curves(records: Sequence[RunRecord]) -> dict[str, bytes]:
@@ -148,8 +102,9 @@ def learning_curves(records: Sequence[RunRecord]) -> dict[str, bytes]:
     groups: dict[str, list[RunRecord]] = {}
     for record in records:
         if record.metrics:
-            data = record.settings.get("data.tasks") or [record.settings.get("data.format", "unknown data")]
-            model = Path(record.settings.get("model.name_or_path", "unknown model")).name
+            settings = record.settings
+            data = settings.get("data.tasks") or [settings.get("data.format", "unknown data")]
+            model = Path(settings.get("model.name_or_path", "unknown model")).name
             groups.setdefault(f"{model} on {', '.join(Path(name).stem for name in data)}", []).append(record)
     return {
         title: compare_curves(
@@ -172,7 +127,16 @@ def write_tables(
     with atomic_write(folder / "report.md") as file:
         file.write(text)
     write_csv(tables, folder / "report.csv")
-    write_html(tables, notes, source, pictures, folder / "report.html")
+    write_page(
+        "tables_report.html.jinja",
+        folder / "report.html",
+        tables=[(table, wide_lines(table), detail_lines(table)) for table in tables],
+        pictures=pictures,
+        notes=notes,
+        legend=LEGEND,
+        noise=NOISE,
+        source=source,
+    )
     return text
 
 
@@ -192,24 +156,22 @@ def _our_text(cell: Cell) -> str:
     return text + "*" * (cell.exceeds_noise is True) + "‡" * cell.is_other_task
 
 
-def _details(cell: Cell) -> tuple[str, ...]:
-    ours = cell.ours
-    assert ours is not None
+def _details(cell: Cell, ours: Measurement) -> dict[str, str]:
     low, high = ours.interval
     verdict = {True: "exceeds the noise", False: "within the noise", None: ""}[cell.exceeds_noise]
-    return (
-        str(ours.runs),
-        str(ours.settings_tried),
-        _validation_text(ours),
-        f"{ours.mean:.2f}",
-        _number(ours.deviation),
-        f"{low:.2f} to {high:.2f}",
-        "" if ours.first.parameters is None else f"{ours.first.parameters:,}",
-        _paper_text(cell),
-        "" if cell.difference is None else f"{cell.difference:+.2f}",
-        _number(cell.noise),
-        verdict + ("; other form of the task" if cell.is_other_task else ""),
-    )
+    return {
+        "runs": str(ours.runs),
+        "settings tried": str(ours.settings_tried),
+        "validation": _validation_text(ours),
+        "mean": f"{ours.mean:.2f}",
+        "standard deviation": _number(ours.deviation),
+        "95 % interval": f"{low:.2f} to {high:.2f}",
+        "trained parameters": "" if ours.first.parameters is None else f"{ours.first.parameters:,}",
+        "paper": _paper_text(cell),
+        "difference": "" if cell.difference is None else f"{cell.difference:+.2f}",
+        "noise": _number(cell.noise),
+        "verdict": verdict + ("; other form of the task" if cell.is_other_task else ""),
+    }
 
 
 def _validation_text(ours: Measurement) -> str:
@@ -225,10 +187,27 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _record(row: Row, cell: Cell) -> dict[str, Any]:
-    record = {
+def _record(table: Table, row: Row, column: str, cell: Cell) -> dict[str, Any]:
+    """A line of the CSV, in the order of its columns."""
+    ours = cell.ours
+    first = ours.first if ours else None
+    low, high = ours.interval if ours else (None, None)
+    return {
+        "table": table.title,
         "method": row.label,
+        "column": column,
+        "task": first and first.task,
+        "variant": first and first.variant,
+        "metric": first and first.metric,
+        "runs": ours and ours.runs,
+        "settings_tried": ours and ours.settings_tried,
+        "validation": mean(ours.validation_figures) if ours and ours.validation_figures else None,
         "mean": cell.our_mean,
+        "standard_deviation": ours and ours.deviation,
+        "low": low,
+        "high": high,
+        "examples": first and first.examples,
+        "parameters": first and first.parameters,
         "paper": cell.paper,
         "paper_standard_deviation": cell.paper_deviation,
         "paper_parameters": row.paper_parameters,
@@ -236,25 +215,14 @@ def _record(row: Row, cell: Cell) -> dict[str, Any]:
         "difference": cell.difference,
         "noise": cell.noise,
         "exceeds_noise": cell.exceeds_noise,
+        "run_folders": ours and json.dumps([str(figure.run) for figure in ours.figures]),
     }
-    if cell.ours:
-        ours, first = cell.ours, cell.ours.first
-        record |= {"task": first.task, "variant": first.variant, "metric": first.metric, "runs": ours.runs}
-        record |= {"settings_tried": ours.settings_tried, "standard_deviation": ours.deviation}
-        record |= {"validation": mean(ours.validation_figures) if ours.validation_figures else None}
-        record |= dict(zip(("low", "high"), ours.interval, strict=True))
-        record |= {"examples": first.examples, "parameters": first.parameters}
-        record["run_folders"] = json.dumps([str(result.run) for result in ours.results])
-    return record
 
 
-def _grid(header: Sequence[tuple[str, ...]], lines: Sequence[Line]) -> str:
-    """A Markdown table with columns of even width."""
-    rows = [*header, *(line.cells for line in lines)]
-    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = [
-        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([texts[0], rule, *texts[1:]])
+def _grid(*rows: Iterable[str]) -> str:
+    """A Markdown table with columns of even width; the first row is its heading."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
+    heading, *others = (f"| {line} |" for line in lines)
+    return "\n".join([heading, "|" + "|".join("-" * (width + 2) for width in widths) + "|", *others])

@@ -17,7 +17,7 @@ from adept_ds.errors import UserError, did_you_mean
 from . import isolation as tiers
 from .cache import VerdictCache
 from .program import Limits, Program, SandboxFailure, Verdict
-from .run import Run
+from .run import ProgramRun
 from .worker import Worker
 
 _GRACE_SECONDS = 20.0
@@ -29,7 +29,7 @@ class _Slot:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.run: Run | None = None
+        self.run: ProgramRun | None = None
         self.channel: socket.socket | None = None
         self.item: _Item | None = None
         self.deadline = 0.0
@@ -161,7 +161,7 @@ class Sandbox:
         return len(self._slots) < self._count or any(slot.run is None for slot in self._slots)
 
     def _assign(self, item: _Item, selector: selectors.BaseSelector) -> None:
-        run = Run(item.program, self.limits, self._numpy)
+        run = ProgramRun(item.program, self.limits, self._numpy)
         slot = next((slot for slot in self._slots if slot.run is None), None)
         if slot is None:
             slot = _Slot(self._launch())
@@ -235,5 +235,5 @@ class Sandbox:
             self._slots.remove(slot)
 
 
-def _wanted(run: Run) -> int:
+def _wanted(run: ProgramRun) -> int:
     return selectors.EVENT_READ | (selectors.EVENT_WRITE if run.outgoing else 0)

@@ -33,7 +33,7 @@ class _Outcome:
     detail: str
 
 
-class Run:
+class ProgramRun:
     """The grader's side of one program. `outcome` is set as soon as the verdict no longer depends on what comes."""
 
     def __init__(self, program: Program, limits: Limits, numpy: bool = False) -> None:

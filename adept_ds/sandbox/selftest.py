@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .packages import site_packages
 from .program import Limits, Program, Tests, Verdict
-from .run import Run
+from .run import ProgramRun
 from .worker import ENVIRONMENT, Worker, WorkerRefused
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=10.0, memory_mb=256)
@@ -99,7 +99,7 @@ class Check:
 
 def judge(worker: Worker, program: Program, limits: Limits = LIMITS) -> Verdict:
     """Run one program on one worker and wait for its verdict."""
-    run = Run(program, limits)
+    run = ProgramRun(program, limits)
     channel = worker.start(limits)
     with channel:
         open_end = True

@@ -1,7 +1,7 @@
-"""Batch scripts: those of `launchers/slurm`, with the resources and the site of one submission written into them.
+"""Batch scripts: those of `launchers/slurm`, which come with the package, made complete for one submission.
 
 Each has three parts behind marker lines. The resources (`#SBATCH` lines) are replaced, the site is filled in, and the
-job itself stays as it is, with the file that it sources in its place, so that the script is complete.
+job itself stays as it is, with the file that it sources in its place.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from adept_ds.errors import UserError
 from adept_ds.slurm.site import SiteConfig
 
-SCRIPTS = Path("launchers") / "slurm"
-"""In the repository."""
+SCRIPTS = Path(__file__).resolve().with_name("scripts")
+"""`launchers/slurm` of the repository."""
 RESOURCES, SITE, JOB = (f"# --- {part} " for part in ("resources", "site", "job"))
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+", re.ASCII)
 
@@ -58,7 +58,8 @@ def _with_sources(body: str, folder: Path) -> str:
         lines = (folder / found[1]).read_text(encoding="utf-8").rstrip().splitlines()
         return "\n".join(line for line in lines if not line.startswith("# shellcheck"))
 
-    return re.sub(r"(?:^# shellcheck source=.*\n)?^source .*/(\w+\.sh)\"?$", inline, body, flags=re.MULTILINE)
+    source = r"(?:^# slurmd runs a copy .*\n)?(?:^# shellcheck source=.*\n)?^source .*/(\w+\.sh)\" \|\| exit 1$"
+    return re.sub(source, inline, body, flags=re.MULTILINE)
 
 
 def quote_option(option: str) -> str:
@@ -78,18 +79,20 @@ def quote_variable(value: str) -> str:
     return f'"{escaped}"'
 
 
-def site_lines(site: SiteConfig, root: Path, python: str, binds: Sequence[Path], more: Mapping[str, str]) -> list[str]:
+def site_lines(
+    site: SiteConfig, root: Path | None, python: str, binds: Sequence[Path], more: Mapping[str, str]
+) -> list[str]:
     """Lines of bash that make a node's shell as the site wants it.
 
     Args:
         site: The site.
-        root: The repository.
+        root: The repository; None where the package is installed.
         python: Interpreter of the ranks.
         binds: Folders that a container must see.
         more: Further environment variables, of less weight than the site's own.
     """
     own = {
-        "ADEPT_DS_ROOT": shlex.quote(str(root)),
+        "ADEPT_DS_ROOT": shlex.quote(str(root or "")),
         "ADEPT_DS_PYTHON": shlex.quote(python),
         "ADEPT_DS_MAX_RESTARTS": str(site.max_restarts),
         "ADEPT_DS_WARNING_SECONDS": str(site.warning_seconds),

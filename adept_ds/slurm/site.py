@@ -1,7 +1,8 @@
 """What belongs to a cluster and not to a run: one small JSON file, the site.
 
-It is named by `--site`, else by $ADEPT_DS_SITE, else it is `launchers/slurm/site.json` if that is there. Every key is a
-flag of `launchers/submit.py` too, which has the last word.
+It is named by `--site`, else by $ADEPT_DS_SITE, else it is `launchers/slurm/site.json` of the repository or
+`~/.config/adept_ds/site.json` if one of them is there. Every key is a flag of `adept-ds submit` too, which has the last
+word.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from adept_ds.errors import UserError
 SITE_VARIABLE = "ADEPT_DS_SITE"
 SITE_NAME = Path("launchers") / "slurm" / "site.json"
 """In the repository."""
+USER_SITE = Path("~/.config/adept_ds/site.json")
 
+SITE_SECTION = "cluster"
+"""What `--help` takes for the keys of a site."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -164,14 +168,25 @@ def parse_time(text: str) -> float:
 
 
 def add_site_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--site` and a flag for each key of a site."""
-    group = parser.add_argument_group("cluster", "each of these but --site is a key of the site file too")
-    group.add_argument(
+    """Add `--site` and a flag for each key of a site, which are many: their help is `site_help`."""
+    parser.add_argument(
         "--site",
         metavar="FILE",
         type=Path,
-        help=f"site file (default: ${SITE_VARIABLE}, else {SITE_NAME} if it is there)",
+        help=f"the cluster (default: ${SITE_VARIABLE}, else {SITE_NAME} or {USER_SITE}, if it is there); "
+        f"--help {SITE_SECTION} tells its keys, each of which is a flag too",
     )
+    _add_keys(parser, is_shown=False)
+
+
+def site_help() -> str:
+    """The flags for the keys of a site."""
+    parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    _add_keys(parser, is_shown=True)
+    return f"keys of the site file, and flags:\n{parser.format_help().partition(':')[2]}"
+
+
+def _add_keys(parser: argparse.ArgumentParser, is_shown: bool) -> None:
     for name, field in SiteConfig.model_fields.items():
         if name == "about":
             continue
@@ -180,22 +195,23 @@ def add_site_flags(parser: argparse.ArgumentParser) -> None:
             options = {"nargs": "+", "action": "extend", "metavar": "NAME=VALUE" if name == "env" else "VALUE"}
         elif isinstance(field.default, bool):
             options = {"nargs": "?", "const": "true", "metavar": "true|false"}
-        group.add_argument(f"--{name}", help=(field.description or "").replace("%", "%%"), **options)
+        text = (field.description or "").replace("%", "%%")
+        parser.add_argument(f"--{name}", help=text if is_shown else argparse.SUPPRESS, **options)
 
 
-def load_site(flags: argparse.Namespace, root: Path) -> SiteConfig:
+def load_site(flags: argparse.Namespace, root: Path | None) -> SiteConfig:
     """The site that the flags name, or the default one, with the flags' own values on top.
 
     Args:
         flags: What `add_site_flags` has added.
-        root: The repository.
+        root: The repository, if there is one.
 
     Raises:
         UserError: All problems of the file and the flags.
     """
     path = flags.site or (Path(os.environ[SITE_VARIABLE]) if os.environ.get(SITE_VARIABLE) else None)
-    if path is None and (root / SITE_NAME).is_file():
-        path = root / SITE_NAME
+    defaults = [*([root / SITE_NAME] if root else []), USER_SITE.expanduser()]
+    path = path or next(filter(Path.is_file, defaults), None)
     overrides = []
     for name, field in SiteConfig.model_fields.items():
         value = getattr(flags, name, None)

@@ -48,7 +48,7 @@ class RunState:
     score: str | None = None
     """Figures of the evaluations."""
     note: str = ""
-    """Why it waits, the first line of the error, or what is still to come."""
+    """Why it waits, the first line of the error, what is still to come, or why it ended before its last step."""
 
 
 def run_folders(paths: Iterable[Path]) -> list[Path]:
@@ -122,6 +122,7 @@ def _read_state(folder: Path, queued: Sequence[QueuedJob] | None) -> RunState:
         step=status.get("step", 0),
         total_steps=status.get("total_steps"),
         score=_scores(folder),
+        note=status.get("reason") or "",
     )
     state = _with_metrics(state, folder)
     training = mine.pop("train", None)

@@ -58,13 +58,13 @@ class Cluster:
     """Where jobs come from and go to."""
 
     site: SiteConfig
-    root: Path
-    """The repository."""
+    root: Path | None
+    """The repository; None where the package is installed, which ranks then import from their interpreter."""
     cwd: Path
     """Where the user is, from which relative paths in configs are meant; the jobs run there."""
 
     @classmethod
-    def here(cls, site: SiteConfig, root: Path) -> Cluster:
+    def here(cls, site: SiteConfig, root: Path | None) -> Cluster:
         """From this folder, by the name that the shell has for it: what its links lead to may be this node's alone."""
         shown = Path(os.environ.get("PWD", "."))
         return cls(site, root, shown if shown.is_absolute() and shown.samefile(".") else Path.cwd())
@@ -179,8 +179,9 @@ def _job(
     if site.offline and hub_data_sets(run.data):
         # Without the hub a data set is read from the cache in which it was prepared.
         more["HF_DATASETS_CACHE"] = str(home / "datasets")
-    lines = site_lines(site, cluster.root, cluster.python, (cluster.root, cluster.cwd, folder, home), more)
-    text = render(cluster.root / SCRIPTS / f"{template}.sbatch", options, lines, arguments)
+    binds = [path for path in (cluster.root, cluster.cwd, folder, home) if path]
+    lines = site_lines(site, cluster.root, cluster.python, binds, more)
+    text = render(SCRIPTS / f"{template}.sbatch", options, lines, arguments)
     return Job(kind, folder / SLURM_FOLDER / f"{kind}.sbatch", text)
 
 
@@ -239,8 +240,8 @@ def refuse_queued(folder: Path) -> None:
     if mine:
         job, shown = mine[0], shlex.quote(str(folder))
         raise UserError(
-            f"{folder} is in the queue already: job {job.label} ({job.name}) is {job.state}. See it by python "
-            f"launchers/status.py {shown}, end it by python launchers/submit.py stop {shown}"
+            f"{folder} is in the queue already: job {job.label} ({job.name}) is {job.state}. See it by "
+            f"`adept-ds status {shown}`, end it by `adept-ds submit stop {shown}`"
         )
 
 

@@ -46,11 +46,14 @@ class Adapter:
 
 
 def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:
-    """What an adapter says about the backbone it belongs to. Collective under ZeRO-3."""
+    """What an adapter says about the backbone it belongs to. Collective under ZeRO-3.
+
+    Its revision is known where `load_backbone` has loaded it from the hub.
+    """
     table = cast(nn.Embedding, backbone.get_input_embeddings())
     return {
         "name_or_path": backbone.config.name_or_path,
-        "revision": getattr(backbone.config, "_commit_hash", None),
+        "revision": getattr(backbone, "hub_revision", None),
         "model_type": backbone.config.model_type,
         "hidden_size": table.embedding_dim,
         "vocab_size": table.num_embeddings,

@@ -54,6 +54,10 @@ class TrainerState:
     """Step of the best result so far."""
     best_value: float | None = None
     """Its figure (loss or pass@1)."""
+    gain_value: float | None = None
+    """The last figure that was better than the one before it in this field, by `train.early_stopping_threshold`."""
+    evaluations_since_gain: int = 0
+    """Evaluations since that figure."""
     world_size: int = 1
     """Number of ranks that wrote the checkpoint."""
     zero_stage: int | None = None

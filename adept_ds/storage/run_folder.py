@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
+
 from adept_ds.config.loader import flatten
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.files import read_json, write_json
 
@@ -42,27 +45,21 @@ SEED_KEYS = ("train.seed", "data.k_shot_seed")
 
 
 class RunFolder:
-    """A run folder held by this process. For rank 0 alone.
+    """A run folder. Rank 0 opens it, and then holds it until it ends.
 
     Args:
-        path: The folder; made if it is not there.
-
-    Raises:
-        UserError: Another process holds it.
+        path: The folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / CHECKPOINTS_NAME
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock: IO[str] = (path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"logging.run_dir is {str(path)!r}, where another process is training now") from error
+        self.best = path / "best"
+        self._lock: IO[str] | None = None
 
     def open(self, config: dict[str, Any], resume: str) -> None:
-        """Take the folder for a new run, or for going on with its own, and store the resolved config.
+        """Take the folder for a new run, or for going on with its own, and store the resolved config. It is made if it
+        is not there.
 
         Args:
             config: The resolved config.
@@ -70,8 +67,15 @@ class RunFolder:
                 `find_checkpoint`.
 
         Raises:
-            UserError: The folder holds a run and `resume` is `never`, or a run with other settings.
+            UserError: Another process holds the folder; or the folder holds a run and `resume` is `never`, or a run
+                with other settings.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"logging.run_dir is {str(self.path)!r}, where another process is training now") from error
         stored = self.path / CONFIG_NAME
         if stored.is_file():
             if resume == "never":
@@ -97,7 +101,7 @@ def check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
     Raises:
         UserError: All settings that differ from those of the folder's run.
     """
-    before, after = flatten(read_json(run_dir / CONFIG_NAME)), flatten(config)
+    before, after = flatten(_with_defaults(read_json(run_dir / CONFIG_NAME))), flatten(config)
     differing = [
         f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
         for key in sorted({*before, *after})
@@ -108,6 +112,14 @@ def check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
             f"logging.run_dir is {str(run_dir)!r}, which holds a run with other settings: "
             f"{'; '.join(differing)}. Put them back, or choose another folder by --logging.run_dir"
         )
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the settings that are new since it was written; as it is if it is no longer a valid one."""
+    try:
+        return RunConfig.model_validate(stored).model_dump(mode="json", by_alias=True)
+    except ValidationError:
+        return stored
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Adapters published by the authors of DePT and ADePT, in the form of this project.
 
-    python -m adept_ds.tools.import_adapter IN OUT [--backbone NAME_OR_PATH]
+    adept-ds import IN OUT [--backbone NAME_OR_PATH]
 
 IN is a folder with `adapter_config.json` and `adapter_model.bin` as their fork of HF PEFT writes them, OUT an adapter
 folder. The tensors are read without running code that a pickle may hold (`weights_only`).
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from adept_ds.backbone.load import resolve_architecture
+from adept_ds.config.command_line import parse_flags
 from adept_ds.config.method import AdeptConfig, DeptConfig
 from adept_ds.config.run import ModelConfig
-from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import UserError
 from adept_ds.storage import adapter_folder
 
@@ -119,18 +119,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged or holds more than tensors: {reason}") from error
 
 
-def main(arguments: Sequence[str]) -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m adept_ds.tools.import_adapter", description="Convert a published DePT or ADePT adapter."
-    )
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All arguments."""
     parser.add_argument("source", metavar="IN", type=Path, help="folder of the published adapter")
     parser.add_argument("folder", metavar="OUT", type=Path, help="adapter folder to write")
     parser.add_argument("--backbone", help="hub id or folder of its backbone; what its config names if not given")
-    options = parser.parse_args(arguments)
-    settings = import_adapter(options.source, options.folder, options.backbone)
-    print(f"{options.folder}: {settings.model_dump(exclude_defaults=True) | {'name': settings.name}}")
 
 
-if __name__ == "__main__":
-    run_entry_point(main)
+def main(arguments: Sequence[str]) -> None:
+    """Parse, convert, tell the settings."""
+    flags = parse_flags(arguments, "adept-ds import", __doc__ or "", add_flags)
+    settings = import_adapter(flags.source, flags.folder, flags.backbone)
+    print(f"{flags.folder}: {settings.model_dump(exclude_defaults=True) | {'name': settings.name}}")

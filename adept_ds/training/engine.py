@@ -27,14 +27,18 @@ from deepspeed.utils import (
 )
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from adept_ds.backbone.load import load_backbone, random_backbone
 from adept_ds.backbone.sharding import full_shape, is_sharded, node_group
 from adept_ds.config.deepspeed import SHARDED_STAGE
+from adept_ds.config.run import RunConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.distributed import World, ranks_by_node
 from adept_ds.errors import UserError
-from adept_ds.model.adapted_model import AdaptedModel
+from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.rank_environment import is_main_rank
+from adept_ds.training.optimizer import build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a parameter, beside its step count."""
@@ -69,14 +73,6 @@ def check_offload(config: dict[str, Any]) -> None:
             )
         if is_main_rank():
             print(f"deepspeed.zero_optimization.{name}: DeepSpeed builds async_io now, unless it has; it takes minutes")
-
-
-def shard_options(config: dict[str, Any], sharding: str | None, world: World) -> dict[str, Any]:
-    """What `load_backbone` needs to split the weights as a completed section and `train.sharding` say. Collective."""
-    return {
-        "deepspeed_config": config if config["zero_optimization"]["stage"] == SHARDED_STAGE else None,
-        "shard_group": node_group(ranks_by_node(world)) if sharding == "node" else None,
-    }
 
 
 def prepare_deepspeed(world: World) -> None:
@@ -210,8 +206,11 @@ class Engine:
     @property
     def _scaler(self) -> Any:
         """DeepSpeed's dynamic loss scaler; None where the loss is not scaled."""
-        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
-        return scaler if getattr(scaler, "dynamic", False) else None
+        if not self.deepspeed.fp16_enabled():
+            return None
+        # Not by getattr: a checkpoint without the scaler's state would be resumed with other losses.
+        scaler = self.deepspeed.optimizer.loss_scaler
+        return scaler if scaler.dynamic else None
 
     def _link_moments(self) -> None:
         """Make the moments of all groups reachable from their parameters.
@@ -219,10 +218,14 @@ class Engine:
         At stages 1 and 2 DeepSpeed links them once, when the first group has taken its first step and the others have
         no moments yet.
         """
+        if self.zero_stage not in (1, 2):
+            return
         optimizer = self.deepspeed.optimizer
-        if hasattr(optimizer, "_hp_optimizer_states_linked"):
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
+        if not hasattr(optimizer, "_hp_optimizer_states_linked"):
+            # Setting it anew would do nothing, and moments would be missing from every checkpoint.
+            raise RuntimeError(f"{type(optimizer).__name__} of this version of DeepSpeed links moments in another way")
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
     def _master(self, parameter: torch.nn.Parameter) -> Tensor:
         # Without ZeRO and in fp32 the parameter is its own master.
@@ -256,3 +259,42 @@ class Engine:
         if state is None:  # every step so far overflowed and was skipped
             return torch.zeros(full_shape(parameter))
         return state.float().view(full_shape(parameter))
+
+
+def build_engine(
+    run: RunConfig,
+    config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    world: World,
+    values: dict[str, Tensor] | None = None,
+    random_shape: PreTrainedConfig | None = None,
+) -> Engine:
+    """Load the backbone, split over the ranks as it is read, and put the method and DeepSpeed around it. Collective.
+
+    Args:
+        run: The run, with `train.sharding` decided.
+        config: The completed `deepspeed` section.
+        tokenizer: As `AdaptedModel`.
+        world: This rank.
+        values: Trained values to go on from, if any.
+        random_shape: Make a backbone of this shape with random weights in place of loading one.
+
+    Raises:
+        UserError: As `check_offload`, `load_backbone` and `get_adept_model`.
+    """
+    prepare_deepspeed(world)
+    check_offload(config)
+    shards: dict[str, Any] = {
+        "deepspeed_config": config if config["zero_optimization"]["stage"] == SHARDED_STAGE else None,
+        "shard_group": node_group(ranks_by_node(world)) if run.train.sharding == "node" else None,
+    }
+    if random_shape is not None:
+        backbone = random_backbone(run.model, random_shape, world.device, **shards)
+    else:
+        backbone = load_backbone(run.model, world.device, show_progress=world.is_main, **shards)
+    model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
+    if run.train.activation_checkpointing:
+        model.checkpoint_activations()
+    if values:
+        model.load_trained(values)
+    return Engine(model, build_optimizer(model, run.train), config, world)

@@ -200,7 +200,7 @@ def _combinations(grid: Grid) -> list[dict[str, Any]]:
 
 def _is_known(key: str) -> bool:
     """Whether any method's run has the setting; whether this one's has, `load_config` says."""
-    in_objects = ("deepspeed.", "data.hub_ids.")
+    in_objects = ("deepspeed.", "data.hub_ids.", "train.schedule_options.")
     return key.startswith(in_objects) or any(key in declared_settings(method) for method in method_docs())
 
 
@@ -270,7 +270,7 @@ def read_outcome(member: Member) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SeedGroup:
     """Members that differ in their seeds alone."""
 
     settings: dict[str, Any]
@@ -292,7 +292,7 @@ class Setting:
         return stdev(self.values) if len(self.values) > 1 else None
 
 
-def compare_settings(found: Sequence[Member], outcomes: Mapping[str, Outcome]) -> list[Setting]:
+def compare_settings(found: Sequence[Member], outcomes: Mapping[str, Outcome]) -> list[SeedGroup]:
     """Average the validation figures over seeds, and mark the best setting of each contest.
 
     Methods, tasks and backbones are contests of their own: their figures are not comparable, or it is they that are
@@ -305,8 +305,8 @@ def compare_settings(found: Sequence[Member], outcomes: Mapping[str, Outcome]) -
     for group in groups.values():
         finished = [outcomes[member.name] for member in group if outcomes[member.name].state == "finished"]
         values = tuple(outcome.best_value for outcome in finished if outcome.best_value is not None)
-        settings.append(Setting(group[0].without_seeds(), group[0].contest(), tuple(group), values))
-    best: dict[str, Setting] = {}
+        settings.append(SeedGroup(group[0].without_seeds(), group[0].contest(), tuple(group), values))
+    best: dict[str, SeedGroup] = {}
     for setting in settings:
         if len(setting.values) == len(setting.members):
             contest = json.dumps(setting.contest)
@@ -316,7 +316,7 @@ def compare_settings(found: Sequence[Member], outcomes: Mapping[str, Outcome]) -
     return [replace(setting, is_best=setting in best.values()) for setting in settings]
 
 
-def _score(setting: Setting) -> float:
+def _score(setting: SeedGroup) -> float:
     figure = mean(setting.values)
     return -figure if setting.members[0].lower_is_better else figure
 
@@ -356,7 +356,7 @@ def write_tables(found: Sequence[Member], folder: Path) -> str:
     return text
 
 
-def _table(found: Sequence[Member], outcomes: Mapping[str, Outcome], settings: Sequence[Setting]) -> str:
+def _table(found: Sequence[Member], outcomes: Mapping[str, Outcome], settings: Sequence[SeedGroup]) -> str:
     metric = found[0].run.eval.metric
     keys = list(dict.fromkeys(key for member in found for key in member.settings))
     rows = [["state", "step", metric, *(_short(key, keys) for key in keys), "run"]]

@@ -1,8 +1,10 @@
 # shellcheck shell=bash
-# What the batch scripts of this folder share. They source it after setting `root`; it sets `python`, `container` and
-# `scratch`, and gives functions to run ranks and to pass signals on to them.
+# What the batch scripts of this folder share. It sets `root`, `python`, `container` and `scratch`, and gives functions to
+# run ranks and to pass signals on to them.
 
-: "${root:?}" "${warned:=0}"
+: "${warned:=0}"
+# The repository; empty where `adept-ds submit` has written the script for a package that is installed.
+root=${ADEPT_DS_ROOT-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}
 if [[ -n ${ADEPT_DS_PYTHON:-} ]]; then
     python=$ADEPT_DS_PYTHON
 elif [[ -x $root/.venv/bin/python ]]; then
@@ -14,7 +16,8 @@ read -ra container <<<"${ADEPT_DS_CONTAINER:-}"
 scratch=${ADEPT_DS_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}/adept_ds.$(id -un)}}
 
 export ADEPT_DS_SCRATCH=$scratch
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+[[ -z $root ]] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1
 # srun does not inherit it from sbatch.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # On network file systems the locks in these folders can hang. Without a hub, data sets are where they were prepared.

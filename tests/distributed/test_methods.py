@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from adept_ds.backbone.load import load_backbone
+from adept_ds.config.batch import learning_rates
 from adept_ds.config.method import PromptTuningConfig
 from adept_ds.config.run import ModelConfig, RunConfig
 from adept_ds.data import EncodedDataset, collate, global_batches, load_examples
 from adept_ds.model.adapted_model import get_adept_model
-from adept_ds.training.optimizer import build_optimizer, learning_rate_factor, set_learning_rates
+from adept_ds.training.optimizer import build_optimizer, set_learning_rates
 from tests.conftest import RunRanks, losses, run_settings
 
 from .test_exactness import largest_difference, train_all
@@ -110,9 +111,10 @@ def in_one_process(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[
         prompt_tasks=model.prompt_tasks,
     )
     optimizer, curve = build_optimizer(model, run.train), []
+    rates = learning_rates(run.train, model.learning_rate_groups(), STEPS)
     batches = global_batches(dataset.lengths, 4, run.train.seed, 0, True)
     for step in range(STEPS):
-        set_learning_rates(optimizer, learning_rate_factor(step, run.train, STEPS))
+        set_learning_rates(optimizer, rates(step))
         batch = collate([dataset[index] for index in batches[step]], tokenizer.pad_token_id)
         loss = model(**batch).loss
         optimizer.zero_grad()

@@ -292,6 +292,50 @@ def test_dropout_is_on_from_the_first_step(tiny_t5: Path, run_ranks: RunRanks, t
     assert len(set(losses(tmp_path / "run"))) == 4
 
 
+@pytest.fixture(scope="module")
+def stalled_run(tiny_llama: Path, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks that learns nothing, so that no evaluation is better than the first."""
+    run_dir = tmp_path_factory.mktemp("stalled") / "run"
+    settings = run_settings(tiny_llama, run_dir, early_stopping_patience=2, schedule="cosine")
+    settings["train"]["learning_rate"] = {"soft_prompt": 1e-30, "network": 1e-30}
+    settings["eval"] = {"every_steps": 2, "max_examples": 4}
+    result = run_ranks(2, TRAIN, settings)
+    assert result.returncode == 0, result.stdout
+    return run_dir
+
+
+def test_early_stopping_ends_a_run_that_no_longer_gets_better(stalled_run: Path) -> None:
+    status = json.loads((stalled_run / "status.json").read_text())
+    assert (status["state"], status["step"], status["total_steps"], status["best_step"]) == ("finished", 6, 12, 2)
+    assert status["reason"] == "early stopping at step 6, best at step 2"
+    assert len(losses(stalled_run)) == 6
+    assert (stalled_run / "best").resolve().name == "best-step-00000002"
+
+
+@pytest.mark.parametrize("last_step", [5, 6], ids=["before the last evaluation", "before the status was written"])
+def test_early_stopping_of_a_resumed_run_is_that_of_the_whole_one(
+    last_step: int, stalled_run: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    copy = resumed_copy(stalled_run, tmp_path / "run", last_step)
+    result = run_ranks(2, TRAIN, settings_of(stalled_run, copy), "--resume", "auto")
+    assert result.returncode == 0, result.stdout
+    statuses = [json.loads((run / "status.json").read_text()) for run in (copy, stalled_run)]
+    assert statuses[0] == statuses[1]
+    assert losses(copy) == losses(stalled_run)
+
+
+def test_early_stopping_without_validation_examples_is_refused(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"prompt": "one and one", "completion": "two"}) + "\n")
+    settings = run_settings(tiny_llama, tmp_path / "run", early_stopping_patience=2)
+    settings["data"] = {"format": "jsonl", "path": str(data)}
+    result = run_ranks(0, TRAIN, settings)
+    assert result.returncode == 2
+    assert "hold some out by data.validation_fraction" in result.stdout
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run", save_every=1)
     settings["train"]["learning_rate"] = {"soft_prompt": 1e30, "network": 1e30}

@@ -228,11 +228,21 @@ def stub(cluster: Cluster, tmp_path: Path) -> StubRun:
 
 def stub_root(folder: Path) -> Path:
     """A repository with our batch scripts and package, and the stub in the trainer's place."""
+    return root_with(folder, "stub_train.py")
+
+
+def root_with(folder: Path, trainer: str) -> Path:
+    """A repository of links to ours, but for `adept_ds/cli/train.py`, which is a file of this folder."""
     if not folder.exists():
+        package = folder / "adept_ds"
         (folder / "launchers").mkdir(parents=True)
-        (folder / "adept_ds").symlink_to(REPOSITORY / "adept_ds")
+        (package / "cli").mkdir(parents=True)
         (folder / "launchers" / "slurm").symlink_to(REPOSITORY / "launchers" / "slurm")
-        (folder / "launchers" / "train.py").symlink_to(Path(__file__).with_name("stub_train.py"))
+        for ours in [*(REPOSITORY / "adept_ds").iterdir(), *(REPOSITORY / "adept_ds" / "cli").iterdir()]:
+            link = folder / ours.relative_to(REPOSITORY)
+            if not link.exists() and ours.name not in ("train.py", "__pycache__"):
+                link.symlink_to(ours)
+        (package / "cli" / "train.py").symlink_to(Path(__file__).with_name(trainer))
     return folder
 
 

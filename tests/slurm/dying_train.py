@@ -1,4 +1,4 @@
-"""launchers/train.py that is killed within the save of its first checkpoint but one, on the job's first try."""
+"""`adept_ds.cli.train` that is killed within the save of its first checkpoint but one, on the job's first try."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.storage.checkpoint import write_tensors
-from adept_ds.training import recipe
-
-from .conftest import REPOSITORY
+from adept_ds.training import results
 
 
 def write_half(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -24,5 +22,5 @@ def write_half(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 if not os.environ.get("SPARED"):
-    recipe.write_tensors = write_half
-runpy.run_path(str(REPOSITORY / "launchers" / "train.py"), run_name="__main__")
+    results.write_tensors = write_half
+main = runpy.run_path(str(Path(__file__).resolve().parents[2] / "adept_ds" / "cli" / "train.py"))["main"]

@@ -1,4 +1,4 @@
-"""Stands in for launchers/train.py where a test needs its behaviour towards SLURM alone: no model, no process group.
+"""Stands in for `adept_ds.cli.train` where a test needs its behaviour towards SLURM alone: no model, no process group.
 
 STUB_STEP_SECONDS   time of a step (0.05)
 STUB_IMPORT_SECONDS time before the signal handlers are there
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adept_ds.config.command_line import parse_command_line
-from adept_ds.entry_point import run_entry_point
 from adept_ds.files import write_json
 from adept_ds.storage.run_folder import newest_step
 
@@ -85,7 +84,3 @@ def fail(what: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "hang":
         time.sleep(3600)
-
-
-if __name__ == "__main__":
-    run_entry_point(main)

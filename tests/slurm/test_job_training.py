@@ -17,7 +17,7 @@ from adept_ds.storage.run_folder import CHECKPOINTS_NAME, list_checkpoints
 from tests.conftest import Launch, losses, run_settings
 from tests.ranks import free_port
 
-from .conftest import REPOSITORY, Cluster, Run
+from .conftest import REPOSITORY, Cluster, Run, root_with
 
 pytestmark = [pytest.mark.slurm, pytest.mark.root, pytest.mark.slow]
 TRAIN = "launchers/train.py"
@@ -170,14 +170,7 @@ def test_a_cancelled_run_goes_on_on_another_number_of_nodes(
 def test_after_a_kill_within_a_save_the_checkpoint_before_it_is_taken(
     cluster: Cluster, uninterrupted: Uninterrupted, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    root = tmp_path / "repository"
-    (root / "launchers").mkdir(parents=True)
-    (root / "launchers" / "slurm").symlink_to(REPOSITORY / "launchers" / "slurm")
-    (root / "launchers" / "train.py").write_text(
-        f"import runpy, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "runpy.run_module('tests.slurm.dying_train', run_name='__main__')\n"
-    )
-    (root / "adept_ds").symlink_to(REPOSITORY / "adept_ds")
+    root = root_with(tmp_path / "repository", "dying_train.py")
     run = Run(cluster, tmp_path, {**settings, "train": {**settings["train"], "save_every": 5}}, root)
     job = run.submit("--nodes=1")
     assert cluster.wait(job)["JobState"] == "FAILED"

@@ -123,6 +123,7 @@ def test_a_finished_run_has_its_score(tmp_path: Path, state_of: Any) -> None:
         ({"state": "interrupted"}, {"ended_by": "stopped"}, None, "interrupted", ""),
         ({"state": "running"}, {"ended_by": "cancelled"}, None, "cancelled", ""),
         ({}, {"ended_by": None}, "OUT_OF_MEMORY", "failed", "OUT_OF_MEMORY"),
+        ({"state": "finished", "reason": "early stopping at step 3"}, {}, None, "finished", "early stopping at step 3"),
     ],
 )
 def test_a_run_that_is_no_longer_in_the_queue_says_why(

@@ -195,7 +195,7 @@ def test_a_sweep_goes_on_with_what_is_left(submitter: Submitter) -> None:
     write_config(submitter.folder / "c.json", Path("sweep"), max_steps=100, save_every=100)
     flags = ("sweep", "--config", "c.json", "--grid", "train.seed=[1, 2, 3]", "--concurrent", "2", *SMALL)
     # Which of the members fails is in the environment of all of them: rank 1 of the task whose seed is 2.
-    stub = submitter.root / "launchers" / "train.py"
+    stub = submitter.root / "adept_ds" / "cli" / "train.py"
     real = stub.resolve()
     stub.unlink()
     stub.write_text(
@@ -203,7 +203,7 @@ def test_a_sweep_goes_on_with_what_is_left(submitter: Submitter) -> None:
         f"sys.path.insert(0, {str(real.parent)!r})\n"
         "if os.environ.get('FAILING') and os.environ['SLURM_ARRAY_TASK_ID'] == os.environ['FAILING']:\n"
         "    os.environ['STUB_FAIL'] = '1 raise 3'\n"
-        f"runpy.run_path({str(real)!r}, run_name='__main__')\n"
+        f"main = runpy.run_path({str(real)!r})['main']\n"
     )
     job = submitter.submit(*flags, FAILING="1")["train"]
     most = 0

@@ -88,6 +88,8 @@ def test_what_was_fetched_serves_nodes_without_a_hub(hub: str, tmp_path: Path) -
     assert call("train", "--dry-run").returncode == 0
 
     load = "from adept_ds.backbone.load import *; from adept_ds.config.run import ModelConfig; "
-    load += "load_backbone(c := ModelConfig(name_or_path='owner/tiny')); load_tokenizer(c)"
+    load += "from adept_ds.storage.adapter_folder import backbone_facts; "
+    load += "backbone = load_backbone(c := ModelConfig(name_or_path='owner/tiny')); load_tokenizer(c); "
+    load += "assert backbone_facts(backbone)['revision'] == 'a' * 40"
     offline = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", load], env=offline, cwd=REPOSITORY, check=True, timeout=200)

@@ -296,7 +296,7 @@ def test_tasks_are_scored_where_they_are_generated(tmp_path: Path) -> None:
     assert list(found) == ["train", "eval", "report"]
     (command,) = (line for line in found["eval"].splitlines() if line.startswith("set -- "))
     assert command.endswith("/slurm/config.json --adapter runs/x/best --out runs/x/eval/adept")
-    assert "evals/text2text.py" in found["eval"]
+    assert "-m adept_ds text2text" in found["eval"]
     assert "--dependency=afterok:JOB_ID_OF_EVAL" in submit(*arguments, "text2text", cwd=tmp_path).stdout
 
     (tmp_path / "runs" / "x").mkdir(parents=True)

@@ -1,0 +1,120 @@
+"""What a prompt leads to with an adapter and without it, so that a person sees what was learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig, RunConfig
+from adept_ds.data import Problem
+from adept_ds.distributed import World
+from adept_ds.errors import UserError
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.tuned import load_tuned
+from adept_ds.files import read_json
+from adept_ds.formats.registry import FORMATS
+from adept_ds.sandbox import Tests
+from adept_ds.storage.adapter_folder import load_adapter
+from adept_ds.storage.model_folder import is_model_folder
+from adept_ds.storage.run_folder import CONFIG_NAME
+
+WITHOUT, WITH = "without the adapter", "with the adapter"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a result was trained, as far as that can be known from where it lies."""
+
+    model: ModelConfig
+    """Its backbone."""
+    data: DataConfig
+    """The form of its prompts."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its prompts were chat turns."""
+        problems = FORMATS[self.data.format].problems
+        return problems is not None and problems.form.chat
+
+
+def origin_of(result: Path, base: str | None) -> Origin:
+    """Find the backbone of an adapter or a fully tuned model, and the run that trained it.
+
+    Args:
+        result: An adapter or a model folder, such as a run's `best` or one of its checkpoints.
+        base: Hub id or folder of the backbone, in place of the one that is on record.
+
+    Raises:
+        UserError: The folder is no result, its run's config cannot be read, or no backbone is on record.
+    """
+    run = _run_of(result)
+    if run is not None:
+        model = run.model.model_copy(update={"name_or_path": base, "revision": None}) if base else run.model
+        return Origin(model, run.data)
+    if is_model_folder(result):
+        if base is None:
+            raise UserError(f"{result} is a whole model outside its run's folder; name its backbone by --base")
+        return Origin(ModelConfig(name_or_path=base), DataConfig())
+    name = base or load_adapter(result).backbone.get("name_or_path")
+    if not name:
+        raise UserError(f"{result} does not say which backbone it belongs to; name it by --base")
+    return Origin(ModelConfig(name_or_path=name), DataConfig())
+
+
+def _run_of(result: Path) -> RunConfig | None:
+    """The run whose `best` or checkpoint this is."""
+    for folder in list(result.absolute().parents)[:2]:
+        path = folder / CONFIG_NAME
+        if path.is_file() and "train" in (values := read_json(path)):
+            try:
+                return RunConfig.model_validate(values)
+            except ValidationError as error:
+                raise UserError(f"{path} is not the config of a run: {error}") from error
+    return None
+
+
+class SideBySide:
+    """A result and its backbone, loaded once for any number of prompts. Every method is collective.
+
+    Args:
+        result: As `origin_of`.
+        origin: What that returned.
+        world: This rank.
+
+    Raises:
+        UserError: As `load_tuned`.
+    """
+
+    def __init__(self, result: Path, origin: Origin, world: World) -> None:
+        self._world, self._data = world, origin.data
+        self._tuned, self.tokenizer = load_tuned(origin.model, result, world)
+        # An adapter is put aside; whole models are two.
+        self._alone = load_tuned(origin.model, None, world)[0] if is_model_folder(result) else None
+
+    def answers(self, prompt: str, chat: bool, generation: GenerationConfig) -> Iterator[tuple[str, str]]:
+        """Yield `WITHOUT` and `WITH`, each with what is written then.
+
+        Args:
+            prompt: What is read; with `chat`, the user's turn that the tokenizer's chat template is put around.
+            chat: Whether it is.
+            generation: Decoding, the same for both.
+        """
+        problem = Problem("prompt", prompt, "", chat, tests=Tests(()), continues_prompt=False, stop=())
+
+        def write() -> str:
+            model = self._alone if alone and self._alone else self._tuned
+            samples = generate_samples(model, self.tokenizer, [problem], generation, self._data, self._world)
+            return samples[0].completion
+
+        alone = True
+        if self._alone:
+            yield WITHOUT, write()
+        else:
+            with self._tuned.disable_adapter():
+                answer = write()
+            yield WITHOUT, answer
+        alone = False
+        yield WITH, write()

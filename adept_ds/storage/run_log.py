@@ -1,0 +1,107 @@
+"""What a run says of itself as it goes on: `status.json`, `metrics.jsonl`, trackers, and lines to the console."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from accelerate.tracking import GeneralTracker
+from tqdm import tqdm
+from typing_extensions import override
+
+from adept_ds.config.loader import flatten
+from adept_ds.config.run import RunConfig
+from adept_ds.files import atomic_write
+from adept_ds.storage.run_folder import METRICS_NAME, RunFolder, read_metrics
+from adept_ds.storage.trackers import address, start_tracker, upload
+
+
+class SilentLog:
+    """The log of the ranks other than 0, which leave writing to it."""
+
+    def __init__(self, first_step: int = 0) -> None:
+        self.step = first_step
+        """Steps taken so far, which all that is written is of; the trainer counts them."""
+
+    def open(self) -> None:
+        """Begin: the run counts as running from here on.
+
+        Raises:
+            UserError: A tracker cannot be started.
+        """
+
+    def set_status(self, state: str, **facts: Any) -> None:
+        """Write `status.json`; `state` is running, interrupted, finished, or failed."""
+
+    def write(self, values: dict[str, float]) -> None:
+        """Add one line of metrics."""
+
+    def say(self, text: str) -> None:
+        """Print a line, beside a progress bar."""
+
+    def close(self, result: Path | None = None) -> None:
+        """Flush all metrics. The trackers are given the folder `result`, if there is one and the settings say so."""
+
+
+class RunLog(SilentLog):
+    """The log of rank 0, which has opened the folder.
+
+    Args:
+        folder: The run folder.
+        run: Which trackers, and the settings that they are told.
+        first_step: Lines of later steps are dropped: a run that resumes there takes those steps again.
+        total_steps: Steps of the whole run.
+    """
+
+    def __init__(self, folder: RunFolder, run: RunConfig, first_step: int, total_steps: int) -> None:
+        super().__init__(first_step)
+        self._folder, self._run, self._total_steps = folder, run, total_steps
+        self._file: IO[str]
+        self._trackers: dict[str, GeneralTracker] = {}
+
+    @override
+    def open(self) -> None:
+        path = self._folder.path / METRICS_NAME
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= self.step]
+            with atomic_write(path) as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        settings = flatten(self._run.model_dump(mode="json", by_alias=True))
+        for name in self._run.logging.trackers:
+            self._trackers[name] = start_tracker(name, self._run.logging, self._folder.path, settings)
+            print(f"{name} has this run at {address(self._trackers[name])}")
+        self.set_status("running")
+
+    @override
+    def set_status(self, state: str, **facts: Any) -> None:
+        addresses = {name: address(tracker) for name, tracker in self._trackers.items()}
+        self._folder.set_status(state, self.step, self._total_steps, **facts, trackers=addresses)
+
+    @override
+    def write(self, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": self.step, **values}) + "\n")
+        for tracker in self._trackers.values():
+            tracker.log(values, step=self.step)
+
+    @override
+    def say(self, text: str) -> None:
+        tqdm.write(f"step {self.step}: {text}")
+
+    @override
+    def close(self, result: Path | None = None) -> None:
+        self._file.close()
+        for name, tracker in self._trackers.items():
+            if result is not None and self._run.logging.upload_result:
+                self._upload(name, tracker, result)
+            tracker.finish()
+
+    def _upload(self, name: str, tracker: GeneralTracker, result: Path) -> None:
+        """The run is done and its result on the disk, so a tracker that does not take it is told of and no more."""
+        try:
+            taken = upload(tracker, result.resolve(), f"{self._folder.path.resolve().name}-best")
+        except Exception as error:
+            self.say(f"logging.upload_result: {name} did not take the result: {type(error).__name__}: {error}")
+        else:
+            self.say(f"logging.upload_result: {name} {'has the result' if taken else 'takes no files'}")

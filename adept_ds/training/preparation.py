@@ -1,0 +1,112 @@
+"""What a run works out before any weight is loaded: its examples in tokens, and its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from adept_ds.backbone.load import check_attention, load_architecture, load_tokenizer
+from adept_ds.config.batch import BatchArithmetic, count_steps, learning_rates
+from adept_ds.config.deepspeed import DeepSpeedPlan, complete
+from adept_ds.config.run import RunConfig
+from adept_ds.data import EncodedDataset, load_examples
+from adept_ds.distributed import World
+from adept_ds.errors import UserError
+from adept_ds.planner.memory import decide_sharding
+from adept_ds.planner.meta_step import meta_model
+from adept_ds.rank_environment import is_main_rank
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads."""
+
+    tokenizer: PreTrainedTokenizerBase
+    architecture: PreTrainedConfig
+    """The backbone's shape."""
+    train: EncodedDataset
+    validation: EncodedDataset | None
+
+    def summary(self) -> str:
+        """Both splits' sizes and what was cut of them, a line each."""
+        validation = self.validation.summary() if self.validation else "none, so the last step counts as the best"
+        return f"train: {self.train.summary()}\nvalidation: {validation}"
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How a run is split over ranks and steps."""
+
+    run: RunConfig
+    """The run, with `train.sharding: auto` decided."""
+    deepspeed: DeepSpeedPlan
+    """The completed `deepspeed` section, and the batch."""
+    epoch_steps: int
+    total_steps: int
+    learning_rates: Callable[[int], dict[str, float]]
+    """Number of an optimizer step (the first is 0) to the rate of each parameter group."""
+
+    @property
+    def batches(self) -> BatchArithmetic:
+        """How a global batch is split."""
+        return self.deepspeed.batch
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage that the weights are split by."""
+        return self.deepspeed.config["zero_optimization"]["stage"]
+
+
+def prepare_data(run: RunConfig) -> RunData:
+    """Read and encode the examples.
+
+    Raises:
+        UserError: Tokenizer, backbone config or data cannot be had, or do not fit the settings.
+    """
+    tokenizer = load_tokenizer(run.model)
+    architecture = load_architecture(run.model)
+    check_attention(run.model, architecture)
+    encode = partial(
+        EncodedDataset,
+        tokenizer=tokenizer,
+        cfg=run.data,
+        num_virtual_tokens=run.method.num_virtual_tokens,
+        encoder_decoder=architecture.is_encoder_decoder,
+        show_progress=is_main_rank(),
+        prompt_tasks=run.method.prompt_tasks,
+    )
+    train = encode(load_examples(run.data, "train"))
+    validation = load_examples(run.data, "validation")[: run.eval.max_examples]
+    if not validation and run.train.early_stopping_patience is not None:
+        raise UserError(
+            "train.early_stopping_patience needs validation examples, and there are none; hold some out by "
+            "data.validation_fraction, or leave it out"
+        )
+    return RunData(tokenizer, architecture, train, encode(validation) if validation else None)
+
+
+def plan_steps(run: RunConfig, data: RunData, world: World) -> StepPlan:
+    """Split batches over the ranks, weights too, and count the steps. Collective.
+
+    Raises:
+        UserError: The batch does not divide; the warm-up or the schedule's options do not fit into the run; or the
+            method cannot be put into the backbone.
+    """
+    if run.model.attn_implementation == "flex_attention" and world.device.type == "cpu":
+        raise UserError(
+            "model.attn_implementation is 'flex_attention', which has no backward pass on a CPU; expected eager or sdpa"
+        )
+    decided = decide_sharding(run, data.architecture, world)
+    total_steps = count_steps(run.train, len(data.train))
+    model = meta_model(run, data.architecture)
+    return StepPlan(
+        run=decided,
+        deepspeed=complete(decided, world.world_size, data.architecture.hidden_size),
+        epoch_steps=math.ceil(len(data.train) / run.train.global_batch_size),
+        total_steps=total_steps,
+        learning_rates=learning_rates(run.train, model.learning_rate_groups(), total_steps),
+    )
