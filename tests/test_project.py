@@ -108,7 +108,7 @@ def test_the_wheel_holds_nothing_but_the_package(wheel_files: set[str]) -> None:
 def test_demo_makes_the_environment_first_and_the_report_last() -> None:
     command = ["make", "--dry-run", "--always-make", "demo"]
     recipe = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    steps = ["-m venv .venv", "adept_ds.tools.demo_model", "launchers/train.py", "evals/mbpp.py", "evals/report.py"]
+    steps = ["-m venv .venv", "adept_ds.tools.demo_model", "adept-ds train", "adept-ds eval", "adept-ds report"]
     positions = [recipe.index(step) for step in steps]
     assert positions == sorted(positions)
 
