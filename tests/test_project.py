@@ -70,7 +70,10 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
         )
     ]
     modules = {name.partition(".")[0] for name in imports} - sys.stdlib_module_names - {"adept_ds"}
-    packages = {canonicalize_name({"sklearn": "scikit-learn"}.get(module, module)) for module in modules}
+    packages = {
+        canonicalize_name({"sklearn": "scikit-learn", "pydantic_core": "pydantic"}.get(module, module))
+        for module in modules
+    }
     assert packages - {canonicalize_name(requirement.name) for requirement in requirements()} == set()
 
 
