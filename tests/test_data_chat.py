@@ -11,6 +11,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from adept_ds.config.run import DataConfig
 from adept_ds.data import EncodedDataset, encode, encode_prompt
+from adept_ds.data.own import OwnExamples
 from adept_ds.errors import UserError
 from adept_ds.formats import Conversation, Message
 
@@ -253,7 +254,7 @@ def test_long_chats_are_cut_and_those_without_an_answer_left_out() -> None:
     tokenizer = tokenizer_with(CHATML_MARKED)
     cfg = DataConfig(max_prompt_length=40, max_length=60)
     rows = [chat(*CHAT[:2]), chat(*CHAT), chat(("user", "x" * 80), ("assistant", "y"))]
-    dataset = EncodedDataset(rows, tokenizer, cfg, 0, encoder_decoder=False)
+    dataset = EncodedDataset(OwnExamples(rows, ()), tokenizer, cfg, 0, encoder_decoder=False)
     assert (len(dataset), dataset.left_out, dataset.truncated_targets) == (2, 1, 1)
     assert all(any(label != -100 for label in dataset[i].labels) for i in range(len(dataset)))
     assert "left out: 1 chats without an answer within data.max_length" in dataset.summary()
@@ -275,6 +276,6 @@ def test_a_form_for_tokenizers_without_a_template() -> None:
     row = encode(example, plain, CFG, 0, encoder_decoder=False)
     assert plain.decode(row.input_ids) == "Q\nA</s>"
     assert plain.decode([label for label in row.labels if label != -100]) == "A</s>"
-    summary = EncodedDataset([example], plain, CFG, 0, encoder_decoder=False).summary()
+    summary = EncodedDataset(OwnExamples([example], ()), plain, CFG, 0, encoder_decoder=False).summary()
     assert summary.endswith("the tokenizer has no chat template, so prompts are shown without one")
     assert learnt_parts(example, tokenizer_with(CHATML))[1] == ["A<|im_end|>"]

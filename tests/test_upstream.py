@@ -72,6 +72,12 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.generation.logits_process.LogitsProcessorList", HIDING),
         Use("generation_config.max_length", HIDING),
         Use("generation_config.min_length", HIDING),
+        # Chats.
+        Use(
+            "transformers.utils.chat_template_utils.render_jinja_template",
+            "adept_ds/data/chat.py",
+            "conversations, chat_template=, return_assistant_tokens_mask=",
+        ),
         # Loading.
         Use("transformers.utils.hub.cached_file", LOAD, "path_or_repo_id, filename"),
         Use("transformers.utils.hub.cached_files", LOAD, "_raise_exceptions_for_missing_entries=, revision="),
@@ -309,7 +315,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("datasets.load.CachedDatasetModuleFactory", "adept_ds/data/hub.py", "name"),
         Use("datasets.load.CachedDatasetModuleFactory.get_module", "adept_ds/data/hub.py"),
         Use("datasets.Dataset", "adept_ds/data/tasks/sources.py", "arrow_table"),
-        Use("datasets.load_dataset", "adept_ds/data/load_hub.py", "path, name="),
+        Use("datasets.load_dataset", "adept_ds/data/load_hub.py", "path, name"),
     ),
     "huggingface_hub": (
         Use("huggingface_hub.try_to_load_from_cache", "adept_ds/backbone/hub.py", "repo_id, filename, revision="),

@@ -54,7 +54,9 @@ def parse_command_line(
     add_flags: Callable[[argparse.ArgumentParser], object] = add_training_flags,
     check: Callable[[argparse.Namespace], object] = lambda flags: None,
     own_help: Mapping[str, Callable[[], str]] = MappingProxyType({}),
-    without_config: Callable[[argparse.Namespace], Mapping[str, Any] | None] = lambda flags: None,
+    without_config: Callable[[argparse.Namespace, Sequence[str]], Mapping[str, Any] | None] = lambda flags, overrides: (
+        None
+    ),
 ) -> tuple[argparse.Namespace, LoadedConfig]:
     """Parse `arguments`, load the config file that they name, and apply their overrides.
 
@@ -68,7 +70,8 @@ def parse_command_line(
         add_flags: Adds the entry point's own flags to the parser, with underscores in their names.
         check: Checks those flags; its `UserError` is told together with the config's problems.
         own_help: What `--help` takes beside the sections of settings, and what it then shows.
-        without_config: Gives the settings where there is no --config, if the flags say enough for that.
+        without_config: Gives the settings where there is no --config, from the flags and the overrides; None if they
+            do not say enough for that.
 
     Returns:
         The flags and the config.
@@ -113,7 +116,7 @@ def parse_command_line(
         print(own() if own else settings_help(flags.help), end="")
         raise SystemExit(0)
     overrides, problems = _overrides(rest, [f"--{name}" for name in vars(flags)])
-    values = without_config(flags) if flags.config is None and not problems else None
+    values = without_config(flags, overrides) if flags.config is None and not problems else None
     if flags.config is None and values is None:
         problems.append("--config FILE is needed, for example llama3_8b (`adept-ds recipes` lists those that ship)")
         raise UserError("\n".join(problems))

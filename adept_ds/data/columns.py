@@ -49,10 +49,18 @@ ALPACA_WITH_INPUT = (
 class Columns:
     """The columns that are taken, and how an example is made of a row."""
 
-    taken: tuple[str, ...]
+    settings: dict[str, str]
+    """What would be set to name them."""
     text: str
     """What is what, for the user."""
     example: Callable[[Row], Example]
+    asked: Callable[[str], Example]
+    """Shows a prompt that somebody types as the rows show theirs; it has no target."""
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.settings.values())
 
 
 def find_columns(cfg: DataConfig, present: Sequence[str], fields: tuple[str, str] | None, source: str) -> Columns:
@@ -115,28 +123,38 @@ def _pair(prompt: str, context: str | None, target: str, style: str | None) -> C
         style = "plain"
     is_instruction = context is not None or _plain(prompt) == INSTRUCTION
 
-    def example(row: Row) -> Example:
-        request, answer = _text(row, prompt), _text(row, target)
-        more = _text(row, context, may_be_empty=True) if context is not None else ""
+    def shown(where: str, request: str, more: str, answer: str) -> Example:
         joined = f"{request}\n\n{more}" if more else request
         if style == "plain":
-            return Example(row.where, joined, answer)
+            return Example(where, joined, answer)
         alpaca = (ALPACA_WITH_INPUT if more else ALPACA).format(instruction=request, input=more)
         if style == "alpaca":
-            return Example(row.where, alpaca, answer)
+            return Example(where, alpaca, answer)
         otherwise = "" if style == "chat" else alpaca if is_instruction else f"{joined}\n"
-        messages = (Message("user", joined), Message(ASSISTANT, answer))
-        return Conversation(row.where, otherwise, answer, messages=messages)
+        answered = (Message(ASSISTANT, answer),) if answer else ()
+        return Conversation(where, otherwise, answer, messages=(Message("user", joined), *answered))
+
+    def example(row: Row) -> Example:
+        more = _text(row, context, may_be_empty=True) if context is not None else ""
+        return shown(row.where, _text(row, prompt), more, _text(row, target))
 
     without = "Alpaca's template" if is_instruction else "a line break after it"
-    shown = {
+    how = {
         "plain": "as it stands",
         "alpaca": "in Alpaca's template",
         "chat": "as a user's turn",
         None: f"as a user's turn, or with {without} where the tokenizer has no chat template",
     }[style]
-    taken = tuple(name for name in (prompt, context, target) if name is not None)
-    return Columns(taken, f"{' + '.join(taken[:-1])} is the prompt ({shown}), {target} the target", example)
+    settings = {"prompt_field": prompt, "target_field": target}
+    if context is not None:
+        settings["context_field"] = context
+    asked = " + ".join(name for name in (prompt, context) if name is not None)
+    return Columns(
+        settings,
+        f"{asked} is the prompt ({how}), {target} the target",
+        example,
+        lambda text: shown("prompt", text, "", ""),
+    )
 
 
 def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
@@ -152,7 +170,12 @@ def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
 
 
 def _chat(column: str) -> Columns:
-    return Columns((column,), f"{column} is a chat", lambda row: conversation(row, column))
+    return Columns(
+        {"messages_field": column},
+        f"{column} is a chat",
+        lambda row: conversation(row, column),
+        lambda text: Conversation("prompt", "", "", messages=(Message("user", text),)),
+    )
 
 
 def conversation(row: Row, column: str) -> Conversation:

@@ -284,8 +284,9 @@ class EncodedDataset:
         if not examples:
             raise UserError(f"no examples to encode (data.format {cfg.format}, data.path {cfg.path})")
         self._encoder_decoder = encoder_decoder
-        of_data = examples.notes if isinstance(examples, OwnExamples) else ()
-        self.notes = (*of_data, *_chat_notes(examples[0], tokenizer, encoder_decoder))
+        self.notes: tuple[str, ...] = ()
+        if isinstance(examples, OwnExamples):
+            self.notes = (*examples.notes, *_chat_notes(examples[0], tokenizer, encoder_decoder))
         unique, positions = examples.unique() if isinstance(examples, TaskExamples) else (examples, None)
         inputs, labels = array("i"), array("i")
         ends, truncated, has_label = [(0, 0)], [], []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data.columns import find_columns
+from adept_ds.data.columns import Columns, find_columns
 from adept_ds.data.load_hub import is_hub_id, load_data_set
 from adept_ds.data.tasks.splits import permutation
 from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
@@ -141,16 +141,33 @@ def _folder_sources(folder: Path, validation: list[Source]) -> tuple[list[Source
 def _read(sources: Sequence[Source], cfg: DataConfig, own: OwnRows) -> tuple[list[Example], str]:
     """The examples of all rows, and a note on the columns that they are made of."""
     first = sources[0]
-    peeked = islice((found for found in first.rows() if isinstance(found, Row)), PEEKED_ROWS)
-    present = list(dict.fromkeys(name for row in peeked for name in row.values))
-    if not present:
-        list(made_of(first.rows(), first.name, lambda row: row))  # tells what is wrong with them
-        raise UserError(f"{first.name}: holds no records")
+    present = _columns_of(first)
     columns = find_columns(cfg, present, own.fields, first.name)
     examples = [one for source in sources for one in made_of(source.rows(), source.name, columns.example)]
     left = [name for name in present if name not in columns.taken]
     unused = f"; not used: {', '.join(left)}" if left else ""
     return examples, f"{', '.join(source.name for source in sources)}: {len(examples):,} rows; {columns.text}{unused}"
+
+
+def _columns_of(source: Source) -> list[str]:
+    peeked = islice((found for found in source.rows() if isinstance(found, Row)), PEEKED_ROWS)
+    present = list(dict.fromkeys(name for row in peeked for name in row.values))
+    if not present:
+        list(made_of(source.rows(), source.name, lambda row: row))  # tells what is wrong with them
+        raise UserError(f"{source.name}: holds no records")
+    return present
+
+
+def own_columns(cfg: DataConfig) -> Columns:
+    """Return which columns a format of own rows takes from its training data.
+
+    Raises:
+        UserError: As `load_own_examples`.
+    """
+    own = FORMATS[cfg.format].rows
+    assert own is not None
+    first = _sources(cfg, own)[0][0]
+    return find_columns(cfg, _columns_of(first), own.fields, first.name)
 
 
 def _held_out(size: int, cfg: DataConfig, own: OwnRows) -> tuple[set[int], str]:

@@ -56,6 +56,7 @@ class Conversation(Example):
     A prompt that is not empty stands in for the turns where the tokenizer has no chat template.
     """
 
+    chat: bool = True
     _: KW_ONLY
     messages: tuple[Message, ...]
 
