@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import re
 
@@ -49,3 +50,11 @@ def test_the_interpreter_that_jobs_ask_a_container_for_is_the_one_with_the_packa
     assert site.container is not None
     assert site.container.endswith("adept_ds.sif")
     assert re.search(r"(ENV|export) PATH=/opt/adept_ds/bin:\$PATH", instructions(name))
+
+
+def test_a_container_is_the_command() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    script = setup["options.entry_points"]["console_scripts"].split("=")[0].strip()
+    assert f'ENTRYPOINT ["{script}"]' in instructions("Dockerfile")
+    assert f'exec {script} "$@"' in instructions("adept_ds.def")

@@ -133,13 +133,6 @@ def test_every_make_target_is_explained() -> None:
     assert [target for target in phony[1].split() if target != "help" and f"make {target}" not in explained] == []
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    named = set(re.findall(r"\b(?:launchers|evals|ds_configs|adept_ds)/[\w./]*\w", readme))
-    assert named
-    assert [name for name in sorted(named) if not (REPOSITORY / name).exists()] == []
-
-
 def test_the_version_is_the_newest_of_the_changelog_and_that_of_the_citation() -> None:
     version = setup_file()["metadata"]["version"]
     released = re.findall(
