@@ -128,10 +128,10 @@ class Trainer:
     @property
     def _early_stop(self) -> str | None:
         """Why the run ends before its last step; None if it does not, or not yet."""
-        patience = self.run.train.early_stopping_patience
-        if patience is None or self.state.evaluations_since_gain < patience:
+        patience, state = self.run.train.early_stopping_patience, self.state
+        if patience is None or state.evaluations_since_gain < patience or state.step == self.plan.total_steps:
             return None
-        return f"early stopping at step {self.state.step}, best at step {self.state.best_step}"
+        return f"early stopping at step {state.step}, best at step {state.best_step}"
 
     def _take_step(self, step: int, global_batch: list[int]) -> tuple[float, float, float]:
         """One optimizer step. Returns (loss per label token, tokens read, ranks that want to stop), all global."""
