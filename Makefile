@@ -6,6 +6,7 @@
 #
 # PYTHON       interpreter that .venv is made from (3.11 or newer)
 # TORCH_INDEX  further package index for torch; name PyTorch's CPU index here to avoid the CUDA build (several GB)
+# DTYPE        precision of the demo, bf16 or fp32; by default what this machine's CPU is fastest in
 # PYTEST_ARGS  further arguments for pytest, for example PYTEST_ARGS="-n 0 -m 'not slow'"; by default two tests run at once
 
 SHELL := /bin/bash
@@ -17,12 +18,16 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# A CPU without bf16 instructions computes fp32 faster.
+DTYPE ?= $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 MODEL := models/smollm2-135m-instruct
 CONFIG := ds_configs/smollm2_135m_demo.json
 RUN := runs/demo
+SETTINGS = --config $(CONFIG) --model.dtype $(DTYPE) --ranks 2
+ADEPT_DS := DS_ACCELERATOR=cpu $(BIN)/adept-ds
 SCRIPTS := .ci/run $(wildcard launchers/slurm/*.sh launchers/slurm/*.sbatch)
 
 # Programs that pip installed, and the ones that they start, come from .venv first.
@@ -53,13 +58,18 @@ lint: env
 	for script in $(SCRIPTS); do bash -n "$$script"; done
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
-# Decoding is in fp32: on a CPU it is faster than in bf16, and the adapter is fp32 anyway.
+# Backbone and adapter answer the same problems in the same form, which is the backbone's best one. A step that is done
+# already is not done again.
 demo: env
-	$(BIN)/python -m adept_ds.tools.demo_model $(MODEL)
-	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 launchers/train.py --config $(CONFIG) --resume auto
-	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 evals/mbpp.py --config $(CONFIG) --model.dtype fp32 --out $(RUN)/eval/base
-	DS_ACCELERATOR=cpu $(BIN)/deepspeed --num_gpus 2 evals/mbpp.py --config $(CONFIG) --model.dtype fp32 --adapter $(RUN)/best --out $(RUN)/eval/adept
-	$(BIN)/python evals/report.py $(RUN)
+	@$(BIN)/python -m adept_ds.tools.demo_model $(MODEL)
+	@echo; echo "1/4  Training: ADePT on 88 problems, two ZeRO-3 ranks, in $(DTYPE)"
+	@$(ADEPT_DS) train $(SETTINGS) --resume auto
+	@echo; echo "2/4  Before: the backbone alone writes programs for 160 other problems, which then run in the sandbox"
+	@$(ADEPT_DS) eval $(SETTINGS) --resume auto --out $(RUN)/eval/base
+	@echo; echo "3/4  After: the backbone with the adapter, on the same 160"
+	@$(ADEPT_DS) eval $(SETTINGS) --resume auto --out $(RUN)/eval/adept --adapter $(RUN)/best
+	@echo; echo "4/4  What was learnt"
+	@$(ADEPT_DS) report $(RUN)
 
 clean:
 	rm -rf .venv $(MODEL) $(RUN)

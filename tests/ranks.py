@@ -58,8 +58,9 @@ def fork_ranks(
     logs: Path,
     nodes: int = 1,
     timeout: float = 400,
+    folder: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script, or a module, on so many ranks, on 0 as plain `python` does; wait for all.
+    """Run a script, or a module, in `folder` on so many ranks, on 0 as plain `python` does; wait for all.
 
     Returns the ranks' output one after the other, errors after the rest (and alone in `stderr`), and the status of the
     first rank that failed; the others have ten seconds then.
@@ -72,7 +73,11 @@ def fork_ranks(
     for path in itertools.chain(*outputs.values()):
         path.touch()
     context = start_processes(
-        _run, ([script, *arguments], environments, logs), len(environments), join=False, start_method="forkserver"
+        _run,
+        ([script, *arguments], environments, logs, folder),
+        len(environments),
+        join=False,
+        start_method="forkserver",
     )
     deadline, status, failure = time.monotonic() + timeout, 0, ""
     try:
@@ -91,7 +96,7 @@ def fork_ranks(
     return subprocess.CompletedProcess([script, *arguments], status, output + errors + failure, errors + failure)
 
 
-def _run(index: int, command: list[str], environments: list[dict[str, str]], logs: Path) -> None:
+def _run(index: int, command: list[str], environments: list[dict[str, str]], logs: Path, folder: Path) -> None:
     """Become the script, all output in files."""
     gc.freeze()  # collections need not go through the libraries' objects
     for name in STREAMS:
@@ -101,7 +106,7 @@ def _run(index: int, command: list[str], environments: list[dict[str, str]], log
         stream.reconfigure(line_buffering=True)
     os.environ.clear()
     os.environ.update(environments[index])
-    os.chdir(REPOSITORY)
+    os.chdir(folder)
     sys.argv = command
     run = runpy.run_path if command[0].endswith(".py") else runpy.run_module
     run(command[0], run_name="__main__")

@@ -38,7 +38,7 @@ def test_split_sizes():
         "prompt": 3,
         "train": 88,
         "validation": 12,
-        "test": 40,
+        "test": 160,
     }
 
 

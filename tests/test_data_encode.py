@@ -75,7 +75,7 @@ def test_chat_prompt_has_the_templates_special_tokens_once():
 
 
 def test_chat_prompt_without_template_is_an_error():
-    with pytest.raises(UserError, match=r"data\.format mbpp-paper needs a chat template"):
+    with pytest.raises(UserError, match=r"the data needs a chat template"):
         encode_prompt(example(chat=True), word_tokenizer(), config(), 0, encoder_decoder=False)
 
 

@@ -48,6 +48,14 @@ def test_nothing_is_saved_for_the_backward_pass(dtype):
     assert saved == []
 
 
+def test_a_slice_of_the_input_does_not_make_copies_of_the_weight():
+    _, frozen = layers(False, torch.float32)
+    last = torch.randn(7, 5, 64)[:, -1:]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        frozen(last)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profile.events()) < 2 * 7 * 64 * 4
+
+
 def test_parameters_are_shared():
     linear, frozen = layers(True, torch.float32)
     assert frozen.weight is linear.weight

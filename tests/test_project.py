@@ -70,7 +70,10 @@ def test_every_package_that_is_imported_is_asked_for() -> None:
         )
     ]
     modules = {name.partition(".")[0] for name in imports} - sys.stdlib_module_names - {"adept_ds"}
-    packages = {canonicalize_name({"sklearn": "scikit-learn"}.get(module, module)) for module in modules}
+    packages = {
+        canonicalize_name({"sklearn": "scikit-learn", "pydantic_core": "pydantic"}.get(module, module))
+        for module in modules
+    }
     assert packages - {canonicalize_name(requirement.name) for requirement in requirements()} == set()
 
 
@@ -108,7 +111,7 @@ def test_the_wheel_holds_nothing_but_the_package(wheel_files: set[str]) -> None:
 def test_demo_makes_the_environment_first_and_the_report_last() -> None:
     command = ["make", "--dry-run", "--always-make", "demo"]
     recipe = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    steps = ["-m venv .venv", "adept_ds.tools.demo_model", "launchers/train.py", "evals/mbpp.py", "evals/report.py"]
+    steps = ["-m venv .venv", "adept_ds.tools.demo_model", "adept-ds train", "adept-ds eval", "adept-ds report"]
     positions = [recipe.index(step) for step in steps]
     assert positions == sorted(positions)
 

@@ -52,7 +52,7 @@ ENGINE, META_STEP, GATHERS = (
 CONTENDERS, MEMORY, OPERATORS, RANKS, PHASES = (
     f"adept_ds/benchmark/{name}.py" for name in ("contenders", "memory", "operators", "ranks", "phases")
 )
-METRICS_LOG, MODEL_FOLDER = "adept_ds/storage/metrics_log.py", "adept_ds/storage/model_folder.py"
+TRACKERS, MODEL_FOLDER = "adept_ds/storage/trackers.py", "adept_ds/storage/model_folder.py"
 METER = "tests/distributed/zero3_meter.py"
 
 USES: dict[str, tuple[Use, ...]] = {
@@ -72,6 +72,12 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.generation.logits_process.LogitsProcessorList", HIDING),
         Use("generation_config.max_length", HIDING),
         Use("generation_config.min_length", HIDING),
+        # Chats.
+        Use(
+            "transformers.utils.chat_template_utils.render_jinja_template",
+            "adept_ds/data/chat.py",
+            "conversations, chat_template=, return_assistant_tokens_mask=",
+        ),
         # Loading.
         Use("transformers.utils.hub.cached_file", LOAD, "path_or_repo_id, filename"),
         Use("transformers.utils.hub.cached_files", LOAD, "_raise_exceptions_for_missing_entries=, revision="),
@@ -82,6 +88,13 @@ USES: dict[str, tuple[Use, ...]] = {
         ),
         Use("transformers.integrations.HfDeepSpeedConfig", LOAD, "config_file_or_dict"),
         Use("transformers.utils.logging.disable_progress_bar", LOAD),
+        Use("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys", LOAD),
+        Use("transformers.integrations.hub_kernels.is_kernel", LOAD),
+        Use(
+            "transformers.get_scheduler",
+            "adept_ds/config/schedule.py",
+            "name, optimizer, num_warmup_steps, num_training_steps, scheduler_specific_kwargs",
+        ),
         Use("transformers.utils.SAFE_WEIGHTS_NAME", LOAD),
         Use("transformers.utils.SAFE_WEIGHTS_INDEX_NAME", f"{LOAD} {MODEL_FOLDER}"),
         Use("transformers.utils.CONFIG_NAME", MODEL_FOLDER),
@@ -250,6 +263,9 @@ USES: dict[str, tuple[Use, ...]] = {
     "peft": (
         Use("peft.inject_adapter_in_model", PEFT_LAYERS, "peft_config, model, adapter_name"),
         Use("peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters", PEFT_LAYERS, "enabled"),
+        Use("peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", PEFT_LAYERS),
+        Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", PEFT_LAYERS),
+        Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.LoraConfig", PEFT_LAYERS, "r=, lora_alpha=, lora_dropout=, target_modules="),
         Use("peft.IA3Config", PEFT_LAYERS, "target_modules=, feedforward_modules="),
         Use("peft.PrefixEncoder", PREFIX, "config"),
@@ -283,19 +299,23 @@ USES: dict[str, tuple[Use, ...]] = {
     ),
     "accelerate": (
         Use("accelerate.init_empty_weights", LOAD, "include_buffers="),
-        Use("accelerate.tracking.get_available_trackers", METRICS_LOG),
-        Use("accelerate.tracking.LOGGER_TYPE_TO_CLASS.tensorboard", METRICS_LOG, "run_name, logging_dir"),
-        Use("accelerate.tracking.GeneralTracker.start", METRICS_LOG),
-        Use("accelerate.tracking.TensorBoardTracker.requires_logging_directory", METRICS_LOG),
-        Use("accelerate.tracking.TensorBoardTracker.log", METRICS_LOG, "values, step="),
-        Use("accelerate.tracking.WandBTracker.store_init_configuration", METRICS_LOG, "values"),
-        Use("accelerate.tracking.GeneralTracker.finish", METRICS_LOG),
+        Use("accelerate.tracking.get_available_trackers", TRACKERS),
+        Use("accelerate.utils.LoggerType", TRACKERS),
+        Use("accelerate.tracking.LOGGER_TYPE_TO_CLASS.tensorboard", TRACKERS, "run_name, logging_dir="),
+        Use("accelerate.tracking.LOGGER_TYPE_TO_CLASS.wandb.tracker", TRACKERS),
+        Use("accelerate.tracking.TensorBoardTracker.requires_logging_directory", TRACKERS),
+        Use("accelerate.tracking.WandBTracker.store_init_configuration", TRACKERS, "values"),
+        Use("accelerate.tracking.MLflowTracker.log_artifacts", TRACKERS),
+        Use("accelerate.tracking.GeneralTracker.start", TRACKERS),
+        Use("accelerate.tracking.TensorBoardTracker.log", "adept_ds/storage/run_log.py", "values, step="),
+        Use("accelerate.tracking.GeneralTracker.finish", "adept_ds/storage/run_log.py"),
     ),
     "datasets": (
-        Use("datasets.config.HF_DATASETS_CACHE", "adept_ds/data/hub.py adept_ds/data/tasks/sources.py"),
-        Use("datasets.naming.camelcase_to_snakecase", "adept_ds/data/hub.py", "name"),
+        Use("datasets.config.HF_DATASETS_CACHE", "adept_ds/data/load_hub.py"),
+        Use("datasets.load.CachedDatasetModuleFactory", "adept_ds/data/hub.py", "name"),
+        Use("datasets.load.CachedDatasetModuleFactory.get_module", "adept_ds/data/hub.py"),
         Use("datasets.Dataset", "adept_ds/data/tasks/sources.py", "arrow_table"),
-        Use("datasets.load_dataset", "adept_ds/data/problems.py adept_ds/data/tasks/sources.py", "path, name"),
+        Use("datasets.load_dataset", "adept_ds/data/load_hub.py", "path, name"),
     ),
     "huggingface_hub": (
         Use("huggingface_hub.try_to_load_from_cache", "adept_ds/backbone/hub.py", "repo_id, filename, revision="),
@@ -521,6 +541,7 @@ def test_what_is_used_of_other_packages_is_there(run_ranks) -> None:
 LIBRARIES = tuple(USES)
 NOT_LISTED = {
     "_about": "a key of our configs",
+    "_ARGCOMPLETE": "the variable by which a shell asks argcomplete, as its documentation says",
     "_model_name_or_path": "deleted from a config by adept_ds/tools/demo_model.py, whose test fails without it",
     "ds_zero_partition_process_group": "read by DeepSpeed; adept_ds/backbone/sharding.py looks whether it did",
     "_exit": "os",

@@ -34,6 +34,12 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         help="adapter, or fully tuned model, to evaluate (default: the backbone alone)",
     )
     parser.add_argument("--samples_only", action="store_true", help="do not score; `adept-ds score` does it later")
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        default="never",
+        help="auto: leave an evaluation alone that --out holds already, of the same settings (default: never)",
+    )
     add_ranks_flag(parser)
 
 
@@ -50,7 +56,16 @@ def main(arguments: Sequence[str]) -> int | None:
     # The libraries behind this take seconds to load; a mistake on the command line is told before.
     from adept_ds.evaluation.mbpp import evaluate
 
-    evaluate(loaded.run, flags.adapter, flags.out, flags.k or [1], flags.split, flags.paper_scoring, flags.samples_only)
+    evaluate(
+        loaded.run,
+        flags.adapter,
+        flags.out,
+        flags.k or [1],
+        flags.split,
+        flags.paper_scoring,
+        flags.samples_only,
+        flags.resume,
+    )
     return None
 
 

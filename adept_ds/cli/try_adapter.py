@@ -4,8 +4,9 @@
     adept-ds try --adapter runs/my/best < prompt.txt
     adept-ds try --adapter runs/my/best
 
-The last form asks for prompts until Ctrl-D. Prompts get the form that the adapter was trained with (a chat turn or
-plain text), and decoding is greedy unless --temperature says otherwise.
+The last form asks for prompts until Ctrl-D; in a chat, each side goes on from its own answers. Prompts get the form
+that the adapter was trained with (a chat turn or plain text), and decoding is greedy unless --temperature says
+otherwise.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from adept_ds.config.command_line import parse_count, parse_flags
 from adept_ds.errors import UserError, did_you_mean_path
 
 PROGRAM = "adept-ds try"
+WITHOUT, WITH = "without the adapter", "with the adapter"
 WIDE_ENOUGH = 80
 """Columns of a terminal in which two answers stand beside one another."""
 
@@ -56,19 +58,39 @@ def main(arguments: Sequence[str]) -> None:
     from adept_ds.config.run import GenerationConfig
     from adept_ds.distributed import init_world
     from adept_ds.evaluation.side_by_side import SideBySide, origin_of
+    from adept_ds.formats.records import ASSISTANT, Conversation, Example, Message
 
     origin = origin_of(flags.adapter, flags.base)
     if flags.dtype:
         origin = replace(origin, model=origin.model.model_copy(update={"dtype": flags.dtype}))
-    chat = flags.chat or (origin.is_chat and not flags.plain)
+    chat = flags.chat
+    if not (flags.chat or flags.plain):
+        known = origin.is_chat()
+        if known is None:
+            print(
+                "The training data is not here, so the prompt is read as it is; --chat makes it a chat.",
+                file=sys.stderr,
+            )
+        chat = bool(known)
     sampling = {} if flags.temperature is None else {"temperature": flags.temperature}
     generation = GenerationConfig(
         do_sample=bool(sampling), max_new_tokens=flags.max_new_tokens, seed=flags.seed, stop=(), **sampling
     )
     console = Console()
     models = SideBySide(flags.adapter, origin, init_world())
+    # Each side goes on from its own answers.
+    chats: dict[str, list[Message]] = {WITHOUT: [], WITH: []}
     for prompt in _prompts(flags.prompt, console):
-        answers = dict(models.answers(prompt, chat, generation))
+        answers = {}
+        for side, messages in chats.items():
+            messages.append(Message("user", prompt))
+            example = (
+                Conversation("prompt", "", "", chat=True, messages=tuple(messages))
+                if chat
+                else Example("prompt", prompt, "")
+            )
+            answers[side] = models.write(example, side == WITH, generation)
+            messages.append(Message(ASSISTANT, answers[side]))
         console.print(layout(answers, console))
 
 

@@ -8,16 +8,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import argcomplete
 
 from adept_ds.config.batch import batch_arithmetic
-from adept_ds.config.loader import LoadedConfig, flatten, load_config, resolved_json
+from adept_ds.config.loader import LoadedConfig, flatten, load_config, load_values, resolved_json
 from adept_ds.config.recipes import config_path
 from adept_ds.config.schema import Setting, declared_settings, method_docs, section_docs, unknown_key_message
 from adept_ds.errors import UserError, did_you_mean
 
+FITTED = "chosen for this model and data"
+"""Source of settings that no file holds."""
 FLAGS, ALL = "flags", "all"
 """What `--help` shows without a section, and with every one."""
 
@@ -52,6 +54,9 @@ def parse_command_line(
     add_flags: Callable[[argparse.ArgumentParser], object] = add_training_flags,
     check: Callable[[argparse.Namespace], object] = lambda flags: None,
     own_help: Mapping[str, Callable[[], str]] = MappingProxyType({}),
+    without_config: Callable[[argparse.Namespace, Sequence[str]], Mapping[str, Any] | None] = lambda flags, overrides: (
+        None
+    ),
 ) -> tuple[argparse.Namespace, LoadedConfig]:
     """Parse `arguments`, load the config file that they name, and apply their overrides.
 
@@ -65,6 +70,8 @@ def parse_command_line(
         add_flags: Adds the entry point's own flags to the parser, with underscores in their names.
         check: Checks those flags; its `UserError` is told together with the config's problems.
         own_help: What `--help` takes beside the sections of settings, and what it then shows.
+        without_config: Gives the settings where there is no --config, from the flags and the overrides; None if they
+            do not say enough for that.
 
     Returns:
         The flags and the config.
@@ -109,7 +116,8 @@ def parse_command_line(
         print(own() if own else settings_help(flags.help), end="")
         raise SystemExit(0)
     overrides, problems = _overrides(rest, [f"--{name}" for name in vars(flags)])
-    if flags.config is None:
+    values = without_config(flags, overrides) if flags.config is None and not problems else None
+    if flags.config is None and values is None:
         problems.append("--config FILE is needed, for example llama3_8b (`adept-ds recipes` lists those that ship)")
         raise UserError("\n".join(problems))
     try:
@@ -117,7 +125,10 @@ def parse_command_line(
     except UserError as error:
         problems.append(str(error))
     try:
-        loaded = load_config(config_path(flags.config), overrides)
+        if values is None:
+            loaded = load_config(config_path(flags.config), overrides)
+        else:
+            loaded = load_values(values, FITTED, overrides)
     except UserError as error:
         raise UserError("\n".join([*problems, str(error)])) from None
     if problems:

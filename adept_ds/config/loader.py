@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -64,6 +64,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     return LoadedConfig(run, Path(path), sources)
 
 
+def load_values(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """As `load_config`, for settings that no file holds.
+
+    Args:
+        values: Sections and their settings, as in a file.
+        source: Where they come from, for messages.
+        overrides: As there.
+    """
+    own = copy.deepcopy(dict(values))
+    run, sources = _load(RunConfig, own, dict.fromkeys(flatten(own), source), overrides, source)
+    return LoadedConfig(run, Path(source), sources)
+
+
 def load_settings(
     model: type[Model], path: Path | None, overrides: Sequence[str], flag: str
 ) -> tuple[Model, dict[str, str]]:
@@ -88,6 +101,18 @@ def load_settings(
         text = _read(path, flag)
         values = _parse(text, path, model)
         sources, problems = _file_sources(text, path)
+    return _load(model, values, sources, overrides, str(path or COMMAND_LINE), problems)
+
+
+def _load(
+    model: type[Model],
+    values: dict[str, Any],
+    sources: dict[str, str],
+    overrides: Sequence[str],
+    where: str,
+    problems: Sequence[str] = (),
+) -> tuple[Model, dict[str, str]]:
+    """Set the overrides on top of the values, and check all."""
     pairs = [(key, value) for key, _, value in (override.partition("=") for override in overrides)]
     names = [value for key, value in pairs if key == "method.name"]
     if names and names[-1] != method_of(values):
@@ -97,10 +122,10 @@ def load_settings(
     values.pop(SCHEMA_KEY, None)
 
     loaded, more = _Validation(model, values, sources).result()
-    problems += more
+    problems = [*problems, *more]
     if problems or loaded is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{path or COMMAND_LINE}: {count}\n" + "\n".join(problems))
+        raise UserError(f"{where}: {count}\n" + "\n".join(problems))
     dumped = loaded.model_dump(mode="json", by_alias=True)
     return loaded, {key: sources.get(key, DEFAULT) for key in flatten(dumped)}
 

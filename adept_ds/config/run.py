@@ -87,9 +87,9 @@ class DataConfig(Section):
     )
     path: str | None = None
     """JSON lines file (.gz too) with the problems, or a hub id or folder laid out as google-research-datasets/mbpp; the
-    bundled problems if not given. For `jsonl`: the training file. For `tasks`: folder with files TASK/SPLIT.jsonl
-    (.jsonl.gz, .csv, .parquet) that have the hub data set's columns; the hub, or the cache of `datasets`, if not
-    given."""
+    bundled problems if not given. For `jsonl`: the training file. For `own`: a file (.jsonl, .json, .csv, .tsv, also
+    .gz, or .parquet), a folder of such files, or a hub id. For `tasks`: folder with files TASK/SPLIT.jsonl (or as for
+    `own`) that have the hub data set's columns; the hub, or the cache of `datasets`, if not given."""
     tasks: tuple[str, ...] = ()
     """For `tasks`: names from the registry (mnli, qqp, qnli, sst2, stsb, mrpc, rte, cola, multirc, boolq, wic, wsc, cb,
     record, nq, hotpotqa, searchqa, newsqa, squad, winogrande, yelp, scitail, paws), or JSON files that declare others.
@@ -104,7 +104,8 @@ class DataConfig(Section):
     k_shot_seed: CountOrZero = 0
     """For `tasks`: seed of the k-shot sample."""
     split_seed: CountOrZero = 42
-    """For `tasks`: seed of the permutation that validation and test are cut from, and of repetitions in a mixture."""
+    """For `tasks`: seed of the permutation that validation and test are cut from, and of repetitions in a mixture. For
+    `own`: of the permutation that the held-out rows are taken from."""
     max_source_length: Count | None = None
     """For `tasks`: longest source in tokens, the soft prompt not included; that of each task (256, 348 or 512) if not
     given. A longer one is cut from the right."""
@@ -114,14 +115,30 @@ class DataConfig(Section):
     """For `tasks`: hub ids or local folders to load from in place of the registry's, by the registry's name of the data
     set: {"glue": "nyu-mll/glue"}."""
     validation_path: str | None = None
-    """For `jsonl`: the validation file."""
-    validation_fraction: Fraction = 0.0
+    """For `jsonl` and `own`: the validation file."""
+    validation_fraction: Fraction | None = None
     """Where the format has no validation split (the paper's has none): the last part of the training examples to hold
-    out for evaluation during training."""
-    prompt_field: str = "prompt"
-    """For `jsonl`: name of the field with the input."""
-    target_field: str = "completion"
-    """For `jsonl`: name of the field with the target."""
+    out for evaluation during training; none if not given. For `own` it is drawn at random, and if not given it is a
+    tenth, at most 500 rows, and none of fewer than 20 rows."""
+    subset: str | None = None
+    """For `own` on the hub: configuration of the data set."""
+    train_split: str = "train"
+    """For `own` on the hub: the split to train on."""
+    validation_split: str | None = None
+    """For `own` on the hub: the split for validation; `validation` if not given, where there is one."""
+    prompt_field: str | None = None
+    """Name of the field with the input; for `jsonl` it is prompt if not given, for `own` it is guessed."""
+    context_field: str | None = None
+    """For `own`: name of the field with more text for the prompt, which may be empty, such as the input of an
+    instruction; guessed if not given."""
+    target_field: str | None = None
+    """Name of the field with the target; for `jsonl` it is completion if not given, for `own` it is guessed."""
+    messages_field: str | None = None
+    """For `own`: name of the field with a chat: a list of {role, content} or {from, value}; guessed if not given."""
+    prompt_style: Literal["plain", "alpaca", "chat"] | None = None
+    """For `own`: how a prompt is shown: as it stands, in Alpaca's published template, or as the user's turn of the
+    tokenizer's chat template. If not given: a field called prompt as it stands; others as a user's turn where the
+    tokenizer has a chat template, and else an instruction in Alpaca's template and the rest with a line break."""
     max_prompt_length: Count = 325
     """Longest input in tokens, soft prompt included; a longer one is cut from the left."""
     max_length: Count = 581
@@ -144,6 +161,9 @@ class DataConfig(Section):
         for name in format.needed:
             if name not in given:
                 raise ValueError(f"format: {self.format} needs {name}")
+        for name in ("prompt_field", "context_field", "target_field", "prompt_style"):
+            if self.messages_field is not None and name in given:
+                raise ValueError(f"messages_field is for chats, which have no {name}; give one of the two")
         return self
 
 

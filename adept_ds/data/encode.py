@@ -17,13 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adept_ds.config.run import DataConfig
+from adept_ds.data.chat import ChatTemplate, tokenise_learnt
+from adept_ds.data.own import OwnExamples
 from adept_ds.data.tasks import TaskExample, TaskExamples, longest_lengths
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.formats import FORMATS, Example
+from adept_ds.formats import FORMATS, Conversation, Example
 from adept_ds.model.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Pieces = list[tuple[list[int], bool]]
+"""An example in its order: token ids, and whether they are learnt."""
 
 CHUNK = 1_000
 """Examples tokenised in one call."""
@@ -69,7 +74,11 @@ def longest_example(cfg: DataConfig, num_virtual_tokens: int, encoder_decoder: b
     if FORMATS[cfg.format].has_tasks:
         source, target = longest_lengths(cfg)
         return num_virtual_tokens + source + (0 if encoder_decoder else target), target
-    return cfg.max_prompt_length if encoder_decoder else cfg.max_length, cfg.max_length - cfg.max_prompt_length
+    target = cfg.max_length - cfg.max_prompt_length
+    if encoder_decoder:
+        return cfg.max_prompt_length, target
+    own = FORMATS[cfg.format].rows
+    return cfg.max_length, cfg.max_length - num_virtual_tokens if own and own.fields is None else target
 
 
 def encode(
@@ -83,8 +92,12 @@ def encode(
 
     Causal: prompt and target have at most `max_length - num_virtual_tokens` ids; encoder-decoder: the target has at
     most `max_length - max_prompt_length`; an example with limits of its own has those. A longer target is cut from the
-    right and then has no EOS, so that the model does not learn to stop at the cut. Raises UserError if the target has
-    no token.
+    right and then has no EOS, so that the model does not learn to stop at the cut.
+
+    A conversation is learnt in all its assistant's turns by a causal model, and cut from the right too, perhaps to no
+    label at all. For an encoder-decoder model its last turn is the target.
+
+    Raises UserError if the target has no token, or for a chat if the tokenizer has no chat template.
     """
     return next(_encode_all([example], tokenizer, cfg, num_virtual_tokens, encoder_decoder))
 
@@ -97,27 +110,69 @@ def _encode_all(
     encoder_decoder: bool,
 ) -> Iterator[Encoded]:
     """Encode a handful of examples, as `encode`; one call of the tokenizer for many is far quicker than many."""
+    is_chat = [_learns_several_turns(example, tokenizer, encoder_decoder) for example in examples]
+    of_chats = _chat_pieces([one for one, chat in zip(examples, is_chat, strict=True) if chat], tokenizer)
+    of_pairs = _pair_pieces(
+        [one for one, chat in zip(examples, is_chat, strict=True) if not chat],
+        tokenizer,
+        cfg,
+        num_virtual_tokens,
+        encoder_decoder,
+    )
+    for example, chat in zip(examples, is_chat, strict=True):
+        pieces, prompt_truncated = (next(of_chats), False) if chat else next(of_pairs)
+        if encoder_decoder:
+            (prompt, _), (target, _) = pieces
+            limit = example.limits.target if example.limits else cfg.max_length - cfg.max_prompt_length
+            yield Encoded(prompt, target[:limit], prompt_truncated, len(target[:limit]) < len(target), True)
+            continue
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece, is_learnt in pieces:
+            ids += piece
+            labels += piece if is_learnt else [IGNORE_INDEX] * len(piece)
+        limit = cfg.max_length - num_virtual_tokens
+        if example.limits:
+            limit = None if example.limits.target is None else len(pieces[0][0]) + example.limits.target
+        yield Encoded(ids[:limit], labels[:limit], prompt_truncated, len(ids[:limit]) < len(ids), False)
+
+
+def _learns_several_turns(example: Example, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> bool:
+    return isinstance(example, Conversation) and not encoder_decoder and _is_rendered(example, tokenizer)
+
+
+def _is_rendered(example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template is put around an example; a chat may have a form for tokenizers without one."""
+    has_other_form = isinstance(example, Conversation) and example.prompt != ""
+    return bool(example.turns) and (tokenizer.chat_template is not None or not has_other_form)
+
+
+def _chat_pieces(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[Pieces]:
+    """Chats in pieces: the assistant's turns, which are learnt, and what stands between them."""
+    if examples:
+        template = _chat_template(tokenizer)
+        learnt = [template.learnt(one.messages, one.task_id) for one in examples if isinstance(one, Conversation)]
+        texts, spans = zip(*learnt, strict=True)
+        yield from tokenise_learnt(tokenizer, texts, spans)
+
+
+def _pair_pieces(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    num_virtual_tokens: int,
+    encoder_decoder: bool,
+) -> Iterator[tuple[Pieces, bool]]:
+    """Prompt and target with EOS, and whether the prompt was truncated."""
+    if not examples:
+        return
     prompts = _encode_prompts(examples, tokenizer, cfg, num_virtual_tokens, encoder_decoder)
     targets = _tokenise(tokenizer, [example.target for example in examples])
     eos = _eos(tokenizer)
     for example, (prompt, prompt_truncated), target in zip(examples, prompts, targets, strict=True):
         if not target:
             raise UserError(f"{example.task_id}: the target {example.target!r} has no token for this tokenizer")
-        limit: int | None
-        if example.limits:
-            limit = example.limits.target
-        elif encoder_decoder:
-            limit = cfg.max_length - cfg.max_prompt_length
-        else:
-            limit = cfg.max_length - num_virtual_tokens - len(prompt)
-        whole = [*target, eos]
-        kept = whole[:limit]
-        target_truncated = len(kept) < len(whole)
-        if encoder_decoder:
-            yield Encoded(prompt, kept, prompt_truncated, target_truncated, True)
-        else:
-            labels = [IGNORE_INDEX] * len(prompt) + kept
-            yield Encoded(prompt + kept, labels, prompt_truncated, target_truncated, False)
+        yield [(prompt, False), ([*target, eos], True)], prompt_truncated
 
 
 def _encode_prompts(
@@ -127,15 +182,20 @@ def _encode_prompts(
     num_virtual_tokens: int,
     encoder_decoder: bool,
 ) -> Iterator[tuple[list[int], bool]]:
-    texts = [_chat_text(example, tokenizer, cfg) if example.chat else example.prompt for example in examples]
+    is_rendered = [_is_rendered(example, tokenizer) for example in examples]
+    template = _chat_template(tokenizer) if any(is_rendered) else None
+    texts = [
+        template.prompt(example.turns, example.task_id) if template and rendered else example.prompt
+        for example, rendered in zip(examples, is_rendered, strict=True)
+    ]
     # Whether the tokenizer puts BOS in front is seen on a text; a trailing EOS of its own is not taken over.
     bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
     eos = [_eos(tokenizer)] if encoder_decoder else []
     # Without EOS, a line break tells a causal model where the source ends.
     end = eos or _tokenise(tokenizer, ["\n"])[0]
-    for example, ids in zip(examples, _tokenise(tokenizer, texts), strict=True):
+    for example, rendered, ids in zip(examples, is_rendered, _tokenise(tokenizer, texts), strict=True):
         # A chat template writes the special tokens itself.
-        head = [] if example.chat or ids[: len(bos)] == bos else bos
+        head = [] if rendered or ids[: len(bos)] == bos else bos
         if example.limits:
             room = example.limits.prompt - len(head) - len(end)
             yield [*head, *ids[:room], *end], len(ids) > room
@@ -157,14 +217,25 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return [by_text[text] for text in texts]
 
 
-def _chat_text(example: Example, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> str:
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise UserError(
-            f"data.format {cfg.format} needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none; "
-            "expected an instruction-tuned model's tokenizer, or a data.format that shows its prompts as they stand"
+            f"the data needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none; expected the "
+            "tokenizer of an instruction-tuned model (model.tokenizer, or another model), or data with a prompt and a "
+            "target that are shown as they stand"
         )
-    turn = [{"role": "user", "content": example.prompt}]
-    return str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    return ChatTemplate(tokenizer)
+
+
+def _chat_notes(example: Example, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool) -> list[str]:
+    """What is to be known of how chats are learnt, told by one of them; nothing for other examples."""
+    if not isinstance(example, Conversation):
+        return []
+    if not _is_rendered(example, tokenizer):
+        return ["the tokenizer has no chat template, so prompts are shown without one"]
+    if encoder_decoder:
+        return ["the last turn of the assistant's is the target, what comes before it the source"]
+    return [f"the loss is on the assistant's turns, found by {ChatTemplate(tokenizer).how}"]
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -213,9 +284,12 @@ class EncodedDataset:
         if not examples:
             raise UserError(f"no examples to encode (data.format {cfg.format}, data.path {cfg.path})")
         self._encoder_decoder = encoder_decoder
+        self.notes: tuple[str, ...] = ()
+        if isinstance(examples, OwnExamples):
+            self.notes = (*examples.notes, *_chat_notes(examples[0], tokenizer, encoder_decoder))
         unique, positions = examples.unique() if isinstance(examples, TaskExamples) else (examples, None)
         inputs, labels = array("i"), array("i")
-        ends, truncated = [(0, 0)], []
+        ends, truncated, has_label = [(0, 0)], [], []
         self._task_ids: list[int | None] = []
         bar = tqdm(total=len(unique), desc="tokenising", disable=not show_progress)
         remaining = iter(unique)
@@ -225,12 +299,20 @@ class EncodedDataset:
                 labels.extend(row.labels)
                 ends.append((len(inputs), len(labels)))
                 truncated.append((row.prompt_truncated, row.target_truncated))
+                has_label.append(any(label != IGNORE_INDEX for label in reversed(row.labels)))
             self._task_ids.extend(task_number(example, prompt_tasks) for example in chunk)
             bar.update(len(chunk))
         bar.close()
         self._inputs, self._labels = np.frombuffer(inputs, np.int32), np.frombuffer(labels, np.int32)
         self._ends, self._truncated = np.array(ends), np.array(truncated)
-        self._positions = np.arange(len(unique)) if positions is None else positions
+        positions = np.arange(len(unique)) if positions is None else positions
+        self._positions = positions[np.array(has_label)[positions]]
+        self.left_out = len(positions) - len(self._positions)
+        if not len(self._positions):
+            raise UserError(
+                f"of the {self.left_out} chats none has a turn of the assistant's within data.max_length "
+                f"{cfg.max_length}; expected more"
+            )
         sizes = np.diff(self._ends, axis=0)
         self.lengths: list[int] = (sizes.sum(1) if encoder_decoder else sizes[:, 0])[self._positions].tolist()
         self.truncated_prompts, self.truncated_targets = self._truncated[self._positions].sum(0).tolist()
@@ -252,11 +334,15 @@ class EncodedDataset:
         )
 
     def summary(self) -> str:
-        """Return one line on size, lengths and truncation, for the console and the report."""
+        """Return a line on size, lengths and truncation, and what else is to be known of the data a line each."""
+        left_out = (
+            f"; left out: {self.left_out} chats without an answer within data.max_length" if self.left_out else ""
+        )
+        notes = "".join(f"\n  {note}" for note in self.notes)
         return (
             f"{len(self)} examples, {sum(self.lengths)} tokens (mean {sum(self.lengths) / len(self):.1f}, "
             f"longest {max(self.lengths)}); "
-            f"truncated: {self.truncated_prompts} prompts, {self.truncated_targets} targets"
+            f"truncated: {self.truncated_prompts} prompts, {self.truncated_targets} targets{left_out}{notes}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from adept_ds.config.run import DataConfig
 from adept_ds.data.load_hub import is_hub_id, load_data_set
+from adept_ds.data.own import load_own_examples
 from adept_ds.data.tasks import Part, load_task_examples
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.formats.mbpp import Record, parse_record
@@ -42,7 +43,7 @@ def load_problems(cfg: DataConfig, split: str) -> list[Problem]:
     records = _read_records(path, problem_set.hub_config)
     has_named = any(record.split is not None for record in records)
     parts = named(records) if has_named else problem_set.parts(records)
-    _hold_out(parts, cfg.validation_fraction)
+    _hold_out(parts, cfg.validation_fraction or 0)
     if not parts.get(split) and split != "validation":
         raise UserError(f"{path}: no record belongs to the split {split!r}")
     few_shot = parts.get(SHOTS, [])
@@ -58,20 +59,14 @@ def load_problems(cfg: DataConfig, split: str) -> list[Problem]:
 def load_examples(cfg: DataConfig, split: str) -> Sequence[Example]:
     """Return the examples of a split; for a format with tests these are `load_problems`' problems.
 
-    Raises UserError as `load_problems`; for rows of the user's own also for a missing or empty prompt or target, for
-    tasks also as `load_task_examples`.
+    Raises UserError as `load_problems`, `load_task_examples` and `load_own_examples`.
     """
     if FORMATS[cfg.format].problems:
         return load_problems(cfg, split)
     _check_split(split, cfg.format)
     if FORMATS[cfg.format].has_tasks:
         return load_task_examples(cfg, cast(Part, split))
-    assert cfg.path is not None  # DataConfig's own check
-    parts = {"train": _read_examples(cfg, cfg.path)}
-    if cfg.validation_path is not None:
-        parts["validation"] = _read_examples(cfg, cfg.validation_path)
-    _hold_out(parts, cfg.validation_fraction)
-    return parts.get(split, [])
+    return load_own_examples(cfg, split)
 
 
 def read_problems(path: str | None, format: str | None = None) -> list[Problem]:
@@ -114,12 +109,6 @@ def _hub_rows(name: str, config: str) -> list[Row]:
         raise UserError(f"data.path {name!r} is no file. {error}, or give a JSON lines file") from error
     rows: list[dict[str, Any]] = [row for part in parts.values() for row in part]
     return [Row(f"{name}:{row['task_id']}", row) for row in sorted(rows, key=lambda row: row["task_id"])]
-
-
-def _read_examples(cfg: DataConfig, path: str) -> list[Example]:
-    return read_each(
-        path, lambda row: Example(row.where, row.get_text(cfg.prompt_field), row.get_text(cfg.target_field))
-    )
 
 
 def _check_split(split: str, format: str) -> None:

@@ -68,7 +68,7 @@ class Comparison:
     verdicts: dict[str, tuple[int, int]]
     """Verdict to the number of samples in the first and in the second."""
     problems: list[ShownProblem]
-    """All of them, in the order of `side_by_side`."""
+    """All of them, in the order of `problems_to_show`."""
 
 
 def compare(first: Evaluation, second: Evaluation, k: int = 1, any_prompt: bool = False) -> Comparison:
@@ -122,7 +122,7 @@ def compare(first: Evaluation, second: Evaluation, k: int = 1, any_prompt: bool 
         difference=difference,
         text=f"{first.task_label}: {text}" if first.task_label else text,
         verdicts={verdict: (counts[0][verdict], counts[1][verdict]) for verdict in sorted_verdicts(*counts)},
-        problems=side_by_side({first.name: graded[0], second.name: graded[1]}),
+        problems=problems_to_show({first.name: graded[0], second.name: graded[1]}),
     )
 
 
@@ -155,7 +155,7 @@ def compare_with_baselines(evaluations: Sequence[Evaluation]) -> tuple[list[Comp
     return comparisons, notes
 
 
-def side_by_side(graded: Mapping[str, Mapping[str, GradedAnswer]]) -> list[ShownProblem]:
+def problems_to_show(graded: Mapping[str, Mapping[str, GradedAnswer]]) -> list[ShownProblem]:
     """Return the problems of one evaluation, or those of two evaluations of the same problems, in the order to show.
 
     First those that the second one scores higher or lower on, so that any number of them holds both kinds in about the

@@ -23,7 +23,7 @@ from transformers import (
 
 from adept_ds.config import run as settings
 from adept_ds.contexts import attribute_set
-from adept_ds.data import Encoded, Problem, Sample, collate, encode_prompt, stop_at, task_number
+from adept_ds.data import Encoded, Example, Problem, Sample, collate, encode_prompt, stop_at, task_number
 from adept_ds.data.tasks import TaskExample
 from adept_ds.distributed import World, gather_objects
 from adept_ds.model.adapted_model import AdaptedModel
@@ -90,7 +90,7 @@ def sample_seed(seed: int, task_id: str, index: int) -> int:
 def generate_samples(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem | TaskExample],
+    problems: Sequence[Example],
     config: settings.GenerationConfig,
     data: settings.DataConfig,
     world: World,
@@ -100,7 +100,8 @@ def generate_samples(
     Prompts of like length go together, and batches are dealt out to the ranks. All ranks make the same number of
     calls, as sharded weights need. Collective.
     """
-    stop = problems[0].stop if config.stop is None else config.stop
+    own_stop = problems[0].stop if isinstance(problems[0], Problem | TaskExample) else ()
+    stop = own_stop if config.stop is None else config.stop
     prompts = {
         problem.task_id: encode_prompt(problem, tokenizer, data, model.num_virtual_tokens, model.is_encoder_decoder)[0]
         for problem in problems

@@ -22,12 +22,13 @@ from adept_ds.data import Problem, Sample, load_problems, read_problems, read_sa
 from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
-from adept_ds.evaluation.results import GENERATION_NAME
+from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME
 from adept_ds.evaluation.scoring import Score, score_samples, write_score
 from adept_ds.evaluation.statistics import Estimate
-from adept_ds.evaluation.tuned import load_tuned, tuned_facts
+from adept_ds.evaluation.tuned import load_tuned, request_facts, tuned_facts
 from adept_ds.files import atomic_write, read_json, write_json
 from adept_ds.formats import names_with_tests
+from adept_ds.rank_environment import is_main_rank
 
 SAMPLES_NAME = "samples.jsonl"
 
@@ -40,6 +41,7 @@ def evaluate(
     split: str,
     paper: bool,
     samples_only: bool = False,
+    resume: str = "never",
 ) -> None:
     """Generate completions for the problems of a split and score them. Every rank decodes a share. Collective.
 
@@ -52,6 +54,7 @@ def evaluate(
         split: Which problems.
         paper: Score with the paper's two post-processings as well.
         samples_only: Leave the scoring to `score_generation`.
+        resume: `never`, or `auto` to leave an evaluation alone that is in the folder with all that is asked for here.
 
     Raises:
         UserError: The adapter does not belong to the backbone, or something is missing.
@@ -60,36 +63,40 @@ def evaluate(
     if not problems:
         raise UserError(f"data.format {run.data.format} has no problem in the split {split!r} of {run.data.path}")
     _check_k(ks, run.eval.generation)
+    request: dict[str, Any] = {
+        "facts": {
+            "name": out.name,
+            **request_facts(run, adapter),
+            "problems_sha256": _digest(problems),
+            "protocol": {
+                "format": run.data.format,
+                "path": run.data.path or "bundled",
+                "split": split,
+                "generation": run.eval.generation.model_dump(mode="json"),
+            },
+        },
+        "data": run.data.model_dump(mode="json"),
+        "max_examples": run.eval.max_examples,
+        "sandbox": run.eval.sandbox.model_dump(mode="json"),
+        "k": list(ks),
+        "paper_scoring": paper,
+    }
+    if resume == "auto" and _is_done(out, request):
+        if is_main_rank():
+            print(f"{out} holds this evaluation; nothing to do")
+        return
     world = init_world()
     model, tokenizer = load_tuned(run.model, adapter, world)
     samples = generate_samples(model, tokenizer, problems, run.eval.generation, run.data, world)
 
     def write() -> None:
+        (out / SUMMARY_NAME).unlink(missing_ok=True)  # of samples that were here before
         samples_path = out / SAMPLES_NAME
         with atomic_write(samples_path) as file:
             file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
-        protocol = {
-            "format": run.data.format,
-            "path": run.data.path or "bundled",
-            "split": split,
-            "generation": run.eval.generation.model_dump(mode="json"),
-        }
-        facts = {
-            "name": out.name,
-            **tuned_facts(run, model, adapter),
-            "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
-            "problems_sha256": _digest(problems),
-            "protocol": protocol,
-        }
-        generation = {
-            "facts": facts,
-            "data": run.data.model_dump(mode="json"),
-            "max_examples": run.eval.max_examples,
-            "sandbox": run.eval.sandbox.model_dump(mode="json"),
-            "k": list(ks),
-            "paper_scoring": paper,
-        }
-        write_json(out / GENERATION_NAME, generation)
+        digest = hashlib.sha256(samples_path.read_bytes()).hexdigest()
+        facts = {**request["facts"], **tuned_facts(run, model, adapter), "samples_sha256": digest}
+        write_json(out / GENERATION_NAME, {**request, "facts": facts})
         if not samples_only:
             score_generation(out)
 
@@ -129,6 +136,16 @@ def score_generation(
     _check_k(ks, GenerationConfig.model_validate(facts["protocol"]["generation"]))
     settings = SandboxConfig.model_validate(stored["sandbox"] | (sandbox or {}))
     score_to_folder(problems, samples, settings, out, ks, paper or stored["paper_scoring"], facts)
+
+
+def _is_done(out: Path, request: dict[str, Any]) -> bool:
+    """Whether a folder has a summary of what is asked for. A fully tuned model, which has no digest, is not known."""
+    if not ((out / GENERATION_NAME).is_file() and (out / SUMMARY_NAME).is_file()):
+        return False
+    found, wanted = read_json(out / GENERATION_NAME), request["facts"]
+    has_facts = all(found["facts"].get(name) == value for name, value in wanted.items())
+    is_known = wanted["adapter"] is None or wanted["adapter_sha256"] is not None
+    return is_known and has_facts and all(found.get(name) == request[name] for name in request.keys() - {"facts"})
 
 
 def _check_k(ks: Sequence[int], generation: GenerationConfig) -> None:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig, RunConfig
-from adept_ds.data import Problem
+from adept_ds.data import load_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.tuned import load_tuned
 from adept_ds.files import read_json
-from adept_ds.formats.registry import FORMATS
-from adept_ds.sandbox import Tests
+from adept_ds.formats import Example
 from adept_ds.storage.adapter_folder import load_adapter
 from adept_ds.storage.model_folder import is_model_folder
 from adept_ds.storage.run_folder import CONFIG_NAME
-
-WITHOUT, WITH = "without the adapter", "with the adapter"
 
 
 @dataclass(frozen=True)
@@ -33,11 +30,12 @@ class Origin:
     data: DataConfig
     """The form of its prompts."""
 
-    @property
-    def is_chat(self) -> bool:
-        """Whether its prompts were chat turns."""
-        problems = FORMATS[self.data.format].problems
-        return problems is not None and problems.form.chat
+    def is_chat(self) -> bool | None:
+        """Whether its prompts were chats, by the data that it was trained on; None where these are not here."""
+        try:
+            return load_examples(self.data, "train")[0].chat
+        except UserError:
+            return None
 
 
 def origin_of(result: Path, base: str | None) -> Origin:
@@ -94,27 +92,15 @@ class SideBySide:
         # An adapter is put aside; whole models are two.
         self._alone = load_tuned(origin.model, None, world)[0] if is_model_folder(result) else None
 
-    def answers(self, prompt: str, chat: bool, generation: GenerationConfig) -> Iterator[tuple[str, str]]:
-        """Yield `WITHOUT` and `WITH`, each with what is written then.
+    def write(self, example: Example, is_tuned: bool, generation: GenerationConfig) -> str:
+        """Return what is written to a prompt, or to a chat that waits for its next answer.
 
         Args:
-            prompt: What is read; with `chat`, the user's turn that the tokenizer's chat template is put around.
-            chat: Whether it is.
-            generation: Decoding, the same for both.
+            example: The prompt, or a `Conversation`.
+            is_tuned: By the result, or by the backbone alone.
+            generation: Decoding, with `stop` given.
         """
-        problem = Problem("prompt", prompt, "", chat, tests=Tests(()), continues_prompt=False, stop=())
-
-        def write() -> str:
-            model = self._alone if alone and self._alone else self._tuned
-            samples = generate_samples(model, self.tokenizer, [problem], generation, self._data, self._world)
-            return samples[0].completion
-
-        alone = True
-        if self._alone:
-            yield WITHOUT, write()
-        else:
-            with self._tuned.disable_adapter():
-                answer = write()
-            yield WITHOUT, answer
-        alone = False
-        yield WITH, write()
+        model = self._alone if self._alone and not is_tuned else self._tuned
+        with nullcontext() if is_tuned or self._alone else model.disable_adapter():
+            samples = generate_samples(model, self.tokenizer, [example], generation, self._data, self._world)
+        return samples[0].completion

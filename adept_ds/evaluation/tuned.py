@@ -41,13 +41,24 @@ def load_tuned(config: ModelConfig, result: Path | None, world: World) -> tuple[
     return AdaptedModel(backbone, Untuned()), tokenizer
 
 
-def tuned_facts(run: RunConfig, model: AdaptedModel, result: Path | None) -> dict[str, Any]:
-    """What a summary says about the model that it is of; `model` and `result` as in `load_tuned`."""
+def request_facts(run: RunConfig, result: Path | None) -> dict[str, Any]:
+    """What a summary says about what was to be evaluated; `result` as in `load_tuned`. No weights are loaded.
+
+    Raises:
+        UserError: The adapter is damaged.
+    """
     is_adapter = result is not None and not is_model_folder(result)
     return {
         "adapter": str(result) if result else None,
         "adapter_sha256": load_adapter(result).facts["tensors_sha256"] if result and is_adapter else None,
+        "config_sha256": config_hash(run),
+    }
+
+
+def tuned_facts(run: RunConfig, model: AdaptedModel, result: Path | None) -> dict[str, Any]:
+    """What a summary says about the model that it is of; `model` and `result` as in `load_tuned`."""
+    return {
+        **request_facts(run, result),
         "method": model.method.config.model_dump(mode="json") if model.method.config else None,
         "backbone": model.backbone_facts,
-        "config_sha256": config_hash(run),
     }

@@ -7,6 +7,9 @@ from dataclasses import KW_ONLY, dataclass
 from adept_ds.formats.completions import extract_code
 from adept_ds.sandbox import Tests
 
+ASSISTANT = "assistant"
+"""Role of the turns that a model is trained to write."""
+
 
 @dataclass(frozen=True)
 class TokenLimits:
@@ -16,6 +19,15 @@ class TokenLimits:
     """Longest prompt, the soft prompt not included; a longer one is cut from the right."""
     target: int | None
     """Longest target, EOS included; None if it is never cut."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    """`system`, `user`, `assistant`, or what else the tokenizer's chat template knows."""
+    content: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,28 @@ class Example:
     chat: bool = False
     limits: TokenLimits | None = None
     """Limits of its own; those of the config if None."""
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The turns that the model reads before it answers; none where the prompt stands for itself."""
+        return (Message("user", self.prompt),) if self.chat else ()
+
+
+@dataclass(frozen=True)
+class Conversation(Example):
+    """A chat, of which every assistant's turn is learnt. Its target is the last of them.
+
+    A prompt that is not empty stands in for the turns where the tokenizer has no chat template.
+    """
+
+    chat: bool = True
+    _: KW_ONLY
+    messages: tuple[Message, ...]
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The turns that the last answer is given to, or is to be given to where the chat does not end with one."""
+        return self.messages[:-1] if self.messages[-1].role == ASSISTANT else self.messages
 
 
 @dataclass(frozen=True)

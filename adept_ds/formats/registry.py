@@ -49,6 +49,21 @@ class ProblemSet:
 
 MBPP_HUB_CONFIG = "full"
 """Configuration of google-research-datasets/mbpp that has every problem."""
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """Rows of the user's own, with a prompt and a target each, or a chat."""
+
+    fields: tuple[str, str] | None
+    """Names of the fields with prompt and target where none are set; None if they are guessed from what is there, which
+    may be chats."""
+    guards_best: bool = False
+    """Whether some rows, drawn at random, are held out for the choice of the best where the settings say nothing."""
+    reads_hub: bool = False
+    """Whether they may come from the hub."""
+
+
 LENGTHS = ("max_prompt_length", "max_length")
 PROBLEM_SETTINGS = ("path", "validation_fraction", *LENGTHS)
 
@@ -66,13 +81,17 @@ class Format:
     splits: tuple[str, ...] = SPLITS
     problems: ProblemSet | None = None
     """What is scored by running programs; None if its examples have no tests."""
+    rows: OwnRows | None = None
+    """How rows of the user's own are read; None if it has none."""
     has_tasks: bool = False
     """Whether its examples are those of text-to-text tasks, each with its own lengths, splits and metrics."""
 
     @property
     def reads_hub(self) -> bool:
         """Whether `data.path` may be the id of a data set of the hub."""
-        return self.problems is not None and self.problems.hub_config is not None
+        if self.problems:
+            return self.problems.hub_config is not None
+        return self.rows is not None and self.rows.reads_hub
 
     @property
     def benchmark(self) -> Literal["mbpp", "text2text"] | None:
@@ -107,6 +126,28 @@ FORMATS = {
         settings=("path", "validation_path", "validation_fraction", "prompt_field", "target_field", *LENGTHS),
         needed=("path",),
         splits=("train", "validation"),
+        rows=OwnRows(fields=("prompt", "completion")),
+    ),
+    "own": Format(
+        "the user's own rows of any usual kind: a prompt and a completion, a chat, an instruction with its input",
+        settings=(
+            "path",
+            "validation_path",
+            "validation_fraction",
+            "split_seed",
+            "subset",
+            "train_split",
+            "validation_split",
+            "prompt_field",
+            "context_field",
+            "target_field",
+            "messages_field",
+            "prompt_style",
+            *LENGTHS,
+        ),
+        needed=("path",),
+        splits=("train", "validation"),
+        rows=OwnRows(fields=None, guards_best=True, reads_hub=True),
     ),
     "tasks": Format(
         "the text-to-text tasks that `tasks` names",

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,9 +47,13 @@ def read_each(path: str | Path, make: Callable[[Row], T]) -> list[T]:
 
 def iterate_rows(path: str | Path, make: Callable[[Row], T]) -> Iterator[T]:
     """As `read_each`, as they are asked for; a file of none is no mistake here. Mistakes are raised at the end."""
-    path = Path(path)
-    mistakes = Mistakes(path)
-    for found in READERS.get(suffix_of(path) or "", _json_lines)(path):
+    return made_of(scan(Path(path)), path, make)
+
+
+def made_of(rows: Iterable[Found], source: str | Path, make: Callable[[Row], T]) -> Iterator[T]:
+    """Yield what `make` makes of each row; the mistakes, those that it finds included, are raised at the end."""
+    mistakes = Mistakes(source)
+    for found in rows:
         made = []
         with mistakes.collected():
             if isinstance(found, UserError):
@@ -57,6 +61,11 @@ def iterate_rows(path: str | Path, make: Callable[[Row], T]) -> Iterator[T]:
             made.append(make(found))
         yield from made
     mistakes.check()
+
+
+def scan(path: Path) -> Iterator[Found]:
+    """Yield what stands in a file. UserError if it cannot be read at all."""
+    return READERS.get(suffix_of(path) or "", _json_lines)(path)
 
 
 def suffix_of(path: Path) -> str | None:
@@ -118,7 +127,7 @@ def _json_lines(path: Path) -> Iterator[Found]:
         if not line.strip():
             continue
         try:
-            yield parser.record(parser.decoder.decode(_decoded(line, where)), where)
+            yield parser.record(parser.decoder.decode(_decoded(line.rstrip(), where)), where)
         except json.JSONDecodeError as error:
             yield _not_json(error, where)
         except UserError as error:

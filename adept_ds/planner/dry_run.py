@@ -18,6 +18,7 @@ from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.loader import LoadedConfig, config_hash, flatten
 from adept_ds.config.run import DataConfig, RunConfig, TrainConfig
 from adept_ds.data import load_examples
+from adept_ds.data.own import OwnExamples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.formats import FORMATS
 from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
@@ -150,8 +151,10 @@ def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
         if released is None:
             return None, f"unknown, {config.path} is not here"
         return released, f"{released:,} for training in the released MBPP; {config.path} is not here"
-    count = len(load_examples(config, "train"))
-    return count, f"{count:,} for training in {config.path or 'the bundled problems'}"
+    examples = load_examples(config, "train")
+    notes = examples.notes if isinstance(examples, OwnExamples) else ()
+    note = f"{len(examples):,} for training in {config.path or 'the bundled problems'}"
+    return len(examples), "\n               ".join([note, *notes])
 
 
 def _steps_text(plan: Plan, train: TrainConfig) -> str:

@@ -18,7 +18,7 @@ from adept_ds.evaluation.comparison import (
     ShownProblem,
     compare_with_baselines,
     problems_text,
-    side_by_side,
+    problems_to_show,
 )
 from adept_ds.evaluation.results import Evaluation, ProgramEvaluation, sorted_verdicts
 from adept_ds.files import atomic_write
@@ -105,7 +105,7 @@ def _written_alone(report: RunReport) -> dict[str, list[ShownProblem]]:
     compared = {(name, one.task) for one in report.comparisons for name in one.names}
     alone = [one for one in report.evaluations if one.has_answers and (one.name, one.task_label) not in compared]
     return {
-        f"{one.task_label}: {one.name}" if one.task_label else one.name: side_by_side({one.name: one.grade(metric)})
+        f"{one.task_label}: {one.name}" if one.task_label else one.name: problems_to_show({one.name: one.grade(metric)})
         for one in alone
         if (metric := one.example_metric())
     }

@@ -103,6 +103,19 @@ def test_samples_that_are_scored_later_have_the_same_summary(
     assert "samples.jsonl has changed since" in refused.stderr
 
 
+def test_an_evaluation_that_is_there_is_left_alone_unless_something_differs(
+    tiny_llama: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    flags = ("--adapter", str(adapter), "--out", str(tmp_path / "out"), "--resume", "auto")
+
+    def is_made(**generation: Any) -> bool:
+        done = run_ranks(0, EVALUATE, evaluation_settings(tiny_llama, **generation), *flags)
+        assert done.returncode == 0, done.stdout
+        return "holds this evaluation; nothing to do" not in done.stdout
+
+    assert [is_made(), is_made(), is_made(seed=1)] == [True, False, True]
+
+
 def test_an_adapter_of_another_backbone_is_refused_with_status_2(
     tiny_t5: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:

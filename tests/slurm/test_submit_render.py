@@ -141,7 +141,7 @@ def test_the_example_sites_work(name: str, tmp_path: Path) -> None:
 
 
 def test_the_cluster_page_lists_every_key_of_a_site_with_its_default() -> None:
-    page = (REPOSITORY / "launchers" / "slurm" / "README.md").read_text()
+    page = (REPOSITORY / "docs" / "slurm.md").read_text()
     for name, field in SiteConfig.model_fields.items():
         default = "" if field.default in (None, "", (), {}) else f"`{json.dumps(field.default)}`"
         assert f"| `{field.alias or name}` | {default} |" in page
