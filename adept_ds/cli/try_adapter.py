@@ -63,32 +63,26 @@ def main(arguments: Sequence[str]) -> None:
     origin = origin_of(flags.adapter, flags.base)
     if flags.dtype:
         origin = replace(origin, model=origin.model.model_copy(update={"dtype": flags.dtype}))
-    chat = flags.chat
-    if not (flags.chat or flags.plain):
-        known = origin.is_chat()
-        if known is None:
-            print(
-                "The training data is not here, so the prompt is read as it is; --chat makes it a chat.",
-                file=sys.stderr,
-            )
-        chat = bool(known)
     sampling = {} if flags.temperature is None else {"temperature": flags.temperature}
     generation = GenerationConfig(
         do_sample=bool(sampling), max_new_tokens=flags.max_new_tokens, seed=flags.seed, stop=(), **sampling
     )
     console = Console()
     models = SideBySide(flags.adapter, origin, init_world())
-    # Each side goes on from its own answers.
+    # In a chat each side goes on from its own answers.
     chats: dict[str, list[Message]] = {WITHOUT: [], WITH: []}
     for prompt in _prompts(flags.prompt, console):
+        asked = None if flags.chat or flags.plain else origin.asked(prompt)
+        if asked is None:
+            if not (flags.chat or flags.plain or any(chats.values())):
+                print("The training data are not here: prompts are read as they are, or see --chat.", file=sys.stderr)
+            asked = Example("prompt", prompt, "", chat=flags.chat)
         answers = {}
         for side, messages in chats.items():
-            messages.append(Message("user", prompt))
-            example = (
-                Conversation("prompt", "", "", chat=True, messages=tuple(messages))
-                if chat
-                else Example("prompt", prompt, "")
-            )
+            example = asked
+            if asked.turns and models.tokenizer.chat_template:
+                messages += asked.turns
+                example = Conversation("prompt", "", "", chat=True, messages=tuple(messages))
             answers[side] = models.write(example, side == WITH, generation)
             messages.append(Message(ASSISTANT, answers[side]))
         console.print(layout(answers, console))

@@ -9,13 +9,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig, RunConfig
-from adept_ds.data import load_examples
+from adept_ds.data.own import own_columns
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.tuned import load_tuned
 from adept_ds.files import read_json
-from adept_ds.formats import Example
+from adept_ds.formats import FORMATS, Example
 from adept_ds.storage.adapter_folder import load_adapter
 from adept_ds.storage.model_folder import is_model_folder
 from adept_ds.storage.run_folder import CONFIG_NAME
@@ -30,12 +30,15 @@ class Origin:
     data: DataConfig
     """The form of its prompts."""
 
-    def is_chat(self) -> bool | None:
-        """Whether its prompts were chats, by the data that it was trained on; None where these are not here."""
-        try:
-            return load_examples(self.data, "train")[0].chat
-        except UserError:
-            return None
+    def asked(self, text: str) -> Example | None:
+        """A prompt that somebody types, in the form of those that were trained on; None where the data are not here."""
+        declared = FORMATS[self.data.format]
+        if declared.rows:
+            try:
+                return own_columns(self.data).asked(text)
+            except UserError:
+                return None
+        return Example("prompt", text, "", chat=declared.problems is not None and declared.problems.form.chat)
 
 
 def origin_of(result: Path, base: str | None) -> Origin:
