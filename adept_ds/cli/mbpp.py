@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int | None:
     """Parse, check, and evaluate."""
     words = [word for argument in arguments for word in _split(argument)]
     if any(word in SCORING_FLAGS for word in words):
-        score.main([word for word in words if word not in SCORING_FLAGS])
+        score.main([word for word in words if word not in SCORING_FLAGS], is_folder="--score" in words)
         return None
     flags, loaded = parse_command_line(arguments, PROGRAM, __doc__ or "", add_generation_flags)
     score.check_scoring(flags, needs_out=True)

@@ -96,15 +96,20 @@ def check_scoring(flags: argparse.Namespace, needs_out: bool) -> None:
         raise UserError(f"--k {min(flags.k)}: expected 1 or more")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parse, check, score."""
-    path = next((Path(argument) for argument in arguments if not argument.startswith("-")), None)
-    is_folder = path is not None and path.is_dir()
+def main(arguments: Sequence[str], is_folder: bool | None = None) -> None:
+    """Parse, check, score.
+
+    Args:
+        arguments: Of the command line.
+        is_folder: Whether what is scored is a folder that an evaluation left; what the path is decides if not given.
+    """
+    if is_folder is None:
+        is_folder = any(Path(argument).is_dir() for argument in arguments[:1])
     add_flags = add_later_scoring_flags if is_folder else add_samples_flags
     flags = parse_flags(arguments, PROGRAM, __doc__ or "", add_flags)
     check_scoring(flags, needs_out=not is_folder)
-    if not flags.path.exists():
-        raise UserError(f"{flags.path}: no such file or folder{did_you_mean_path(flags.path)}")
+    if not is_folder and not flags.path.exists():
+        raise UserError(f"{flags.path}: no such file or folder{did_you_mean_path(str(flags.path))}")
     # The libraries behind this take seconds to load; a mistake on the command line is told before.
     from adept_ds.evaluation import mbpp
 
