@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.hub_kernels import is_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -43,6 +44,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _zero_init: HfDeepSpeedConfig | None = None
 """`transformers` knows of ZeRO-3, and keeps ranks in step when it generates, while this lives (it has a weak
 reference)."""
+
+
+@contextmanager
+def unsharded_creation() -> Iterator[None]:
+    """Create models whole within the block, also where `transformers` knows of ZeRO-3 from an earlier backbone."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if _zero_init is not None:
+            set_hf_deepspeed_config(_zero_init)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
-from adept_ds.backbone.load import DTYPES
+from adept_ds.backbone.load import DTYPES, unsharded_creation
 from adept_ds.backbone.quantization import Scheme, quantize_linears
 from adept_ds.config.run import RunConfig
 from adept_ds.contexts import attribute_set
@@ -88,7 +88,7 @@ def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
     attention, scheme = run.model.attn_implementation, Scheme.of(run.model)
     if attention not in ("eager", "sdpa"):
         attention = None  # fused like sdpa, the usual choice, and with the same memory; the package need not be here
-    with torch.device("meta"):
+    with torch.device("meta"), unsharded_creation():
         backbone = auto.from_config(architecture, dtype=DTYPES[run.model.dtype], attn_implementation=attention)
         if scheme:
             quantize_linears(backbone, scheme)
