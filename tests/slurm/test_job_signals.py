@@ -101,7 +101,7 @@ def test_a_warning_while_the_ranks_import_is_not_lost(cluster: Cluster, stub: St
     cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1)
     line = stub.history()[0]
     assert (line["ended_by"], line["requeued"]) == ("time limit", True)
-    assert 1 <= line["to_step"] < 20
+    assert line["to_step"] < 20  # none at all, where the handlers are there just before the warning comes again
 
 
 def test_a_second_warning_does_not_kill_ranks_that_have_saved(cluster: Cluster, stub: StubRun) -> None:
