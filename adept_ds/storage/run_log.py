@@ -62,6 +62,7 @@ class RunLog(SilentLog):
 
     @override
     def open(self) -> None:
+        self.set_status("running")  # Who sees metrics finds a status beside them.
         path = self._folder.path / METRICS_NAME
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= self.step]
@@ -72,7 +73,8 @@ class RunLog(SilentLog):
         for name in self._run.logging.trackers:
             self._trackers[name] = start_tracker(name, self._run.logging, self._folder.path, settings)
             print(f"{name} has this run at {address(self._trackers[name])}")
-        self.set_status("running")
+        if self._trackers:
+            self.set_status("running")
 
     @override
     def set_status(self, state: str, **facts: Any) -> None:
