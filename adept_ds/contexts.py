@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 @contextmanager
 def attribute_set(target: object, name: str, value: object) -> Iterator[None]:
@@ -21,13 +19,3 @@ def attribute_set(target: object, name: str, value: object) -> Iterator[None]:
             setattr(target, name, old)
         else:
             delattr(target, name)
-
-
-@contextmanager
-def seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """Draw from torch's own generator inside the block, which libraries do, seeded like `generator`; after it the state
-    is as it was before."""
-    with torch.random.fork_rng(devices=[]):
-        if generator is not None:
-            torch.manual_seed(generator.initial_seed())
-        yield

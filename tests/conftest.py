@@ -18,7 +18,7 @@ from filelock import FileLock
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data import load_examples
+from adept_ds.data.problems import load_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.tools.demo_model import PACKAGE, make_demo_model

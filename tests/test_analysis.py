@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from adept_ds.cli.analysis import main
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, RunConfig
-from adept_ds.data import EncodedDataset
+from adept_ds.data.encode import EncodedDataset
 from adept_ds.data.tasks import TaskExamples, load_task_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError

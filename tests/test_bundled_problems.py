@@ -9,7 +9,8 @@ from importlib import resources
 import pytest
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data import Problem, load_problems, read_problems
+from adept_ds.data.problems import load_problems, read_problems
+from adept_ds.formats import Problem
 from adept_ds.sandbox import Program, Sandbox, Verdict
 
 RECORDS = [

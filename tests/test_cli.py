@@ -156,6 +156,7 @@ def test_the_wheel_trains_evaluates_and_tries(call: Call, tiny_llama: Path, tmp_
     settings = run_settings(tiny_llama, Path("run"), max_steps=4, save_every=4)
     settings["eval"] = {"every_steps": 4, "generation": {"max_new_tokens": 4, "do_sample": False}}
     (tmp_path / "my.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizers.py").write_text("raise SystemExit('a file of the user, not the library')")
     done = call("train", "--config", "my.json", "--ranks", "2")
     assert len(losses(tmp_path / "run")) == 4
     assert "[INFO]" not in done.stdout + done.stderr

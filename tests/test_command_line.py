@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from adept_ds.cli.main import MODULES
 from adept_ds.config.command_line import parse_command_line
 from adept_ds.config.loader import flatten, load_config
 from adept_ds.config.schema import declared_settings, method_docs
@@ -183,5 +184,16 @@ def test_settings_are_read_without_torch_or_deepspeed():
         "import sys; from adept_ds.config.command_line import parse_command_line as parse;"
         f"parse(['--config', {CONFIG!r}], 'x', 'x');"
         "assert not {'torch', 'deepspeed', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_commands_start_without_torch_and_before_the_hub_has_read_its_settings():
+    # `submit --env HF_HOME=..` counts only while no library has read it.
+    modules = ", ".join(f"adept_ds.{module}" for module in MODULES.values() if module.startswith("cli."))
+    code = (
+        f"import sys, {modules};"
+        "found = {'torch', 'deepspeed', 'transformers', 'huggingface_hub', 'datasets'} & sys.modules.keys();"
+        "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)

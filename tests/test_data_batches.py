@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from adept_ds.data import global_batches, rank_micro_batches
+from adept_ds.data.batches import global_batches, rank_micro_batches
 
 LENGTHS = random.Random(0).choices(range(10, 600), k=487)
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data import EncodedDataset, encode, encode_prompt
+from adept_ds.data.encode import EncodedDataset, encode, encode_prompt
 from adept_ds.data.own import OwnExamples
 from adept_ds.errors import UserError
 from adept_ds.formats import Conversation, Message

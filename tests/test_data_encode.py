@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data import EncodedDataset, Example, collate, encode, encode_prompt
+from adept_ds.data.encode import EncodedDataset, collate, encode, encode_prompt
 from adept_ds.errors import UserError
+from adept_ds.formats import Example
 
 CHAT_TEMPLATE = (
     "{{ bos_token }} {% for m in messages %}u {{ m['content'] }} e {% endfor %}"

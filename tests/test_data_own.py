@@ -13,8 +13,9 @@ import pyarrow.parquet
 import pytest
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data import EncodedDataset, load_examples
+from adept_ds.data.encode import EncodedDataset
 from adept_ds.data.hub import hub_data_sets
+from adept_ds.data.problems import load_examples
 from adept_ds.errors import UserError
 from adept_ds.formats import Conversation, Example, Message
 from adept_ds.planner.dry_run import count_training_examples

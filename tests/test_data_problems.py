@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data import load_examples, load_problems, read_problems, read_samples
+from adept_ds.data.problems import load_examples, load_problems, read_problems
 from adept_ds.errors import UserError
-from adept_ds.formats import read_rows
+from adept_ds.formats import read_rows, read_samples
 from adept_ds.formats.mbpp import MbppRecord, parse_record, task_in_words, to_humaneval
 
 MBPP_ROW = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adept_ds.data import extract_code, repair_indentation, stop_at
+from adept_ds.formats import extract_code, repair_indentation, stop_at
 
 PROMPT = '\n\ndef f(x):\n    """\n    Task.\n    """\n'
 

@@ -11,8 +11,8 @@ import pytest
 from adept_ds.config.loader import load_config
 from adept_ds.config.run import DataConfig
 from adept_ds.config.schema import json_schema
-from adept_ds.data import load_examples, load_problems, read_problems
 from adept_ds.data.hub import hub_data_sets
+from adept_ds.data.problems import load_examples, load_problems, read_problems
 from adept_ds.errors import UserError
 from adept_ds.formats import FORMATS, Format
 from adept_ds.formats.mbpp import MbppRecord

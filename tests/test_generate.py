@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, GenerationConfig
-from adept_ds.data import Problem, Sample, load_problems
+from adept_ds.data.problems import load_problems
 from adept_ds.distributed import World
 from adept_ds.evaluation.generate import SeededSampling, StopStrings, generate_samples, sample_seed
+from adept_ds.formats import Problem, Sample
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 
 Make = Callable[[str], PreTrainedModel]

@@ -20,7 +20,7 @@ from adept_ds.backbone.load import random_backbone
 from adept_ds.backbone.quantization import QuantizedLinear, Scheme
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
-from adept_ds.data import load_problems
+from adept_ds.data.problems import load_problems
 from adept_ds.distributed import World
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model

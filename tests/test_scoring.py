@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from adept_ds.config.run import SandboxConfig
-from adept_ds.data import Problem, Sample
 from adept_ds.evaluation.scoring import score_samples, write_score
+from adept_ds.formats import Problem, Sample
 from adept_ds.sandbox import Tests
 
 ADD, SUBTRACT = "def f(a, b):\n    return a + b\n", "def f(a, b):\n    return a - b\n"

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from adept_ds.backbone.load import load_backbone
 from adept_ds.config.method import AttemptConfig, FullConfig, MethodConfig, PromptTuningConfig
 from adept_ds.config.run import DataConfig, ModelConfig
-from adept_ds.data import load_examples
+from adept_ds.data.problems import load_examples
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.storage.adapter_folder import save_adapter
 from tests.test_methods import METHODS, take_steps

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from adept_ds.config.method import AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
 from adept_ds.config.run import DataConfig, GenerationConfig
-from adept_ds.data import EncodedDataset, collate, load_examples
+from adept_ds.data.encode import EncodedDataset, collate
+from adept_ds.data.problems import load_examples
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model

@@ -18,7 +18,8 @@ import pytest
 from pydantic import ValidationError
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data import EncodedDataset, encode, load_examples, load_problems
+from adept_ds.data.encode import EncodedDataset, encode
+from adept_ds.data.problems import load_examples, load_problems
 from adept_ds.data.tasks import TASKS, TaskExample, find_task, load_task_examples
 from adept_ds.data.tasks.sources import read_split
 from adept_ds.data.tasks.splits import equal, k_shot, round_robin

@@ -33,7 +33,7 @@ from adept_ds.backbone.load import DTYPES, load_backbone, random_backbone
 from adept_ds.backbone.quantization import QuantizedLinear
 from adept_ds.benchmark.work import Step, Work, padded_to, padded_tokens, with_prompt_positions
 from adept_ds.config.run import ModelConfig, RunConfig, TrainConfig
-from adept_ds.data import longest_example
+from adept_ds.data.encode import longest_example
 from adept_ds.errors import UserError
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model

@@ -13,7 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from adept_ds.backbone.load import load_tokenizer
 from adept_ds.config.batch import BatchArithmetic
 from adept_ds.config.run import RunConfig
-from adept_ds.data import Encoded, EncodedDataset, collate, global_batches, load_examples, rank_micro_batches
+from adept_ds.data.batches import global_batches, rank_micro_batches
+from adept_ds.data.encode import Encoded, EncodedDataset, collate
+from adept_ds.data.problems import load_examples
 from adept_ds.errors import UserError
 from adept_ds.model.loss import IGNORE_INDEX
 

@@ -45,7 +45,8 @@ def sizes(arguments: Sequence[str]) -> None:
     flags, loaded = parse_command_line(arguments, f"{PROGRAM} sizes", __doc__ or "", add_sizes_flags)
     if not flags.adapter:
         raise UserError("--adapter FOLDER is needed, for example runs/t5_base/best")
-    from adept_ds.data import EncodedDataset, load_examples
+    from adept_ds.data.encode import EncodedDataset
+    from adept_ds.data.problems import load_examples
     from adept_ds.distributed import init_world
     from adept_ds.evaluation.analysis import embedding_sizes
     from adept_ds.evaluation.tuned import load_tuned

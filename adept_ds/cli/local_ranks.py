@@ -47,7 +47,8 @@ def run_ranks(count: int, command: str, arguments: Sequence[str]) -> int:
         "MASTER_PORT": str(_free_port()),
     }
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return Children().run([sys.executable, "-m", "adept_ds", command, *arguments], ranks)
+    # -P: as for a console script, a user's files in this folder are no modules.
+    return Children().run([sys.executable, "-P", "-m", "adept_ds", command, *arguments], ranks)
 
 
 class Children:

@@ -15,6 +15,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import takewhile
 
 import argcomplete
 
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str]) -> int | None:
     """
     if "_ARGCOMPLETE" in os.environ:
         arguments = _words_before_the_cursor()
-    name, *rest = arguments or HELP[:1]
+    # `deepspeed --module adept_ds train` puts its flag in front of everything.
+    launchers = list(takewhile(lambda word: word.startswith("--local_rank"), arguments))
+    name, *rest = [*arguments[len(launchers) :], *launchers] or HELP[:1]
     if name in HELP:
         print(overview())
         return 0

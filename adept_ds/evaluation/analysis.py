@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adept_ds.config.base import validation_problems
 from adept_ds.config.run import RunConfig
-from adept_ds.data import EncodedDataset, collate
+from adept_ds.data.encode import EncodedDataset, collate
 from adept_ds.data.tasks import TaskExamples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError, did_you_mean

@@ -23,9 +23,10 @@ from transformers import (
 
 from adept_ds.config import run as settings
 from adept_ds.contexts import attribute_set
-from adept_ds.data import Encoded, Example, Problem, Sample, collate, encode_prompt, stop_at, task_number
+from adept_ds.data.encode import Encoded, collate, encode_prompt, task_number
 from adept_ds.data.tasks import TaskExample
 from adept_ds.distributed import World, gather_objects
+from adept_ds.formats import Example, Problem, Sample, stop_at
 from adept_ds.model.adapted_model import AdaptedModel
 
 

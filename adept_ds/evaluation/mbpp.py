@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig, SandboxConfig
-from adept_ds.data import Problem, Sample, load_problems, read_problems, read_samples, repair_indentation
+from adept_ds.data.problems import load_problems, read_problems
 from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
@@ -27,7 +27,7 @@ from adept_ds.evaluation.scoring import Score, score_samples, write_score
 from adept_ds.evaluation.statistics import Estimate
 from adept_ds.evaluation.tuned import load_tuned, request_facts, tuned_facts
 from adept_ds.files import atomic_write, read_json, write_json
-from adept_ds.formats import names_with_tests
+from adept_ds.formats import Problem, Sample, names_with_tests, read_samples, repair_indentation
 from adept_ds.rank_environment import is_main_rank
 
 SAMPLES_NAME = "samples.jsonl"

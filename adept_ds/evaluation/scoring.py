@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from adept_ds.config.run import SandboxConfig
-from adept_ds.data import Problem, Sample
 from adept_ds.errors import UserError
 from adept_ds.evaluation.results import RESULTS_NAME, SUMMARY_NAME, verdict_label
 from adept_ds.evaluation.statistics import Estimate, mean_pass_at_k
 from adept_ds.files import atomic_write, write_json
+from adept_ds.formats import Problem, Sample
 from adept_ds.formats.mbpp import task_in_words
 from adept_ds.sandbox import Limits, Program, Sandbox, Verdict
 

@@ -7,10 +7,12 @@ whose name is `q_proj` or ends in `.q_proj`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -108,3 +110,13 @@ def layer_index(name: str) -> int | None:
 def norms(backbone: PreTrainedModel) -> dict[str, nn.Module]:
     """The layer norms (RMS norms too) by name."""
     return {name: module for name, module in backbone.named_modules() if "norm" in type(module).__name__.lower()}
+
+
+@contextmanager
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Draw from torch's own generator inside the block, which libraries do, seeded like `generator`; after it the state
+    is as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        if generator is not None:
+            torch.manual_seed(generator.initial_seed())
+        yield

@@ -28,10 +28,9 @@ from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import MptConfig
-from adept_ds.contexts import seeded
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import Distillation
-from adept_ds.methods.layers import embedding_table
+from adept_ds.methods.layers import embedding_table, seeded
 from adept_ds.methods.prompted import PromptedMethod, initial_prompt
 from adept_ds.methods.source_prompts import load_source_prompts
 from adept_ds.storage.adapter_folder import Adapter, backbone_facts

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from adept_ds.config.method import PTuningConfig
-from adept_ds.contexts import seeded
+from adept_ds.methods.layers import seeded
 from adept_ds.methods.prompted import PromptedMethod
 
 

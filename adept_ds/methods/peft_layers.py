@@ -24,10 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from adept_ds.config.method import Ia3Config, LoraConfig
-from adept_ds.contexts import seeded
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import MethodDefaults
-from adept_ds.methods.layers import described, family_of, linear_layers, missing_ends
+from adept_ds.methods.layers import described, family_of, linear_layers, missing_ends, seeded
 
 _ADAPTER = "default"
 _REMEDIES = {

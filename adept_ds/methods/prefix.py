@@ -25,10 +25,10 @@ from transformers import (
 from typing_extensions import override
 
 from adept_ds.config.method import PrefixTuningConfig
-from adept_ds.contexts import attribute_set, seeded
+from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError
 from adept_ds.methods.base import MethodDefaults
-from adept_ds.methods.layers import embedding_table
+from adept_ds.methods.layers import embedding_table, seeded
 
 CACHE = "past_key_values"
 """Argument of decoders."""

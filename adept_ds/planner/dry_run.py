@@ -17,8 +17,8 @@ from adept_ds.config.batch import count_steps, learning_rates, warmup_steps
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.loader import LoadedConfig, config_hash, flatten
 from adept_ds.config.run import DataConfig, RunConfig, TrainConfig
-from adept_ds.data import load_examples
 from adept_ds.data.own import OwnExamples
+from adept_ds.data.problems import load_examples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.formats import FORMATS
 from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from adept_ds.backbone.load import DTYPES
 from adept_ds.config.deepspeed import DEFAULT_STAGE, complete
 from adept_ds.config.run import RunConfig
-from adept_ds.data import longest_example
+from adept_ds.data.encode import longest_example
 from adept_ds.distributed import World, on_main_rank, ranks_by_node
 from adept_ds.planner.meta_step import StepShape, StepTrace, meta_model, trace_step
 from adept_ds.planner.zero3_gathers import Gathers, GatherSettings, ShardedParameter, simulate_gathers

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 from adept_ds.backbone.hub import is_local, missing_model_files
 from adept_ds.backbone.load import load_architecture, load_tokenizer, weight_files
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
-from adept_ds.data import load_examples
 from adept_ds.data.hub import hub_data_sets, is_dataset_cached
+from adept_ds.data.problems import load_examples
 from adept_ds.formats import FORMATS
 
 

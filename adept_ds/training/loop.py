@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from adept_ds.config.run import RunConfig
-from adept_ds.data import collate, global_batches, rank_micro_batches
+from adept_ds.data.batches import global_batches, rank_micro_batches
+from adept_ds.data.encode import collate
 from adept_ds.distributed import sum_over_ranks
 from adept_ds.errors import UserError
 from adept_ds.model.loss import IGNORE_INDEX

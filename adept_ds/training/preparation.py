@@ -13,7 +13,8 @@ from adept_ds.backbone.load import check_attention, load_architecture, load_toke
 from adept_ds.config.batch import BatchArithmetic, count_steps, learning_rates
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.run import RunConfig
-from adept_ds.data import EncodedDataset, load_examples
+from adept_ds.data.encode import EncodedDataset
+from adept_ds.data.problems import load_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.planner.memory import decide_sharding

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from adept_ds.config.run import RunConfig
-from adept_ds.data import EncodedDataset, collate, load_problems
+from adept_ds.data.encode import EncodedDataset, collate
+from adept_ds.data.problems import load_problems
 from adept_ds.data.tasks import load_task_examples
 from adept_ds.distributed import on_main_rank, sum_over_ranks
 from adept_ds.evaluation.generate import generate_samples

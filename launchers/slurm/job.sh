@@ -27,11 +27,13 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 # A progress bar in a log is a line every so many seconds.
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30}
 
+# Python's -P below: modules come from the repository or the installed package, never from the folder the job runs in.
+
 # When a rank has ended well, the others have a minute to do so.
 srun_options=(--wait=60)
 
 # tool MODULE ARGUMENT..: a module of adept_ds.slurm, on this node.
-tool() { "${container[@]}" "$python" -m "adept_ds.slurm.$1" "${@:2}"; }
+tool() { "${container[@]}" "$python" -P -m "adept_ds.slurm.$1" "${@:2}"; }
 
 # What a task runs: `rank LOG COMMAND..` keeps LOG-RANK.log beside the labelled stream, and in LOG-RANK.exit when, how and
 # where the rank ended, for the job's last words. The interpreter starts with USR1 ignored, since a warning may come
@@ -57,7 +59,7 @@ run_ranks() {
     (
         trap '' USR1
         exec srun --label --kill-on-bad-exit=1 "${srun_options[@]}" \
-            bash -c "$(declare -f rank); rank \"\$@\"" rank "$log" "${container[@]}" "$python" "$@"
+            bash -c "$(declare -f rank); rank \"\$@\"" rank "$log" "${container[@]}" "$python" -P "$@"
     ) &
     step=$!
     ((!warned)) || forward
@@ -83,7 +85,7 @@ run_evaluation() {
 }
 
 # run_here ARGUMENT..: the interpreter with ARGUMENT.. as one task. Nothing passes signals on: these jobs start anew.
-run_here() { srun --ntasks=1 --label "${container[@]}" "$python" "$@"; }
+run_here() { srun --ntasks=1 --label "${container[@]}" "$python" -P "$@"; }
 
 # Nodes of the job on which no process can be started within half a minute.
 silent_nodes() {

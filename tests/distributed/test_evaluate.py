@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig
-from adept_ds.data import load_problems
+from adept_ds.data.problems import load_problems
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from tests.conftest import Launch, RunRanks, run_settings
 

@@ -17,7 +17,9 @@ from adept_ds.backbone.load import load_backbone
 from adept_ds.config.batch import learning_rates
 from adept_ds.config.method import PromptTuningConfig
 from adept_ds.config.run import ModelConfig, RunConfig
-from adept_ds.data import EncodedDataset, collate, global_batches, load_examples
+from adept_ds.data.batches import global_batches
+from adept_ds.data.encode import EncodedDataset, collate
+from adept_ds.data.problems import load_examples
 from adept_ds.model.adapted_model import get_adept_model
 from adept_ds.training.optimizer import build_optimizer, set_learning_rates
 from tests.conftest import RunRanks, losses, run_settings

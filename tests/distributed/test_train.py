@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, get_line
 
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig
-from adept_ds.data import EncodedDataset, global_batches, load_examples
+from adept_ds.data.batches import global_batches
+from adept_ds.data.encode import EncodedDataset
+from adept_ds.data.problems import load_examples
 from adept_ds.model.adapted_model import get_adept_model
 from tests.conftest import Launch, RunRanks, Start, losses, run_settings
 

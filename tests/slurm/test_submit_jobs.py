@@ -95,16 +95,18 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def fake_evaluation(root: Path, fail: str = "") -> None:
-    """Put programs in the places of the evaluation's that note when they ran, and what the training's state was."""
-    (root / "evals").mkdir()
-    for name in ("mbpp", "report"):
-        (root / "evals" / f"{name}.py").write_text(
-            "import json, os, pathlib, sys\n"
-            "status = json.loads(pathlib.Path('runs/x y/status.json').read_text())\n"
-            f"line = json.dumps(['{name}', sys.argv[1:], status['state']])\n"
-            "if os.environ.get('SLURM_PROCID', '0') == '0':\n"
-            "    open('order', 'a').write(line + '\\n')\n"
-            f"sys.exit({name == fail!r})\n"
+    """Put modules in the places of the evaluation's that note when they ran, and what the training's state was."""
+    for name in ("mbpp", "score", "report"):
+        path = root / "adept_ds" / "cli" / f"{name}.py"
+        path.unlink()
+        path.write_text(
+            "import json, os, pathlib\n"
+            "def main(arguments):\n"
+            "    status = json.loads(pathlib.Path('runs/x y/status.json').read_text())\n"
+            f"    line = json.dumps(['{name}', arguments, status['state']])\n"
+            "    if os.environ.get('SLURM_PROCID', '0') == '0':\n"
+            "        open('order', 'a').write(line + '\\n')\n"
+            f"    return {int(name == fail)}\n"
         )
 
 
@@ -135,7 +137,7 @@ def test_a_chain_runs_in_order_after_the_last_try(submitter: Submitter) -> None:
     config_copy = str(run_dir / "slurm" / "config.json")
     assert order == [
         ["mbpp", ["--config", config_copy, "--adapter", "runs/x y/best", "--out", out, "--samples_only"], "finished"],
-        ["mbpp", ["--score", out], "finished"],
+        ["score", [out], "finished"],
         ["report", ["runs/x y"], "finished"],
     ]
     again = submitter.call("train", "--config", config_copy, *SMALL)
