@@ -11,14 +11,15 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from .inside import landlock, seccomp
 from .inside.namespaces import NOBODY
 from .packages import INSIDE, PACKAGE_FOLDERS, package_paths, site_packages, visible_packages
+from .pool import Launch, Pool
 from .program import Limits, SandboxUnavailable
+from .selftest import LIMITS as SELF_TEST_LIMITS
 from .selftest import Check, run_checks
 from .worker import CODE, Worker, WorkerRefused
 
@@ -119,8 +120,8 @@ class Probe:
     """What came of trying one tier."""
 
     tier: str
-    launch: Callable[[], Worker] | None
-    """Starts a worker, or None if the tier does not work here."""
+    launch: Launch | None
+    """Starts a fork server, or None if the tier does not work here."""
     problem: str
     had: dict[str, Any]
     checks: tuple[Check, ...]
@@ -155,6 +156,13 @@ NOT_COVERED = {
 }
 
 
+def _launch(command: list[str], config: dict[str, Any], had: dict[str, Any], role: str) -> Worker:
+    """Start a fork server for a role; notes in `had` what isolation it had."""
+    worker = Worker(command, config | {"role": role})
+    had |= worker.had
+    return worker
+
+
 def probe(tier: str, packages: tuple[str, ...] = ()) -> Probe:
     """Start a worker in `tier` and attack it from inside; the tier works if all attacks are stopped.
 
@@ -162,18 +170,18 @@ def probe(tier: str, packages: tuple[str, ...] = ()) -> Probe:
     """
     problem = ""
     for network_namespace in (True, False) if tier == "bubblewrap" else (True,):
+        had: dict[str, Any] = {}
         try:
             command, config = worker_config(tier, packages, network_namespace)
-            launch = functools.partial(Worker, command, config)
-            worker = launch()
+            launch = functools.partial(_launch, command, config, had)
+            pool = Pool(launch, 1, SELF_TEST_LIMITS)
             try:
-                checks = tuple(run_checks(worker)) if tier != "none" else ()
+                checks = tuple(run_checks(pool, tier != "none"))
             finally:
-                worker.close()
+                pool.close()
         except (WorkerRefused, OSError) as error:
             problem = problem or str(error)
             continue
-        had = worker.had
         if tier == "bubblewrap":
             had = had | {"namespaces": ["user", "mount", "pid", "ipc", "uts"] + ["net"] * network_namespace}
         leaks = [f"{check.name} ({check.detail})" for check in checks if not check.held]

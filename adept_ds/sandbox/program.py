@@ -103,3 +103,5 @@ class Verdict:
     """Wall time from the start of the program to its end."""
     in_process: bool
     """The tests had to run inside the candidate's process, where a hostile program can reach them."""
+    reason: str = ""
+    """Why they had to."""

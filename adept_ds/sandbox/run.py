@@ -1,237 +1,199 @@
-"""One program on its way through a worker: carries the plan's calls to the candidate's process, ends with a verdict."""
+"""One program on its way through two fork servers, one for the program and one for the judge of its tests.
+
+The caller hands both processes their jobs and one end each of a channel, and waits. What the program returns, and what
+the tests make of it, never comes here; a verdict in a few words does.
+"""
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import os
 import signal
 import socket
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .inside.codec import Limit, decode, encode, shorten
+from .inside.codec import shorten
 from .inside.supervisor import PROTOCOL_EXIT
 from .program import ERROR_KINDS, Limits, Program, Status, Verdict
-from .split import Call, Plan, Steps, plan
+from .split import Plan, plan
+from .worker import Worker
 
 _HEADER = struct.Struct("!I")
+_MOST = 1 << 16
 _SHOWN = 200
+_JUDGE_SECONDS = 5.0
+"""A judge outlives the program's time limit by this: what ended the program is told by the program's own end."""
 
 
-class CandidateError(Exception):
-    """An exception of the candidate's own type that reached the tests."""
+@dataclass(frozen=True)
+class Judgement:
+    """What came of a program: a verdict, or the reason why its tests have to run beside it."""
 
-
-@dataclass
-class _Outcome:
-    status: Status
-    kind: str | None
-    detail: str
+    verdict: Verdict
+    inexact: str = ""
+    used_its_time: bool = False
+    """It ran out of CPU time, which it would again."""
 
 
 class ProgramRun:
-    """The grader's side of one program. `outcome` is set as soon as the verdict no longer depends on what comes."""
+    """A program that runs: its processes are started at once; `take_report` is called at each end, until `ended`.
 
-    def __init__(self, program: Program, limits: Limits, numpy: bool = False) -> None:
-        self.program, self.limits, self.numpy = program, limits, numpy
+    `beside` says why the tests run in the program's process; empty if they are to be judged apart if they can. Raises
+    OSError if a worker is gone.
+    """
+
+    def __init__(
+        self, program: Program, limits: Limits, worker: Worker, judge: Worker, numpy: bool = False, beside: str = ""
+    ) -> None:
+        self.program, self.limits, self.worker, self.judge = program, limits, worker, judge
         self.plan: Plan = plan(program.tests, numpy)
-        self.outcome: _Outcome | None = None
-        self.all_passed = False
-        self.loaded = False
-        self.at = 0
-        self.got: list[str] = []
-        self.steps = self.plan.start() if self.plan.start is not None else None
-        self.outgoing = bytearray()
-        self.incoming = bytearray()
-        self.send(self.job())
+        self.beside = beside or self.plan.reason
+        self.said: Any = None
+        self.reports: dict[Worker, dict[str, Any]] = {}
+        self.desk, theirs = socket.socketpair()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(theirs)
+            if self.beside:
+                self.running = {worker}
+                _start(worker, limits, [theirs.fileno()], self._job())
+                return
+            self.running = {worker, judge}
+            ends = [stack.enter_context(end) for end in socket.socketpair()]
+            job = {**(self.plan.judge or {}), "answer_bytes": limits.answer_bytes}
+            _start(worker, limits, [ends[0].fileno()], self._job())
+            patient = replace(limits, wall_seconds=limits.wall_seconds + _JUDGE_SECONDS)
+            _start(judge, patient, [ends[1].fileno(), theirs.fileno()], job)
 
-    def job(self) -> dict[str, Any]:
-        """Return the first message to the candidate's process; it holds tests only if they have to run there."""
-        if self.steps is not None:
-            return {"source": self.program.source, "tests": None}
+    def _job(self) -> dict[str, Any]:
+        """Return the program's job; it holds tests only if they have to run there."""
         given = self.program.tests
-        tests: dict[str, Any] = {"setup": given.setup, "asserts": [source.strip() for source in given.asserts]}
-        tests |= {"check": given.check, "entry_point": given.entry_point}
-        return {"source": self.program.source, "tests": tests}
-
-    def send(self, message: Any) -> None:
-        """Queue a frame for the candidate's process."""
-        data = json.dumps(message).encode("ascii")
-        self.outgoing += _HEADER.pack(len(data)) + data
+        job: dict[str, Any] = {"source": self.program.source}
+        if not self.beside:
+            return job | {"setup": given.setup, "names": self.plan.names}
+        asserts = [source.strip() for source in given.asserts]
+        return job | {
+            "tests": {"setup": given.setup, "asserts": asserts, "check": given.check, "entry_point": given.entry_point}
+        }
 
     @property
-    def settled(self) -> bool:
-        """Whether nothing more is wanted from the candidate's process."""
-        return self.outcome is not None or self.all_passed
+    def ended(self) -> bool:
+        """Whether no process of it is left."""
+        return not self.running
 
-    def flush(self, channel: socket.socket) -> None:
-        """Send what the channel takes now."""
-        try:
-            while self.outgoing:
-                del self.outgoing[: channel.send(self.outgoing, socket.MSG_NOSIGNAL)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.outgoing.clear()  # the process is gone; its report tells why
+    def take_report(self, worker: Worker, report: dict[str, Any]) -> None:
+        """Note how one of its processes ended; ends the other one where its work is in vain."""
+        self.reports[worker] = report
+        self.running.discard(worker)
+        if worker is self.judge or self.beside:
+            self.said = _last_message(self.desk)
+        if worker is self.judge and self.said != {"passed": True} and self.worker in self.running:
+            self.worker.stop_program()
 
-    def receive(self, channel: socket.socket) -> bool:
-        """Take what has arrived and act on whole frames; returns False at the end of the channel."""
-        while not self.settled:
-            try:
-                data = channel.recv(1 << 18)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not data:
-                return False
-            self.incoming += data
-            while len(self.incoming) >= _HEADER.size and not self.settled:
-                (length,) = _HEADER.unpack_from(self.incoming)
-                if length > self.limits.answer_bytes:
-                    self.violation(f"an answer of {length} bytes")
-                    break
-                end = _HEADER.size + length
-                if len(self.incoming) < end:
-                    break
-                frame = bytes(self.incoming[_HEADER.size : end])
-                del self.incoming[:end]
-                self.act(frame)
-        return True
+    def close(self) -> None:
+        """Forget it."""
+        self.desk.close()
 
-    def violation(self, what: str) -> None:
-        """Set the outcome for a process that does not keep to the protocol."""
-        self.outcome = _Outcome("error", "protocol", f"the program's process sent {what}")
-
-    def act(self, frame: bytes) -> None:
-        """Judge one answer and ask for the next call."""
-        try:
-            answer = json.loads(frame)
-            if "raised" in answer:
-                kind, name, text = (shorten(str(answer[key])) for key in ("raised", "type", "text"))
-                what = f"{name}: {text}" if text else name
-                if kind not in ERROR_KINDS:
-                    raise ValueError(kind)
-                if self.steps is None and "where" in answer:
-                    self.raised_in_tests(kind, what, answer["where"], answer["assertion"] is True)
-                elif self.loaded and kind == "exception":
-                    self.raised(name, text, what)
-                else:
-                    self.outcome = _Outcome("error", kind, what)
-            elif self.steps is None:
-                if answer != {"done": True}:
-                    raise ValueError("no verdict of its tests")
-                self.all_passed = True
-            elif self.loaded:
-                value = decode(answer["value"], self.numpy)
-                self.got.append(_show(value))
-                self.advance(self.steps, lambda steps: steps.send(value))
-            elif answer == {"loaded": True}:
-                self.loaded = True
-                self.advance(self.steps, next)
-            else:
-                raise ValueError("neither loaded nor failed")
-        except (Limit, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            self.violation(f"something that is not an answer ({shorten(str(error), 80)})")
-
-    def raised_in_tests(self, kind: str, what: str, where: int, assertion: bool) -> None:
-        """Act on an exception of tests that run in the candidate's process; `where` counts their asserts."""
-        if kind != "exception":
-            self.outcome = _Outcome("error", kind, what)
-            return
-        known = isinstance(where, int) and 0 <= where < len(self.plan.sources)
-        source = shorten(self.plan.sources[where].strip() if known else "tests", _SHOWN)
-        detail = source if assertion else f"{source}: raised {what}"
-        self.outcome = _Outcome("failed", None if assertion else "exception", detail)
-
-    def raised(self, name: str, text: str, what: str) -> None:
-        """Raise in the tests what a tested call raised: the builtin exception of that name, or a stand-in."""
-        self.got.append(f"raised {what}")
-        known = getattr(builtins, name, None)
-        error: Exception = CandidateError(what)
-        if isinstance(known, type) and issubclass(known, Exception):
-            with contextlib.suppress(TypeError):  # some need more than a text
-                error = known(text)
-        assert self.steps is not None
-        self.advance(self.steps, lambda steps: steps.throw(error), error)
-
-    def advance(self, steps: Steps, resume: Callable[[Steps], Call | int], error: Exception | None = None) -> None:
-        """Resume the plan up to its next call; sets the outcome if it ends. `error` is what is raised in it, if any."""
-        try:
-            step = resume(steps)
-            while isinstance(step, int):
-                self.at, self.got = step, []
-                step = next(steps)
-        except StopIteration:
-            self.all_passed = True
-        except Exception as caught:
-            if error is not None and error in (caught, caught.__cause__):  # a StopIteration arrives as a cause
-                self.fail("exception", "")
-            else:
-                self.fail(None, "" if isinstance(caught, AssertionError) else f" ({_show_error(caught)})")
-        else:
-            pairs = [[key, encode(argument)] for key, argument in step.kwargs.items()]
-            self.send({"call": [step.name, [encode(argument) for argument in step.args], pairs]})
-
-    def fail(self, kind: str | None, why: str) -> None:
-        """Set the outcome: the statement that the plan is at, what came back for it, and why that is wrong."""
-        source = self.plan.sources[self.at] if self.plan.sources else "tests"
-        got = ", ".join(self.got)
-        got = got if got.startswith("raised") else f"got {got}" if got else ""
-        self.outcome = _Outcome("failed", kind, shorten(source, _SHOWN) + (f": {shorten(got)}" if got else "") + why)
-
-    def verdict(self, report: dict[str, Any]) -> Verdict:
-        """Return the verdict, given how the program's processes ended."""
-        if "failure" in report:
-            outcome = _Outcome("sandbox_error", None, shorten(str(report["failure"])))
-        elif self.outcome is not None and report["reason"] != "violation":
-            outcome = self.outcome
-        else:
-            outcome = self.ended(report["reason"], report["status"])
+    def judgement(self) -> Judgement:
+        """Return the verdict, once all has ended."""
+        report = self.reports[self.worker]
         seconds = round(report.get("seconds", 0.0), 4)
-        in_process = self.plan.start is None
-        detail = outcome.detail.encode("utf-8", "backslashreplace").decode()
-        return Verdict(self.program.id, outcome.status, outcome.kind, detail, seconds, in_process)
+        used = report.get("cpu_seconds", 0.0) >= self.limits.cpu_seconds
+        status, kind, detail, inexact = self._outcome(report)
+        detail = detail.encode("utf-8", "backslashreplace").decode()
+        verdict = Verdict(self.program.id, status, kind, detail, seconds, bool(self.beside), self.beside)
+        return Judgement(verdict, inexact, used)
 
-    def ended(self, reason: str | None, status: int | None) -> _Outcome:
-        """Return the outcome of a program whose end came before, or with, its last answer."""
+    def _outcome(self, report: dict[str, Any]) -> tuple[Status, str | None, str, str]:
+        """Return status, kind, detail and, if there is no verdict, why."""
+        for one in self.reports.values():
+            if "failure" in one:
+                return "sandbox_error", None, shorten(str(one["failure"])), ""
+        try:
+            said = self._in_tests(self.said) if self.beside else self.said
+            if said is None:
+                if self.beside:
+                    return *self._end_of(report, False), ""
+                _, _, detail = self._end_of(self.reports[self.judge], False)
+                return "failed", None, f"a test of the returned value did not come to an end: {detail}", ""
+            if "inexact" in said:
+                return "sandbox_error", None, "no exact verdict", str(said["inexact"])
+            if said in ({"gone": True}, {"passed": True}) or report["reason"] == "violation":
+                return *self._end_of(report, said == {"passed": True}), ""
+            if "error" in said and said["error"] in ERROR_KINDS:
+                return "error", said["error"], str(said["detail"]), ""
+            if said["failed"] in (None, "exception"):
+                return "failed", said["failed"], str(said["detail"]), ""
+            raise ValueError
+        except (TypeError, KeyError, ValueError, AttributeError):
+            return "error", "protocol", "the program's process sent something that is not a verdict", ""
+
+    def _in_tests(self, answer: Any) -> dict[str, Any] | None:
+        """Return what the program's process said of the tests that ran there, in the judge's words."""
+        if answer is None:
+            return None
+        if answer == {"done": True}:
+            return {"passed": True}
+        kind, name, text = (shorten(str(answer[key])) for key in ("raised", "type", "text"))
+        what = f"{name}: {text}" if text else name
+        if "where" not in answer or kind != "exception":
+            return {"error": kind, "detail": what}
+        where = answer["where"]
+        known = type(where) is int and 0 <= where < len(self.plan.sources)
+        source = shorten(self.plan.sources[where].strip() if known else "tests", _SHOWN)
+        if answer["assertion"] is True:
+            return {"failed": None, "detail": source}
+        return {"failed": "exception", "detail": f"{source}: raised {what}"}
+
+    def _end_of(self, report: dict[str, Any], passed: bool) -> tuple[Status, str | None, str]:
+        """Return the outcome of a process that ended before, or with, its last word."""
+        reason, status, limits = report["reason"], report["status"], self.limits
         if reason == "timeout":
-            limits = self.limits
-            return _Outcome("timeout", None, f"over {limits.wall_seconds:g} s, or {limits.cpu_seconds:g} s of CPU time")
+            return "timeout", None, f"over {limits.wall_seconds:g} s, or {limits.cpu_seconds:g} s of CPU time"
         if reason == "memory":
-            return _Outcome("error", "memory", f"its processes used more than {self.limits.memory_mb} MB")
+            return "error", "memory", f"its processes used more than {limits.memory_mb} MB"
         if reason == "output":
-            return _Outcome("error", "output", f"wrote more than {self.limits.output_bytes} bytes")
+            return "error", "output", f"wrote more than {limits.output_bytes} bytes"
         if reason == "violation":
-            return _Outcome("error", "violation", "started too many processes or made too many files")
-        if self.all_passed:
-            return _Outcome("passed", None, "")
+            return "error", "violation", "started too many processes or made too many files"
+        if passed:
+            return "passed", None, ""
         if status is None:
-            return _Outcome("sandbox_error", None, f"stopped unasked ({reason})")
+            return "sandbox_error", None, f"stopped unasked ({reason})"
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             if number == signal.SIGXCPU:
-                return _Outcome("timeout", None, "CPU time")
+                return "timeout", None, "CPU time"
             name = signal.Signals(number).name if number in signal.valid_signals() else str(number)
             if number == signal.SIGSYS:
                 name += " (a forbidden system call)"
-            return _Outcome("error", "signal", f"ended by {name}")
+            return "error", "signal", f"ended by {name}"
         code = os.WEXITSTATUS(status)
         if code == PROTOCOL_EXIT:
-            return _Outcome("error", "protocol", "closed its channel to the grader")
-        return _Outcome("error", "exit", f"exit status {code} before the last test")
+            return "error", "protocol", "closed its channel to the judge"
+        return "error", "exit", f"exit status {code} before the last test"
 
 
-def _show(value: Any) -> str:
+def _start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any]) -> None:
+    """Start a process with its descriptors and, as the last of them, its job in a file of no name."""
+    with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
+        file.write(json.dumps(job).encode("ascii"))
+        file.seek(0)
+        worker.start(limits, [*descriptors, file.fileno()])
+
+
+def _last_message(desk: socket.socket) -> Any:
+    """Return the message that a process left when it ended, or None if there is no whole one."""
+    desk.setblocking(False)
+    data = b""
+    with contextlib.suppress(OSError):
+        while len(data) < _MOST and (part := desk.recv(_MOST)):
+            data += part
     try:
-        return shorten(repr(value), _SHOWN)
-    except ValueError:  # an integer beyond the interpreter's limit on digits
-        return f"<{type(value).__name__} too long to show>"
-
-
-def _show_error(error: Exception) -> str:
-    return shorten(f"{type(error).__name__}: {error}", _SHOWN)
+        (length,) = _HEADER.unpack_from(data)
+        return json.loads(data[_HEADER.size : _HEADER.size + length])
+    except (struct.error, ValueError, RecursionError):
+        return None

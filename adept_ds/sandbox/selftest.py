@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .packages import site_packages
-from .program import Limits, Program, Tests, Verdict
-from .run import ProgramRun
-from .worker import ENVIRONMENT, Worker, WorkerRefused
+from .pool import Pool
+from .program import Limits, Program, SandboxFailure, Tests
+from .worker import ENVIRONMENT, WorkerRefused
 
+_WRONG = "pass with a wrong answer"
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=10.0, memory_mb=256)
 _ATTACKS = """
 import ctypes, os, signal, socket
@@ -97,29 +97,6 @@ class Check:
     detail: str
 
 
-def judge(worker: Worker, program: Program, limits: Limits = LIMITS) -> Verdict:
-    """Run one program on one worker and wait for its verdict."""
-    run = ProgramRun(program, limits)
-    channel = worker.start(limits)
-    with channel:
-        open_end = True
-        while True:
-            run.flush(channel)
-            if run.settled and open_end:
-                channel.shutdown(socket.SHUT_RDWR)
-                open_end = False
-                if run.outcome is not None:
-                    worker.stop_program()
-            readers = [worker.control, channel] if open_end else [worker.control]
-            ready, _, _ = select.select(readers, [channel] if run.outgoing else [], [], limits.wall_seconds + 20)
-            if channel in ready and open_end:
-                open_end = run.receive(channel) or run.settled
-            if worker.control in ready or not ready:
-                if open_end:
-                    run.receive(channel)
-                return run.verdict(worker.report())
-
-
 @contextlib.contextmanager
 def _targets() -> Iterator[dict[str, object]]:
     """Something of the caller's own for each attack to go for: files, listeners, this very process."""
@@ -147,8 +124,11 @@ def _targets() -> Iterator[dict[str, object]]:
         }
 
 
-def run_checks(worker: Worker) -> list[Check]:
-    """Try every attack on `worker`; the isolation holds if each check does. Raises WorkerRefused if one cannot run."""
+def run_checks(pool: Pool, isolated: bool = True) -> list[Check]:
+    """Try to get a wrong answer past the judge and, if programs are `isolated`, every attack on what isolates them.
+
+    All is well if each check holds. Raises WorkerRefused if one cannot run.
+    """
     with _targets() as t:
         pid = os.getpid()
         attacks = {
@@ -166,13 +146,20 @@ def run_checks(worker: Worker) -> list[Check]:
             "gain privileges": "privileges() == [1, 2]",
             "make a user namespace": "new_namespace() == -1",
         }
-        checks = []
-        for name, assertion in attacks.items():
-            tests = Tests(asserts=(f"assert {assertion}",), reference=_ATTACKS)
-            verdict = judge(worker, Program(name, _ATTACKS, tests))
-            if verdict.status == "sandbox_error":
-                raise WorkerRefused(verdict.detail)
-            # The filter answers some attacks by killing the process, which stops them too.
-            killed = verdict.status == "error" and verdict.kind == "signal" and name == "signal the grader"
-            checks.append(Check(name, verdict.status == "passed" or killed, verdict.detail))
-        return checks
+        programs = [
+            Program(name, _ATTACKS, Tests(asserts=(f"assert {assertion}",), reference=_ATTACKS))
+            for name, assertion in attacks.items()
+            if isolated
+        ]
+        programs.append(Program(_WRONG, "def one():\n    return 2", Tests(asserts=("assert one() == 1",))))
+        try:
+            verdicts = [verdict for _, verdict in pool.run(programs)]
+        except SandboxFailure as failure:
+            raise WorkerRefused(str(failure)) from None
+    checks = []
+    for verdict in verdicts:
+        # The filter answers some attacks by killing the process, which stops them too.
+        killed = verdict.status == "error" and verdict.kind == "signal" and verdict.id == "signal the grader"
+        wanted = "failed" if verdict.id == _WRONG else "passed"
+        checks.append(Check(verdict.id, verdict.status == wanted or killed, verdict.detail))
+    return checks

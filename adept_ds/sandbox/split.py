@@ -1,235 +1,329 @@
-"""Turns a problem's tests into a plan that runs in the grader and asks the candidate's process for single calls.
+"""Takes a problem's tests apart: what the judge's process runs, and the calls that the program's process is asked for.
 
-The tests' syntax tree is checked against a list of harmless constructs and rewritten into a generator: every call of
-a candidate's function becomes a `yield` of that call, answered by the value that came back. So literals, expected
-values and comparisons stay in the grader. Tests that need more than plain values (objects of the program's own classes,
-changes made to an argument, modules that `allowed` does not list) are `NotSplittable`; they run in the candidate's
-process, and their verdicts say so. Whether that is so depends on the tests and the reference program only.
+Each call of the program in a test, with the attributes and calls that hang on it, becomes a *site*: its source goes to
+the program's process and is evaluated there among the program's names, its value comes back. Expected values and
+comparisons stay with the judge. This is done only for tests that mean the same so, which a list of allowed forms and
+names decides; others are `NotSplittable`, run beside the program, and are stamped. What only shows when a program runs
+(a value that cannot be carried over unchanged) is found out by the judge.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import textwrap
-import types
 import warnings
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from adept_ds.errors import UserError
 
-from .allowed import GROWING_CALLS, GROWING_OPERATORS, SYNTAX, surroundings
-from .inside.codec import Nested, shorten
-from .program import Tests
+from .inside.codec import shorten
+from .program import ERROR_KINDS, Tests
+
+# Expressions are all allowed but for these, statements are not but for those.
+_NO_EXPRESSION = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+_STATEMENTS = (
+    *(ast.Expr, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Assert, ast.For, ast.While, ast.If, ast.Pass, ast.Break),
+    *(ast.Continue, ast.Return, ast.Raise, ast.Try, ast.FunctionDef, ast.Import, ast.ImportFrom),
+)
+_DEFERRED = (ast.Lambda, ast.FunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.For, ast.While)
+# They see or change what two processes do not share: names, identities, addresses, files.
+_NO_BUILTINS = {
+    *(
+        "__import__",
+        "__build_class__",
+        "breakpoint",
+        "compile",
+        "copyright",
+        "credits",
+        "delattr",
+        "dir",
+        "eval",
+        "exec",
+    ),
+    *("eval", "exec", "exit", "globals", "hash", "help", "id", "input", "license", "locals", "memoryview", "object"),
+    *("open", "quit", "setattr", "super", "vars"),
+}
+_BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - _NO_BUILTINS
+MODULES = (
+    *("bisect", "cmath", "collections", "collections.abc", "copy", "functools", "heapq", "itertools", "json", "math"),
+    *("numbers", "operator", "random", "re", "statistics", "string", "sys", "textwrap", "typing"),
+)
+"""Modules whose functions give the same in any process; `random` does so as long as nobody seeds it."""
+_NUMPY = ("numpy", "numpy.linalg", "numpy.random", "numpy.testing")
+_NO_ATTRIBUTES = {"seed", "setstate", "set_state", "getrefcount", "modules", "setrecursionlimit", "stdout", "stdin"}
+_SYS = {"maxsize", "getsizeof", "float_info", "version_info"}
+_SETS_ONLY = {"len", "set", "frozenset", "isinstance", "type", "bool"}
+"""Functions that give the same for a set whatever its order."""
 
 
 class NotSplittable(Exception):
-    """The tests need the candidate's own process; the text says what for."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call to be made in the candidate's process."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-Steps = Generator["Call | int", Any, None]
-"""Yields the number of the statement it begins, and calls to be answered; ends if all tests pass, raises if not."""
+    """The tests need the program's own process; the text says what for."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to judge a program: `start` gives the steps in the grader, or is None if the tests run beside the program."""
+    """How to judge a program.
 
-    start: Callable[[], Steps] | None
+    `judge` is the job of the judge's process, `names` what the program's process compares; both are None if the tests
+    run beside the program, for the `reason`.
+    """
+
+    judge: dict[str, Any] | None
+    names: dict[str, Any] | None
     sources: tuple[str, ...]
-    """The tests' statements, shortened by whoever shows them."""
     reason: str = ""
-    """Why the tests could not be split."""
 
 
-_DEFERRED = (ast.Lambda, ast.FunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-
-
-def _defined(reference: str) -> tuple[set[str], set[str]]:
-    """Return the names of functions and of classes that the reference program defines at its top level."""
+def _definitions(reference: str) -> dict[str, ast.stmt]:
+    """Return what the reference program defines at its top level, functions and classes, by name."""
     try:
         body = ast.parse(reference).body
-    except (SyntaxError, ValueError):
-        return set(), set()
-    functions = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}
+    found: dict[str, ast.stmt] = {}
     for node in body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
-            functions |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return functions, {node.name for node in body if isinstance(node, ast.ClassDef)}
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            found |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _bound_names(node: ast.AST) -> list[str]:
+    """Return the names that a node itself binds."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
+        return [node.id]
+    if isinstance(node, ast.arg):
+        return [node.arg]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)) or (isinstance(node, ast.ExceptHandler) and node.name):
+        return [cast(str, node.name)]
+    return []
+
+
+def _all_bound(nodes: Iterable[ast.AST]) -> set[str]:
+    return {name for node in nodes for part in ast.walk(node) for name in _bound_names(part)}
+
+
+def _loads(node: ast.AST) -> list[str]:
+    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)]
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Rewrites the tests' statements into the body of the generator."""
+    """Puts sites in the place of the program's calls, and refuses what would not mean the same apart from it."""
 
-    def __init__(
-        self, local: set[str], functions: set[str], classes: set[str], entry_point: str | None, numpy: bool
-    ) -> None:
-        self.visible, self.modules, self.attributes = surroundings(numpy)
-        self.local, self.functions, self.classes, self.entry_point = local, functions, classes, entry_point
-        self.imported: dict[str, Any] = {}
-        self.sources: list[str] = []
+    def __init__(self, tests: Tests, statements: list[ast.stmt], numpy: bool) -> None:
+        self.modules = {name: name for name in MODULES}
+        if numpy:
+            self.modules |= {name: name for name in _NUMPY} | {"np": "numpy"}
+        self.entry_point = tests.entry_point if tests.check else None
+        self.defined = _definitions(tests.reference)
+        self.setup = _all_bound(ast.parse(tests.setup).body)
+        self.bound = _all_bound(statements)
+        self.imported = _all_bound(
+            part for node in statements for part in ast.walk(node) if isinstance(part, (ast.Import, ast.ImportFrom))
+        )
+        self.left = Counter(name for node in statements for name in _loads(node))
+        self.parents = {
+            child: node for top in statements for node in ast.walk(top) for child in ast.iter_child_nodes(node)
+        }
+        self.sites: list[dict[str, Any]] = []
+        self.helpers: set[str] = set()
+        self.setup_names: set[str] = set()
+        self.assumed: set[str] = set()
+        self.assumed_modules: dict[str, str] = {}
+        self.sources: dict[ast.stmt, str] = {}
         self.deferred = 0
-        self.calls = 0
 
-    def candidate_function(self, node: ast.expr) -> str | None:
-        """Return the candidate's name for the function that a call names, or None if it is not the candidate's."""
-        if not isinstance(node, ast.Name):
-            return None
-        if self.entry_point is not None and node.id == "candidate":
-            return self.entry_point
-        if node.id in self.local or node.id in self.imported:
-            return None
-        if node.id in self.functions or node.id in self.classes or node.id not in self.visible:
-            return node.id
-        return None
+    def is_own(self, name: str) -> bool:
+        """Tell whether the program is asked for what a name of the tests stands for."""
+        if self.entry_point is not None:
+            return name in ("candidate", self.entry_point)
+        if name in self.bound or name in self.setup:
+            return False
+        return name in self.defined or not (hasattr(builtins, name) or name in self.modules)
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        if not isinstance(node, SYNTAX):
+    def visit_statements(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        """Rewrite statements."""
+        rewritten = []
+        for node in statements:
+            loads = Counter(_loads(node))
+            rewritten.append(cast(ast.stmt, self.visit(node)))
+            self.left -= loads
+        return rewritten
+
+    def visit(self, node: ast.AST) -> Any:
+        """Rewrite a node, if its kind is allowed."""
+        if isinstance(node, ast.stmt):
+            if not isinstance(node, _STATEMENTS):
+                raise NotSplittable(f"{type(node).__name__} in the tests")
+            source = ast.unparse(node)
+            rewritten = self._visit_inside(node)
+            self.sources[rewritten] = source
+            return rewritten
+        if isinstance(node, _NO_EXPRESSION):
             raise NotSplittable(f"{type(node).__name__} in the tests")
-        if isinstance(node, _DEFERRED):
-            self.deferred += 1
-            node = super().generic_visit(node)
-            self.deferred -= 1
-            return node
-        return super().generic_visit(node)
+        if isinstance(node, ast.expr) and self.is_site(node):
+            site = {"call": self.call_source(node), "names": list(self.values), "moved": self.moved}
+            return self.site(site, node, list(self.values.values()))
+        return self._visit_inside(node)
 
-    def visit_Import(self, node: ast.Import) -> None:
+    def _visit_inside(self, node: ast.AST) -> Any:
+        deferred = isinstance(node, _DEFERRED)
+        self.deferred += deferred
+        rewritten = super().visit(node)
+        self.deferred -= deferred
+        return rewritten
+
+    def is_site(self, node: ast.expr) -> bool:
+        """Tell whether an expression hangs on one of the program's names and calls it."""
+        called = False
+        while isinstance(node, (ast.Call, ast.Attribute, ast.Subscript)):
+            if isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+                return False
+            called = called or isinstance(node, ast.Call)
+            node = node.func if isinstance(node, ast.Call) else node.value
+        return called and isinstance(node, ast.Name) and self.is_own(node.id)
+
+    def call_source(self, node: ast.expr) -> str:
+        """Return the source of a function of the tests' own values that makes the call; sets `values` and `moved`."""
+        if self.entry_point is not None:
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name) and part.id == "candidate":
+                    part.id = self.entry_point
+        for part in ast.walk(node):
+            if isinstance(part, _NO_EXPRESSION) or (isinstance(part, ast.Name) and part.id.startswith("__")):
+                raise NotSplittable(f"{getattr(part, 'id', type(part).__name__)} in a call")
+        local = _all_bound([node])
+        names = sorted({name for name in _loads(node) if name in self.bound - self.imported} - local)
+        functions = {part.name for part in self.sources if isinstance(part, ast.FunctionDef)}
+        if handed := functions & set(names):
+            raise NotSplittable(f"the tests' function {min(handed)} in a call")
+        # Not looked at any more, whatever the call does to it.
+        self.moved = [name for name in names if self.left[name] == 1 and not self.deferred]
+        copies = _Copies(set(names))
+        copies.visit(node)
+        self.values = {name: ast.Name(name, ast.Load()) for name in names if name in _loads(node)}
+        self.values |= {name: self.visit(copy) for name, copy in copies.found.items()}
+        self.moved += copies.found
+        return f"lambda {', '.join(self.values)}: ({ast.unparse(node)})"
+
+    def site(self, site: dict[str, Any], node: ast.AST, values: Sequence[ast.expr] = ()) -> ast.expr:
+        """Return the judge's call of a site with values of the tests."""
+        parent = self.parents.get(node)
+        called = parent.func.id if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) else None
+        site["orderless"] = isinstance(parent, (ast.Compare, ast.Assert, ast.UnaryOp)) or called in _SETS_ONLY
+        self.sites.append(site)
+        return ast.Call(ast.Name("__call__", ast.Load()), [ast.Constant(len(self.sites) - 1), *values], [])
+
+    def visit_Import(self, node: ast.Import) -> ast.stmt:
+        """Let an import happen in both processes, since the program may rely on it."""
         for alias in node.names:
-            module = self.module(alias.name)
-            if alias.asname is None and "." in alias.name:  # `import a.b` binds a
-                self.imported[alias.name.partition(".")[0]] = self.module(alias.name.partition(".")[0])
-            else:
-                self.imported[alias.asname or alias.name] = module
+            self.check_module(alias.name)
+            if alias.name == "sys" and alias.asname:
+                raise NotSplittable(f"{ast.unparse(node)} in the tests")
+        return self.both(node)
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        module = self.module(node.module or "")
-        for alias in node.names:
-            if not hasattr(module, alias.name):
-                raise NotSplittable(f"import of {node.module}.{alias.name} in the tests")
-            self.imported[alias.asname or alias.name] = getattr(module, alias.name)
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
+        """Let an import happen in both processes, since the program may rely on it."""
+        self.check_module(node.module or "")
+        if node.module == "sys" or any(alias.name in _NO_ATTRIBUTES | {"*"} for alias in node.names):
+            raise NotSplittable(f"{ast.unparse(node)} in the tests")
+        return self.both(node)
 
-    def module(self, name: str) -> Any:
-        if name not in self.modules:
+    def check_module(self, name: str) -> None:
+        """Refuse a module that is not on the list."""
+        if name not in self.modules.values():
             raise NotSplittable(f"import of {name or 'a relative module'} in the tests")
-        return self.modules[name]
 
-    def begin(self, node: ast.stmt) -> list[ast.stmt]:
-        """Return the step that says which statement is reached; called before the statement is rewritten."""
-        self.sources.append(ast.unparse(node))
-        return [] if self.deferred else [ast.Expr(ast.Yield(ast.Constant(len(self.sources) - 1)))]
+    def both(self, node: ast.stmt) -> ast.stmt:
+        """Return a statement that the program's process and the judge execute."""
+        if self.deferred:
+            raise NotSplittable(f"{ast.unparse(node)} inside a function or loop of the tests")
+        run = ast.Expr(self.site({"run": ast.unparse(node)}, node))
+        return ast.If(ast.Constant(True), [run, node], [])
 
-    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
-        return [*self.begin(node), ast.Assert(self.visit(node.test), None)]
-
-    def visit_Expr(self, node: ast.Expr) -> list[ast.stmt]:
-        if not isinstance(node.value, ast.Call):
-            return [ast.Expr(self.visit(node.value))]
-        if self.candidate_function(node.value.func):
-            raise NotSplittable("a call for its side effects")
-        return [*self.begin(node), ast.Expr(self.visit(node.value))]  # one of numpy.testing, for example
-
-    def has_candidate_call(self, node: ast.AST) -> bool:
-        """Tell whether a value of the candidate's choice goes into `node`."""
-        return any(isinstance(part, ast.Call) and self.candidate_function(part.func) for part in ast.walk(node))
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        if isinstance(node.op, GROWING_OPERATORS) and self.has_candidate_call(node):
-            raise NotSplittable("a product or power of a returned value, whose size would be the candidate's choice")
-        return self.generic_visit(node)
-
-    def viewed_module(self, node: ast.expr) -> types.SimpleNamespace | None:
-        """Return the view of the module that an expression names, if it names one."""
-        value = None
-        if isinstance(node, ast.Name) and node.id not in self.local:
-            value = self.imported.get(node.id, self.visible.get(node.id))
-        elif isinstance(node, ast.Attribute):
-            value = getattr(self.viewed_module(node.value), node.attr, None)
-        return value if isinstance(value, types.SimpleNamespace) else None
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Find out whose a name is."""
+        name = node.id
+        if name.startswith("__"):
+            raise NotSplittable(f"name {name}")
+        if name in self.bound:
+            return node
+        if name in self.setup:
+            self.setup_names.add(name)
+        elif self.entry_point is not None and name in self.defined and not self.is_own(name):
+            self.helpers.add(name)
+        elif self.is_own(name):
+            raise NotSplittable(f"name {name} as a value")
+        elif name in self.modules:
+            self.assumed_modules[name] = self.modules[name]
+        elif name in _BUILTINS:
+            self.assumed.add(name)
+        else:
+            raise NotSplittable(f"name {name}")
+        return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        module = self.viewed_module(node.value)
-        known = node.attr in self.attributes if module is None else hasattr(module, node.attr)
-        if not known or node.attr.startswith("_") or not isinstance(node.ctx, ast.Load):
+        """Refuse what leads to a state that processes do not share."""
+        of_sys = isinstance(node.value, ast.Name) and node.value.id == "sys"
+        if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES or (of_sys and node.attr not in _SYS):
             raise NotSplittable(f"attribute {node.attr} in the tests")
         return self.generic_visit(node)
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        if self.candidate_function(node) is not None:
-            raise NotSplittable(f"name {node.id} as a value")
-        if node.id.startswith("__"):
-            raise NotSplittable(f"name {node.id}")
-        return node
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Refuse to measure a returned value: a copy may have another size."""
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "getsizeof" and self.has_site(node):
+            raise NotSplittable("the size of a returned value")
+        return self.generic_visit(node)
+
+    def has_site(self, node: ast.AST) -> bool:
+        """Tell whether the program is asked for something in a node."""
+        return any(isinstance(part, ast.expr) and self.is_site(part) for part in ast.walk(node))
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """Allow identity only with what there is one of."""
+        sides = [node.left, *node.comparators]
+        for operator, left, right in zip(node.ops, sides[:-1], sides[1:], strict=True):
+            if isinstance(operator, (ast.Is, ast.IsNot)) and not (_is_single(left) or _is_single(right)):
+                raise NotSplittable("identity of values")
+        return self.generic_visit(node)
+
+
+class _Copies(ast.NodeTransformer):
+    """Puts names in the place of deep copies of variables: such a copy is a value that nothing else refers to."""
+
+    def __init__(self, variables: set[str]) -> None:
+        self.variables = variables
+        self.found: dict[str, ast.expr] = {}
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        name = self.candidate_function(node.func)
-        if name is None:
-            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            if called in GROWING_CALLS.split() and self.has_candidate_call(node):
-                raise NotSplittable(f"{called}() of a returned value, whose size would be the candidate's choice")
-            return self.generic_visit(node)
-        if self.deferred:
-            raise NotSplittable("a call inside a comprehension or function of the tests")
-        if name in self.classes or (name not in self.functions and name != self.entry_point and name[:1].isupper()):
-            raise NotSplittable(f"an object of the program's class {name}")
-        self.calls += 1
-        return ast.Yield(self.call_node("__call__", name, node))
-
-    def call_node(self, maker: str, name: str, node: ast.Call) -> ast.Call:
-        if any(keyword.arg is None for keyword in node.keywords):
-            raise NotSplittable("a call with ** arguments")
-        args = ast.Tuple([self.argument(arg) for arg in node.args], ast.Load())
-        kwargs = ast.Dict(
-            [ast.Constant(keyword.arg) for keyword in node.keywords],
-            [self.argument(keyword.value) for keyword in node.keywords],
-        )
-        return ast.Call(ast.Name(maker, ast.Load()), [ast.Constant(name), args, kwargs], [])
-
-    def argument(self, node: ast.expr) -> ast.expr:
-        """Rewrite one argument; calls of the program's own functions and classes in it are made in its process."""
-        if isinstance(node, ast.Call) and (name := self.candidate_function(node.func)) is not None:
-            return self.call_node("__nested__", name, node)
-        if isinstance(node, (ast.List, ast.Tuple)):
-            return type(node)([self.argument(item) for item in node.elts], ast.Load())
-        rewritten: ast.expr = self.visit(node)
-        return rewritten
+        """Replace `copy.deepcopy(variable)`."""
+        if ast.unparse(node.func) in ("copy.deepcopy", "deepcopy") and self.variables.issuperset(_loads(node.args[0])):
+            name = f"copy_{len(self.found) + 1}"
+            self.found[name] = node
+            return ast.Name(name, ast.Load())
+        return self.generic_visit(node)
 
 
-def _changed_arguments(statements: list[ast.stmt], rewriter: _Rewriter) -> None:
-    """Refuse tests that pass a variable to the candidate and look at it afterwards, as for in-place sorting."""
-    handed: set[str] = set()
-    for statement in statements:
-        inside: set[int] = set()
-        now: set[str] = set()
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Call) and rewriter.candidate_function(node.func) is not None:
-                now |= {arg.id for arg in node.args if isinstance(arg, ast.Name)}
-                inside |= {id(part) for arg in node.args for part in ast.walk(arg)}
-        for node in ast.walk(statement):
-            if (
-                isinstance(node, ast.Name)
-                and isinstance(node.ctx, ast.Load)
-                and id(node) not in inside
-                and node.id in handed
-            ):
-                raise NotSplittable(f"variable {node.id} is looked at after a call may have changed it")
-        handed |= now
+def _is_single(node: ast.expr) -> bool:
+    """Tell whether an expression is one of the values that every process has exactly one of."""
+    if isinstance(node, ast.Constant):
+        return node.value is None or node.value is True or node.value is False or node.value is Ellipsis
+    return isinstance(node, ast.Name) and isinstance(getattr(builtins, node.id, None), type)
 
 
 def _statements(tests: Tests) -> list[ast.stmt]:
     """Return the tests as one list of statements; raises SyntaxError for tests that do not parse."""
     statements: list[ast.stmt] = []
-    for source in (tests.setup, *tests.asserts):
+    ast.parse(tests.setup)
+    for source in tests.asserts:
         statements += ast.parse(textwrap.dedent(source).strip()).body
     for node in ast.parse(tests.check).body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
@@ -241,43 +335,48 @@ def _statements(tests: Tests) -> list[ast.stmt]:
     return statements
 
 
-def _build(statements: list[ast.stmt], tests: Tests, more_functions: set[str], numpy: bool) -> tuple[Plan, int]:
-    stored = {name for statement in statements for node in ast.walk(statement) if (name := _bound_name(node))}
-    functions, classes = _defined(tests.reference)
-    entry_point = tests.entry_point if tests.check else None
-    rewriter = _Rewriter(stored, functions | more_functions, classes, entry_point, numpy)
-    _changed_arguments(statements, rewriter)
-    body: list[ast.stmt] = []
-    for statement in statements:
-        new = rewriter.visit(statement)
-        body += new if isinstance(new, list) else [new] if new is not None else []
-    never = ast.If(ast.Constant(False), [ast.Expr(ast.Yield(None))], [])
-    empty = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
-    function = ast.FunctionDef("steps", empty, [never, *body], [])
-    module = ast.fix_missing_locations(ast.Module([function], []))
-    space = rewriter.visible | rewriter.imported | {"__call__": Call, "__nested__": Nested, "__builtins__": {}}
-    exec(compile(module, "<tests>", "exec"), space)
-    return Plan(space["steps"], tuple(rewriter.sources)), rewriter.calls
+def _shared_names(tests: Tests) -> set[str]:
+    """Return the names that the tests bind beside the program's; what a check binds is local to it."""
+    if not tests.check:
+        return _all_bound(node for source in tests.asserts for node in ast.parse(textwrap.dedent(source).strip()).body)
+    return {"check"} | _all_bound(node for node in ast.parse(tests.check).body if not isinstance(node, ast.FunctionDef))
 
 
-def _bound_name(node: ast.AST) -> str | None:
-    """Return the name that a node binds in the tests, if it binds one."""
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        return node.id
-    if isinstance(node, ast.arg):
-        return node.arg
-    return node.name if isinstance(node, (ast.FunctionDef, ast.ExceptHandler)) else None
-
-
-def _outermost_calls(statements: list[ast.stmt]) -> set[str]:
-    """Return the functions called at the left of the asserts: the candidate's, if it has names of builtins."""
-    found = set()
-    for statement in statements:
-        if isinstance(statement, ast.Assert):
-            left = statement.test.left if isinstance(statement.test, ast.Compare) else statement.test
-            if isinstance(left, ast.Call) and isinstance(left.func, ast.Name):
-                found.add(left.func.id)
-    return found
+def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
+    rewriter = _Rewriter(tests, statements, numpy)
+    body = rewriter.visit_statements(statements)
+    if not any("call" in site for site in rewriter.sites):
+        raise NotSplittable("no call of the program in the tests")
+    module = ast.fix_missing_locations(ast.Module(body, []))
+    text = ast.unparse(module)
+    parsed = ast.parse(text)
+    if ast.dump(parsed) != ast.dump(module):
+        raise NotSplittable("tests that cannot be written down again")
+    lines = {}
+    for written, original in zip(ast.walk(parsed), ast.walk(module), strict=True):
+        if isinstance(written, ast.stmt) and isinstance(original, ast.stmt) and original in rewriter.sources:
+            for line in range(written.lineno, (written.end_lineno or written.lineno) + 1):
+                lines[str(line)] = rewriter.sources[original]
+    before = [tests.reference] if rewriter.helpers else []
+    if rewriter.setup_names:
+        before.append(tests.setup)
+    judge = {
+        "source": text,
+        "sites": rewriter.sites,
+        "before": before,
+        "setup_names": sorted(rewriter.setup) if rewriter.setup_names else [],
+        "modules": sorted(set(rewriter.modules.values())),
+        "visible": rewriter.assumed_modules,
+        "catches": any(isinstance(node, ast.Try) for node in ast.walk(module)),
+        "lines": lines,
+        "kinds": list(ERROR_KINDS),
+    }
+    names = {
+        "builtins": sorted(rewriter.assumed),
+        "modules": rewriter.assumed_modules,
+        "bound": sorted(_shared_names(tests) - rewriter.imported),
+    }
+    return Plan(judge, names, tests.asserts)
 
 
 @lru_cache(maxsize=8192)
@@ -286,13 +385,11 @@ def plan(tests: Tests, numpy: bool = False) -> Plan:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other people's escape sequences
-            statements = _statements(tests)
-            built, calls = _build(statements, tests, set(), numpy)
-            if calls == 0 and not tests.reference:
-                built, calls = _build(_statements(tests), tests, _outermost_calls(statements), numpy)
-            return built
+            return _build(_statements(tests), tests, numpy)
     except NotSplittable as reason:
-        return Plan(None, (*tests.asserts,), str(reason))
-    except (SyntaxError, ValueError) as error:
+        return Plan(None, None, tests.asserts, str(reason))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = shorten((getattr(error, "text", None) or "").strip(), 100)
-        raise UserError(f"tests that do not parse: {error}{where and f', in {where!r}'}") from None
+        raise UserError(
+            f"tests that do not parse: {error or type(error).__name__}{where and f', in {where!r}'}"
+        ) from None

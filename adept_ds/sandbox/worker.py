@@ -94,17 +94,9 @@ class Worker:
         text = self._errors.read().decode("utf-8", "replace").strip()
         return text.splitlines()[-1][:500] if text else f"exit status {self.process.poll()}"
 
-    def start(self, limits: Limits) -> socket.socket:
-        """Start one program's process; returns the grader's end of its channel, not blocking."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                socket.send_fds(self.control, [json.dumps(asdict(limits)).encode()], [theirs.fileno()])
-            except OSError:
-                ours.close()
-                raise
-        ours.setblocking(False)
-        return ours
+    def start(self, limits: Limits, descriptors: list[int]) -> None:
+        """Start one process, which gets copies of the descriptors."""
+        socket.send_fds(self.control, [json.dumps(asdict(limits)).encode()], descriptors)
 
     def stop_program(self) -> None:
         """Ask for the end of the running program; its report follows as for any other end."""

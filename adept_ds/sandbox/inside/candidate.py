@@ -1,14 +1,17 @@
-"""Runs one program in the process that is already isolated, and answers the grader's calls of its functions.
+"""Runs one program in the process that is already isolated, and answers the judge's calls of its functions.
 
-Frames on the channel are a 4-byte length and JSON. The grader sends the program, then one call after another; each
-answer is a tagged value or what was raised. Nothing that decides a verdict is known here, except in the stamped mode in
-which a problem's own tests have to run beside the program.
+The tests' statements that call the program arrive as source, one call at a time, and are evaluated among the program's
+names, as plain Python would; each answer is a value or what was raised. What a value is compared with is never known
+here, except in the stamped mode in which a problem's own tests have to run beside the program.
 """
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import dis
+import linecache
 import os
-import struct
 import sys
 import types
 from builtins import (  # noqa: UP029
@@ -24,50 +27,41 @@ from builtins import (  # noqa: UP029
     compile,
     dict,
     enumerate,
+    eval,
     exec,
-    int,
     isinstance,
     len,
-    str,
+    list,
+    set,
+    sorted,
     type,
 )
 from typing import Any
 
-from . import codec
+from . import channel, codec
 from .supervisor import PROTOCOL_EXIT
 
-_read, _write, _exit, _getpid = os.read, os.write, os._exit, os.getpid
-_pack, _unpack = struct.Struct("!I").pack, struct.Struct("!I").unpack
-_encode, _decoder, _describe, _type_name = codec.encode, codec.Decoder, codec.describe, codec.type_name
-_dumps, _loads, _shorten = codec.dumps, codec.loads, codec.shorten
+_exit, _getpid = os._exit, os.getpid
+_receive, _send, _read_job = channel.receive, channel.send, channel.read_job
+_encode, _decode, _describe, _type_name = codec.encode, codec.decode, codec.describe, codec.type_name
+_Inexact, _suppress = codec.Inexact, contextlib.suppress
 _settrace, _setprofile, _modules, _Module = sys.settrace, sys.setprofile, sys.modules, types.ModuleType
-MODULE = "candidate"
-
-
-def _receive(channel: int) -> Any:
-    (length,) = _unpack(_exactly(channel, 4))
-    return _loads(_exactly(channel, length).decode("ascii"))
-
-
-def _exactly(channel: int, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = _read(channel, count - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return data
-
-
-def _send(channel: int, message: Any) -> None:
-    data = _dumps(message).encode("ascii")
-    data = _pack(len(data)) + data
-    while data:
-        data = data[_write(channel, data) :]
+_get_instructions = dis.get_instructions
+_Code, _GENUINE = types.CodeType, dict(vars(builtins))
+_PLAIN_ERRORS = {
+    *(Exception, ArithmeticError, AssertionError, EOFError, IndexError, KeyError, LookupError, NotImplementedError),
+    *(OverflowError, RecursionError, RuntimeError, TypeError, ValueError, ZeroDivisionError),
+    *(UnicodeDecodeError, UnicodeEncodeError),
+}
+MODULE, FILE = "candidate", "candidate.py"
+_SETUP = -1
 
 
 def _raised(error: BaseException) -> dict[str, Any]:
-    """Return the answer for a raised exception: its kind in the verdict's closed set, its type and its text."""
+    """Return the answer for a raised exception: its kind in the verdict's closed set, its type and its text.
+
+    `args` are there if another process could raise the very same: an exception that has nothing but plain arguments.
+    """
     kind = "exception"
     if isinstance(error, SystemExit):
         kind = "exit"
@@ -75,83 +69,126 @@ def _raised(error: BaseException) -> dict[str, Any]:
         kind = "memory"
     elif isinstance(error, ImportError):
         kind = "import"
-    return {"raised": kind, "type": _type_name(type(error)), "text": _describe(error)}
+    answer = {"raised": kind, "type": _type_name(type(error)), "text": _describe(error)}
+    if type(error) in _PLAIN_ERRORS and not error.__dict__:
+        with _suppress(_Inexact):
+            answer["args"] = _encode(list(error.args))
+    return answer
 
 
-def _load(source: str) -> tuple[Any, dict[str, Any] | None]:
-    """Run the program as a module of its own; returns the module and, if that failed, the answer that says so."""
+def _load(source: str) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Run the program as a module of its own; returns the module, its code and, if that failed, the answer for it."""
     module = _Module(MODULE)
+    module.__file__ = FILE
     _modules[MODULE] = module
+    linecache.cache[FILE] = (len(source), None, source.splitlines(True), FILE)  # for tracebacks and `inspect`
     try:
-        code = compile(source, "<candidate>", "exec", 0, True)
+        code = compile(source, FILE, "exec", 0, True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return module, {"raised": "syntax", "type": _type_name(type(error)), "text": _describe(error)}
+        return module, None, {"raised": "syntax", "type": _type_name(type(error)), "text": _describe(error)}
     try:
         exec(code, module.__dict__)
     except BaseException as error:
-        return module, _raised(error)
-    return module, None
+        return module, code, _raised(error)
+    return module, code, None
 
 
-def _call(module: Any, name: str, args: Any, kwargs: Any) -> Any:
-    try:
-        function = module.__dict__[name]
-    except KeyError:
-        raise NameError(f"name {name!r} is not defined") from None
-    return function(*args, **kwargs)
+def _run(source: str, name: str, space: dict[str, Any]) -> None:
+    exec(compile(source, name, "exec", 0, True), space)
+
+
+def _names_of(code: Any) -> set[str]:
+    """Return the names of its module that code, or a function in it, reads or binds."""
+    names, rest = set(), [code]
+    for one in rest:
+        names.update([step.argval for step in _get_instructions(one) if step.opname.endswith(("_NAME", "_GLOBAL"))])
+        rest += [part for part in one.co_consts if type(part) is _Code]
+    return names
+
+
+def _differing(code: Any, space: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Return the names of the tests that mean something else beside this program than they do apart from it.
+
+    The program must not redefine `builtins`, must bind the names of `modules` to these modules, and must not use what
+    the tests bind (`bound`).
+    """
+    found = _names_of(code) & set(expected["bound"]) if expected["bound"] else set()
+    for name in expected["builtins"]:
+        if name in space and space[name] is not _GENUINE[name]:
+            found.add(name)
+    for name, module in expected["modules"].items():
+        if name not in space or space[name] is not _modules.get(module):
+            found.add(name)
+    return sorted(found)
 
 
 def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
-    decoder = _decoder(lambda name, args, kwargs: _call(module, name, args, kwargs), numpy=True)
     try:
-        form = ["call", *request["call"]]
-        value = decoder.tagged(form[0], form[1:], 0)
+        if "run" in request:
+            _run(request["run"], "<test>", module.__dict__)
+            return {"value": None}
+        function = eval(compile(request["call"], "<test>", "eval", 0, True), module.__dict__)
+        values = [_decode(form) for form in request["values"]]
+        value = function(*values)
         _settrace(None)
         _setprofile(None)
         return {"value": _encode(value)}
+    except _Inexact as reason:
+        return {"inexact": str(reason)}
     except BaseException as error:
         _settrace(None)
         _setprofile(None)
         return _raised(error)
 
 
-def _run_tests(module: Any, job: dict[str, Any]) -> dict[str, Any]:
+def _run_tests(space: dict[str, Any], tests: dict[str, Any]) -> dict[str, Any]:
     """Run the problem's own tests here; returns the answer of the last one that ran."""
-    space = module.__dict__
-    where = -1
+    where = _SETUP
     try:
-        if job["setup"]:
-            exec(compile(job["setup"], "<setup>", "exec", 0, True), space)
-        for where, source in enumerate(job["asserts"]):  # noqa: B007
-            exec(compile(source, "<test>", "exec", 0, True), space)
-        if job["check"]:
-            # A program may itself define `check`: the test's names stay apart from the program's.
-            apart = dict(space)
-            exec(compile(job["check"], "<check>", "exec", 0, True), apart)
-            apart["check"](*([space[job["entry_point"]]] if job["entry_point"] else []))
+        _run(tests["setup"], "<setup>", space)
+        for where, source in enumerate(tests["asserts"]):  # noqa: B007
+            _run(source, "<test>", space)
+        if tests["check"]:
+            _run(tests["check"], "<check>", space)
+            space["check"](*([space[tests["entry_point"]]] if tests["entry_point"] else []))
     except BaseException as error:
         return _raised(error) | {"where": where, "assertion": isinstance(error, AssertionError)}
     return {"done": True}
 
 
-def serve(channel: int) -> None:
-    """Answer the grader until it closes the channel; ends the process, never returns."""
+def _set_up(space: dict[str, Any], code: Any, job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        _run(job["setup"], "<setup>", space)
+    except BaseException as error:
+        return _raised(error) | {"where": _SETUP}
+    return {"loaded": _differing(code, space, job["names"])}
+
+
+def serve(descriptors: list[int]) -> None:
+    """Answer the judge until it closes the channel; ends the process, never returns.
+
+    `descriptors` are the channel and the job: the program, and its tests only if they have to run here.
+    """
+    talk, job_file = descriptors
     pid = _getpid()
     try:
-        job = _receive(channel)
-        module, failed = _load(job["source"])
+        job = _read_job(job_file)
+        module, code, failed = _load(job["source"])
         if _getpid() != pid:
             _exit(0)  # a child that the program forked and let run on
         _settrace(None)
         _setprofile(None)
-        if failed is None and job["tests"] is not None:
-            failed = _run_tests(module, job["tests"])
-        _send(channel, failed or {"loaded": True})
+        if failed is None:
+            space = module.__dict__
+            failed = _run_tests(space, job["tests"]) if "tests" in job else _set_up(space, code, job)
+        _send(talk, failed)
+        if "tests" in job:
+            _exit(0)
         while True:
-            answer = _answer(module, _receive(channel))
+            answer = _answer(module, _receive(talk))
             if _getpid() != pid:
                 _exit(0)
-            _send(channel, answer)
+            _send(talk, answer)
     except EOFError:
         _exit(0)
     except BaseException:

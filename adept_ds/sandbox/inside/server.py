@@ -23,8 +23,7 @@ import warnings
 from importlib.machinery import PathFinder
 from typing import Any
 
-from . import namespaces
-from .candidate import serve
+from . import candidate, judge, namespaces
 from .supervisor import Supervisor
 
 # Imported once here, so that programs which use them start fast; they are found on disk otherwise.
@@ -189,17 +188,18 @@ def main() -> None:
         control.send(json.dumps({"unusable": str(error)}).encode())
         return
     control.send(json.dumps({"ready": had}).encode())
+    serve = judge.serve if config["role"] == "judge" else candidate.serve
     while True:
         # A process that the grader forked may hold the other end open beyond the grader's own death.
         while not select.select([control], [], [], 1.0)[0]:
             if supervisor.orphaned():
                 return
-        message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+        message, descriptors, _, _ = socket.recv_fds(control, 65536, 3)
         if not message:
             return
         if descriptors:  # else it is a "stop" that crossed the report of the program it was meant for
             try:
-                report = supervisor.run(descriptors[0], json.loads(message), serve)
+                report = supervisor.run(descriptors, json.loads(message), serve)
             except OSError as error:
                 report = {"failure": str(error)}
             control.send(json.dumps(report).encode())

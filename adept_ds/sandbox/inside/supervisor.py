@@ -158,8 +158,10 @@ class Supervisor:
         """Tell whether the process that started this one is gone."""
         return os.getppid() != self.parent
 
-    def run(self, channel: int, limits: dict[str, Any], serve: Callable[[int], None]) -> dict[str, Any]:
-        """Run one program in a new process, in which `serve(channel)` is called; returns the report.
+    def run(self, given: list[int], limits: dict[str, Any], serve: Callable[[list[int]], None]) -> dict[str, Any]:
+        """Run one program in a new process, in which `serve(descriptors)` is called; returns the report.
+
+        `given` are the descriptors that it gets, under other numbers; they are closed here.
 
         The report has `reason` (None, "timeout", "memory", "output", "violation" or "stopped"), `status` (as from
         waitpid, or None), `seconds`, `cpu_seconds`, `peak_mb`; it is only a `failure` if the isolation could not be
@@ -172,9 +174,9 @@ class Supervisor:
         child = os.fork()
         if child == 0:
             try:
-                home = self.become_candidate(channel, writer, teller, limits)
+                homes = self.become_candidate(given, writer, teller, limits)
                 os.close(teller)  # from here on the program could write to it
-                serve(home)
+                serve(homes)
             except BaseException as error:
                 os.write(teller, f"{type(error).__name__}: {error}".encode())
             finally:
@@ -183,7 +185,8 @@ class Supervisor:
             self.pids.leave()
         os.close(writer)
         os.close(teller)
-        os.close(channel)
+        for descriptor in given:
+            os.close(descriptor)
         os.set_blocking(output, False)
         os.set_blocking(trouble, False)
         watch = _Watch(limits, init, f"/proc/{child}/root/tmp" if init is not None else self.scratch)
@@ -207,10 +210,10 @@ class Supervisor:
         cpu, peak = round(watch.cpu_seconds, 3), round(watch.peak_mb, 1)
         return {"reason": reason, "status": status, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
 
-    def become_candidate(self, channel: int, output: int, teller: int, limits: dict[str, Any]) -> int:
-        """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the channel's number.
+    def become_candidate(self, given: list[int], output: int, teller: int, limits: dict[str, Any]) -> list[int]:
+        """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the numbers of `given`.
 
-        Only the standard descriptors, the channel and `teller` stay open.
+        Only the standard descriptors, these and `teller` stay open.
         """
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -218,14 +221,16 @@ class Supervisor:
         if self.in_namespaces:
             namespaces.renew(limits["scratch_mb"], limits["scratch_files"])
         _set_limit(resource.RLIMIT_NOFILE, limits["open_files"])
-        home = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 1
         os.dup2(output, 1)
         os.dup2(output, 2)
-        if channel != home:
-            os.dup2(channel, home, inheritable=False)
+        # The highest numbers: a program that closes what it finds begins below.
+        first = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(given)
+        homes = list(range(first, first + len(given)))
+        for descriptor, home in zip(given, homes, strict=True):
+            os.dup2(descriptor, home, inheritable=False)
         os.closerange(3, teller)
-        os.closerange(teller + 1, home)
-        os.closerange(home + 1, 1 << 16)
+        os.closerange(teller + 1, first)
+        os.closerange(first + len(given), 1 << 16)
         os.chdir("/" if self.config["tier"] == "seccomp" else "/tmp")
         os.umask(0o077)
         _apply_limits(limits, self.in_namespaces or self.scratch is not None)
@@ -240,7 +245,7 @@ class Supervisor:
             seccomp.install(seccomp.program(self.config["seccomp"], os.getpid()))
         random.seed(0)
         gc.enable()
-        return home
+        return homes
 
     def wait(self, child: int, output: int, watch: _Watch, deadline: float) -> tuple[int, resource.struct_rusage]:
         """Wait for the child's end while reading away the output and looking after the limits; raises `Stopped`."""

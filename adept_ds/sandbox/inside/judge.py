@@ -1,0 +1,242 @@
+"""Runs the tests of one problem, in a process that is isolated like a program's, and asks the program's for calls.
+
+The tests are plain Python here, but for the calls of the program: each has become `__call__(number, ...)`, which sends
+the call's source and waits for the value. Whatever value comes, and whatever a test does with it, costs this process
+alone. If something is met that would not be exactly what one interpreter would give, the verdict is only that, and the
+tests run beside the program instead.
+"""
+
+from __future__ import annotations
+
+import builtins
+import decimal
+import importlib
+import os
+import sys
+import types
+from typing import Any, NoReturn
+
+from . import channel
+from .codec import Inexact, Malformed, decode, encode, shorten
+
+_SHOWN = 200
+_GENUINE = dict(vars(builtins))
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, range, decimal.Decimal})
+
+
+def is_frozen(value: Any) -> bool:
+    """Tell whether nothing in the value can be changed."""
+    kind = type(value)
+    if kind is tuple or kind is frozenset:
+        return all(is_frozen(item) for item in value)
+    return kind in _PLAIN
+
+
+def is_held(values: Any, index: Any, more: int = 0) -> bool:
+    """Tell whether `values[index]`, or anything changeable in it, is referred to from anywhere but `values`.
+
+    `more` is the number of other references that are known. Only the reference count can tell.
+    """
+    if is_frozen(values[index]):
+        return False
+    if sys.getrefcount(values[index]) > 2 + more:  # of `values`, and of this very call
+        return True
+    inner = values[index]
+    if type(inner) is list or type(inner) is tuple:
+        return any(is_held(inner, number) for number in range(len(inner)))
+    if type(inner) is dict:
+        return any(is_held(inner, key) for key in inner)
+    return False
+
+
+def has_order(value: Any) -> bool:
+    """Tell whether the value holds a set whose order, which is hidden state, may differ from the original's."""
+    kind = type(value)
+    if kind is set or kind is frozenset:
+        return len(value) > 1
+    if kind is list or kind is tuple:
+        return any(has_order(item) for item in value)
+    return kind is dict and any(has_order(key) or has_order(item) for key, item in value.items())
+
+
+def _show(value: Any) -> str:
+    try:
+        return shorten(repr(value), _SHOWN)
+    except Exception:  # too long an integer, too deep
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+class Judge:
+    """The tests of one program on their way to a verdict, which is sent on `desk`; every end of it ends the process."""
+
+    def __init__(self, talk: int, desk: int, job: dict[str, Any]) -> None:
+        self.talk, self.desk, self.job = talk, desk, job
+        self.sites = job["sites"]
+        self.results: list[Any] = []
+        self.shown: list[str] = []
+        self.shown_at = 0
+        self.passed_on: BaseException | None = None
+
+    def end(self, verdict: dict[str, Any]) -> NoReturn:
+        """Send the verdict and end: an exception could be caught by the tests."""
+        channel.send(self.desk, verdict)
+        os._exit(0)
+
+    def inexact(self, reason: str) -> NoReturn:
+        """End without a verdict: the tests have to run beside the program."""
+        self.end({"inexact": reason})
+
+    def receive(self) -> dict[str, Any]:
+        """Return the program's answer."""
+        try:
+            answer = channel.receive(self.talk, self.job["answer_bytes"])
+        except (EOFError, ConnectionError):
+            self.end({"gone": True})
+        except channel.TooLong:
+            self.inexact("a value that is too large")
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            self.violation("no answer")
+        return answer
+
+    def violation(self, what: str) -> NoReturn:
+        """End for a program's process that does not keep to the protocol."""
+        self.end({"error": "protocol", "detail": f"the program's process sent {shorten(what, 80)}"})
+
+    def raised(self, answer: dict[str, Any]) -> tuple[str, str]:
+        """Return the kind of what was raised, and its text; ends if they are not of the closed set."""
+        kind, name, text = (shorten(str(answer.get(key))) for key in ("raised", "type", "text"))
+        if kind not in self.job["kinds"]:
+            self.violation(f"an exception of kind {kind}")
+        return kind, f"{name}: {text}" if text else name
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """Send a call and return its value; raises what it raised if the tests might catch that."""
+        try:
+            channel.send(self.talk, request)
+        except OSError:
+            self.end({"gone": True})
+        answer = self.receive()
+        if "inexact" in answer:
+            self.inexact(shorten(str(answer["inexact"])))
+        if "raised" in answer:
+            kind, what = self.raised(answer)
+            if not self.job["catches"]:
+                if kind != "exception":
+                    self.end({"error": kind, "detail": what})
+                self.shown.append(f"raised {what}")
+                self.fail("exception", "", sys._getframe(2).f_lineno)
+            error = _GENUINE.get(str(answer["type"]))
+            if "args" not in answer or not (isinstance(error, type) and issubclass(error, BaseException)):
+                self.inexact(f"an exception {what}")
+            self.shown.append(f"raised {what}")
+            self.passed_on = error(*decode(answer["args"]))
+            raise self.passed_on
+        try:
+            return decode(answer["value"])
+        except (Malformed, KeyError, RecursionError) as problem:
+            self.violation(f"something that is not an answer ({problem})")
+
+    def call(self, number: int, *values: Any) -> Any:
+        """Make the call of site `number` with these values of the tests' own variables."""
+        site = self.sites[number]
+        line = sys._getframe(1).f_lineno
+        if line != self.shown_at:
+            self.shown_at, self.shown = line, []
+        while self.results:
+            if is_held(self.results, -1):
+                self.inexact("a returned value that is still in use at the next call, which might change it")
+            self.results.pop()
+        if "run" in site:
+            return self.ask({"run": site["run"]})
+        forms = []
+        for index, name in enumerate(site["names"]):
+            # The variable itself is the other reference.
+            if not is_frozen(values[index]) and (name not in site["moved"] or is_held(values, index, 1)):
+                self.inexact(f"variable {name}, which the tests may look at after a call has changed it")
+            if has_order(values[index]):
+                self.inexact(f"variable {name}, a set, whose order the program would see")
+            try:
+                forms.append(encode(values[index]))
+            except Inexact as reason:
+                self.inexact(f"variable {name}, {reason}")
+        value = self.ask({"call": site["call"], "values": forms})
+        if not site["orderless"] and has_order(value):
+            self.inexact("a returned set whose order the tests may see")
+        self.shown.append(_show(value))
+        if not is_frozen(value):
+            self.results.append(value)
+        return value
+
+    def fail(self, kind: str | None, why: str, line: int | None) -> NoReturn:
+        """End with a failed statement: its source, what came back for it, and why that is wrong."""
+        source = self.job["lines"].get(str(line), "tests")
+        got = ", ".join(self.shown) if self.shown_at == line else ""
+        got = got if got.startswith("raised") else f"got {got}" if got else ""
+        detail = shorten(source, _SHOWN) + (f": {shorten(got)}" if got else "") + why
+        self.end({"failed": kind, "detail": detail})
+
+    def is_constant(self, value: Any) -> bool:
+        """Tell whether a value of the tests' setup is the same in the program's process whatever the program does."""
+        if isinstance(value, types.ModuleType):
+            return value.__name__ in self.job["modules"]
+        return is_frozen(value) or (isinstance(value, types.FunctionType) and not vars(value))
+
+    def run(self) -> NoReturn:
+        """Judge the program."""
+        answer = self.receive()
+        if "raised" in answer:
+            kind, what = self.raised(answer)
+            if "where" in answer and kind == "exception":  # in the setup of the tests
+                self.end({"failed": "exception", "detail": f"the tests' setup: raised {what}"})
+            self.end({"error": kind, "detail": what})
+        if not isinstance(answer.get("loaded"), list):
+            self.violation("neither loaded nor failed")
+        if answer["loaded"]:
+            self.inexact(f"names that the program and the tests share: {shorten(str(answer['loaded']), _SHOWN)}")
+        space: dict[str, Any] = {"__name__": "tests", "__call__": self.call}
+        space |= {name: importlib.import_module(module) for name, module in self.job["visible"].items()}
+        try:
+            for source in self.job["before"]:
+                exec(compile(source, "<before>", "exec", 0, True), space)
+        except BaseException as error:
+            self.inexact(f"what the tests need beforehand raised {type(error).__name__}")
+        if changeable := [name for name in self.job["setup_names"] if not self.is_constant(space.get(name))]:
+            self.inexact(f"{', '.join(changeable)} of the tests' setup, which the program might change")
+        try:
+            exec(compile(self.job["source"], "<tests>", "exec", 0, True), space)
+        except MemoryError:
+            self.end({"failed": None, "detail": "a test of the returned value ran out of memory"})
+        except BaseException as error:
+            line = _line_of(error)
+            if error is self.passed_on:
+                self.fail("exception", "", line)
+            self.fail(None, "" if isinstance(error, AssertionError) else f" ({_error_text(error)})", line)
+        self.end({"passed": True})
+
+
+def _error_text(error: BaseException) -> str:
+    try:
+        return shorten(f"{type(error).__name__}: {error}", _SHOWN)
+    except Exception:
+        return type(error).__name__
+
+
+def _line_of(error: BaseException) -> int | None:
+    """Return the line of the tests that an exception passed last."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<tests>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+def serve(descriptors: list[int]) -> None:
+    """Judge one program; ends the process, never returns.
+
+    `descriptors` are the channel to the program's process, the one on which the verdict is sent, and the job.
+    """
+    talk, desk, job_file = descriptors
+    Judge(talk, desk, channel.read_job(job_file)).run()
