@@ -22,6 +22,7 @@ from typing import Any, cast
 from adept_ds.errors import UserError
 
 from .inside.codec import shorten
+from .inside.judge import MODULES
 from .program import ERROR_KINDS, Tests
 
 # Expressions are all allowed but for these, statements are not but for those.
@@ -49,11 +50,6 @@ _NO_BUILTINS = {
     *("open", "quit", "setattr", "super", "vars"),
 }
 _BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - _NO_BUILTINS
-MODULES = (
-    *("bisect", "cmath", "collections", "collections.abc", "copy", "functools", "heapq", "itertools", "json", "math"),
-    *("numbers", "operator", "random", "re", "statistics", "string", "sys", "textwrap", "typing"),
-)
-"""Modules whose functions give the same in any process; `random` does so as long as nobody seeds it."""
 _NUMPY = ("numpy", "numpy.linalg", "numpy.random", "numpy.testing")
 _NO_ATTRIBUTES = {"seed", "setstate", "set_state", "getrefcount", "modules", "setrecursionlimit", "stdout", "stdin"}
 _SYS = {"maxsize", "getsizeof", "float_info", "version_info"}

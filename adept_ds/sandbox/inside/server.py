@@ -29,28 +29,12 @@ from .supervisor import Supervisor
 # Imported once here, so that programs which use them start fast; they are found on disk otherwise.
 _WARM = [
     "abc",
-    "bisect",
-    "cmath",
-    "collections",
-    "collections.abc",
-    "copy",
     "dataclasses",
     "datetime",
     "decimal",
     "enum",
     "fractions",
-    "functools",
-    "heapq",
-    "itertools",
-    "math",
-    "numbers",
-    "operator",
-    "random",
-    "re",
-    "statistics",
-    "string",
     "time",
-    "typing",
     "unicodedata",
 ]
 
@@ -114,7 +98,7 @@ def _import_packages(folders: dict[str, str]) -> dict[str, str]:
 
 def _warm(config: dict[str, Any]) -> dict[str, str]:
     """Import what programs may need; returns the versions of the allowed packages."""
-    for name in _WARM:
+    for name in (*_WARM, *judge.MODULES):
         importlib.import_module(name)
     if config["warm_everything"]:
         skipped = {"antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo", "lib2to3", "test", "ensurepip"}
@@ -188,7 +172,8 @@ def main() -> None:
         control.send(json.dumps({"unusable": str(error)}).encode())
         return
     control.send(json.dumps({"ready": had}).encode())
-    serve = judge.serve if config["role"] == "judge" else candidate.serve
+    judges = config["role"] == "judge"
+    serve = judge.serve if judges else candidate.serve
     while True:
         # A process that the grader forked may hold the other end open beyond the grader's own death.
         while not select.select([control], [], [], 1.0)[0]:
@@ -199,7 +184,7 @@ def main() -> None:
             return
         if descriptors:  # else it is a "stop" that crossed the report of the program it was meant for
             try:
-                report = supervisor.run(descriptors, json.loads(message), serve)
+                report = supervisor.run(descriptors, json.loads(message), serve, fresh=not judges)
             except OSError as error:
                 report = {"failure": str(error)}
             control.send(json.dumps(report).encode())

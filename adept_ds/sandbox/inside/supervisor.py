@@ -151,17 +151,24 @@ class Supervisor:
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _nothing)
         if config["seccomp"] is not None:
-            seccomp.program(config["seccomp"], 0)  # its long part is made here, once, not in every child
+            for level in {config["seccomp"], "compute"}:
+                seccomp.program(level, 0)  # its long part is made here, once, not in every child
         self.pids = namespaces.PidNamespaces() if self.in_namespaces else None
 
     def orphaned(self) -> bool:
         """Tell whether the process that started this one is gone."""
         return os.getppid() != self.parent
 
-    def run(self, given: list[int], limits: dict[str, Any], serve: Callable[[list[int]], None]) -> dict[str, Any]:
+    def run(
+        self, given: list[int], limits: dict[str, Any], serve: Callable[[list[int]], None], fresh: bool = True
+    ) -> dict[str, Any]:
         """Run one program in a new process, in which `serve(descriptors)` is called; returns the report.
 
         `given` are the descriptors that it gets, under other numbers; they are closed here.
+
+        With `fresh` it has namespaces of its own where the tier has any. Without, it lives in the server's, as nobody
+        and under the filter that allows only computing: it has no files and cannot start processes, so that nothing has
+        to be made or cleaned for it. Limits are the same.
 
         The report has `reason` (None, "timeout", "memory", "output", "violation" or "stopped"), `status` (as from
         waitpid, or None), `seconds`, `cpu_seconds`, `peak_mb`; it is only a `failure` if the isolation could not be
@@ -169,20 +176,21 @@ class Supervisor:
         """
         output, writer = os.pipe()
         trouble, teller = os.pipe()
-        init = self.pids.open() if self.pids is not None else None
+        pids = self.pids if fresh else None
+        init = pids.open() if pids is not None else None
         started = time.monotonic()
         child = os.fork()
         if child == 0:
             try:
-                homes = self.become_candidate(given, writer, teller, limits)
+                homes = self.become_candidate(given, writer, teller, limits, fresh)
                 os.close(teller)  # from here on the program could write to it
                 serve(homes)
             except BaseException as error:
                 os.write(teller, f"{type(error).__name__}: {error}".encode())
             finally:
                 os._exit(1)
-        if self.pids is not None:
-            self.pids.leave()
+        if pids is not None:
+            pids.leave()
         os.close(writer)
         os.close(teller)
         for descriptor in given:
@@ -198,8 +206,8 @@ class Supervisor:
         except Stopped as stop:
             reason = str(stop)
         seconds = time.monotonic() - started
-        if self.pids is not None:
-            self.pids.end()
+        if pids is not None:
+            pids.end()
         _end_children(watch)
         os.close(output)
         failure = _told(trouble)
@@ -210,7 +218,9 @@ class Supervisor:
         cpu, peak = round(watch.cpu_seconds, 3), round(watch.peak_mb, 1)
         return {"reason": reason, "status": status, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
 
-    def become_candidate(self, given: list[int], output: int, teller: int, limits: dict[str, Any]) -> list[int]:
+    def become_candidate(
+        self, given: list[int], output: int, teller: int, limits: dict[str, Any], fresh: bool
+    ) -> list[int]:
         """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the numbers of `given`.
 
         Only the standard descriptors, these and `teller` stay open.
@@ -218,7 +228,7 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
-        if self.in_namespaces:
+        if self.in_namespaces and fresh:
             namespaces.renew(limits["scratch_mb"], limits["scratch_files"])
         _set_limit(resource.RLIMIT_NOFILE, limits["open_files"])
         os.dup2(output, 1)
@@ -231,7 +241,8 @@ class Supervisor:
         os.closerange(3, teller)
         os.closerange(teller + 1, first)
         os.closerange(first + len(given), 1 << 16)
-        os.chdir("/" if self.config["tier"] == "seccomp" else "/tmp")
+        level = self.config["seccomp"] if fresh or self.config["seccomp"] is None else "compute"
+        os.chdir("/" if level == "compute" else "/tmp")
         os.umask(0o077)
         _apply_limits(limits, self.in_namespaces or self.scratch is not None)
         if self.in_namespaces:
@@ -239,10 +250,10 @@ class Supervisor:
         namespaces.libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the server's end is this process's too
         namespaces.libc.prctl(4, 1, 0, 0, 0)  # dumpable again: a program may look at its own /proc entries
         seccomp.no_new_privs()
-        if self.config["tier"] == "seccomp":
+        if level == "compute":
             landlock.deny_everything()
-        if self.config["seccomp"] is not None:
-            seccomp.install(seccomp.program(self.config["seccomp"], os.getpid()))
+        if level is not None:
+            seccomp.install(seccomp.program(level, os.getpid()))
         random.seed(0)
         gc.enable()
         return homes
