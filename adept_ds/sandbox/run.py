@@ -75,9 +75,9 @@ class ProgramRun:
         if not self.beside:
             return job | {"setup": given.setup, "names": self.plan.names}
         asserts = [source.strip() for source in given.asserts]
-        return job | {
-            "tests": {"setup": given.setup, "asserts": asserts, "check": given.check, "entry_point": given.entry_point}
-        }
+        tests: dict[str, Any] = {"setup": given.setup, "asserts": asserts, "check": given.check}
+        tests |= {"entry_point": given.entry_point, "modules": self.plan.modules}
+        return job | {"tests": tests}
 
     @property
     def ended(self) -> bool:

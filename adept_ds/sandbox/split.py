@@ -66,11 +66,12 @@ class Plan:
     """How to judge a program.
 
     `judge` is the job of the judge's process, `names` what the program's process compares; both are None if the tests
-    run beside the program, for the `reason`.
+    run beside the program, for the `reason`. `modules` are at hand for the tests under these names, imported or not.
     """
 
     judge: dict[str, Any] | None
     names: dict[str, Any] | None
+    modules: dict[str, str]
     sources: tuple[str, ...]
     reason: str = ""
 
@@ -115,9 +116,7 @@ class _Rewriter(ast.NodeTransformer):
     """Puts sites in the place of the program's calls, and refuses what would not mean the same apart from it."""
 
     def __init__(self, tests: Tests, statements: list[ast.stmt], numpy: bool) -> None:
-        self.modules = {name: name for name in MODULES}
-        if numpy:
-            self.modules |= {name: name for name in _NUMPY} | {"np": "numpy"}
+        self.modules = _modules_at_hand(numpy)
         self.entry_point = tests.entry_point if tests.check else None
         self.defined = _definitions(tests.reference)
         self.setup = _all_bound(ast.parse(tests.setup).body)
@@ -338,6 +337,18 @@ def _shared_names(tests: Tests) -> set[str]:
     return {"check"} | _all_bound(node for node in ast.parse(tests.check).body if not isinstance(node, ast.FunctionDef))
 
 
+def _modules_at_hand(numpy: bool) -> dict[str, str]:
+    """Return the modules that tests may use, by the names that they have without an import."""
+    return {name: name for name in (*MODULES, *(_NUMPY if numpy else ()))} | ({"np": "numpy"} if numpy else {})
+
+
+def _modules_named(tests: Tests, numpy: bool) -> dict[str, str]:
+    """Return the modules at hand that the tests name."""
+    sources = (tests.setup, tests.check, *tests.asserts)
+    named = {name for source in sources for name in _loads(ast.parse(textwrap.dedent(source).strip()))}
+    return {name: module for name, module in _modules_at_hand(numpy).items() if name in named}
+
+
 def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
     rewriter = _Rewriter(tests, statements, numpy)
     body = rewriter.visit_statements(statements)
@@ -372,7 +383,7 @@ def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
         "modules": rewriter.assumed_modules,
         "bound": sorted(_shared_names(tests) - rewriter.imported),
     }
-    return Plan(judge, names, tests.asserts)
+    return Plan(judge, names, _modules_named(tests, numpy), tests.asserts)
 
 
 @lru_cache(maxsize=8192)
@@ -383,7 +394,7 @@ def plan(tests: Tests, numpy: bool = False) -> Plan:
             warnings.simplefilter("ignore")  # about other people's escape sequences
             return _build(_statements(tests), tests, numpy)
     except NotSplittable as reason:
-        return Plan(None, None, tests.asserts, str(reason))
+        return Plan(None, None, _modules_named(tests, numpy), tests.asserts, str(reason))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = shorten((getattr(error, "text", None) or "").strip(), 100)
         raise UserError(

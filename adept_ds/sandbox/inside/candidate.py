@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dis
+import importlib
 import linecache
 import os
 import sys
@@ -46,7 +47,7 @@ _receive, _send, _read_job = channel.receive, channel.send, channel.read_job
 _encode, _decode, _describe, _type_name = codec.encode, codec.decode, codec.describe, codec.type_name
 _Inexact, _suppress = codec.Inexact, contextlib.suppress
 _settrace, _setprofile, _modules, _Module = sys.settrace, sys.setprofile, sys.modules, types.ModuleType
-_get_instructions = dis.get_instructions
+_get_instructions, _import_module = dis.get_instructions, importlib.import_module
 _Code, _GENUINE = types.CodeType, dict(vars(builtins))
 _PLAIN_ERRORS = {
     *(Exception, ArithmeticError, AssertionError, EOFError, IndexError, KeyError, LookupError, NotImplementedError),
@@ -109,15 +110,15 @@ def _names_of(code: Any) -> set[str]:
 def _differing(code: Any, space: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """Return the names of the tests that mean something else beside this program than they do apart from it.
 
-    The program must not redefine `builtins`, must bind the names of `modules` to these modules, and must not use what
-    the tests bind (`bound`).
+    The program must not redefine `builtins`, must bind the names of `modules` to nothing but these modules, and must
+    not use what the tests bind (`bound`).
     """
     found = _names_of(code) & set(expected["bound"]) if expected["bound"] else set()
     for name in expected["builtins"]:
         if name in space and space[name] is not _GENUINE[name]:
             found.add(name)
     for name, module in expected["modules"].items():
-        if name not in space or space[name] is not _modules.get(module):
+        if name in space and space[name] is not _modules.get(module):
             found.add(name)
     return sorted(found)
 
@@ -145,6 +146,8 @@ def _run_tests(space: dict[str, Any], tests: dict[str, Any]) -> dict[str, Any]:
     """Run the problem's own tests here; returns the answer of the last one that ran."""
     where = _SETUP
     try:
+        for name, module in tests["modules"].items():
+            space.setdefault(name, _import_module(module))
         _run(tests["setup"], "<setup>", space)
         for where, source in enumerate(tests["asserts"]):  # noqa: B007
             _run(source, "<test>", space)
