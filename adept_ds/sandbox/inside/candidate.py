@@ -83,7 +83,7 @@ def _load(source: str) -> tuple[Any, dict[str, Any] | None]:
     module = _Module(MODULE)
     _modules[MODULE] = module
     try:
-        code = compile(source, "<candidate>", "exec", 0, True)
+        code = compile(source.removeprefix("\ufeff"), "<candidate>", "exec", 0, True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return module, {"raised": "syntax", "type": _type_name(type(error)), "text": _describe(error)}
     try:
