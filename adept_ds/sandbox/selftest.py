@@ -1,24 +1,63 @@
-"""Attacks that the isolation must stop, tried from inside it before the first program runs."""
+"""Attacks that the isolation must stop, tried from inside it before the first program runs.
+
+What came of one is read from the answer of its process itself, without the judging of programs and without asserts.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import select
+import signal
 import socket
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .packages import site_packages
-from .program import Limits, Program, Tests, Verdict
-from .run import ProgramRun
+from .program import Limits
 from .worker import ENVIRONMENT, Worker, WorkerRefused
 
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=10.0, memory_mb=256)
 _ATTACKS = """
-import ctypes, os, signal, socket
+import ctypes, os, resource, signal, socket
+
+others = {1, os.getppid()} - {0}
+
+def tried(*calls):
+    # how many were not refused
+    count = 0
+    for call, *arguments in calls:
+        try:
+            count += call(*arguments) != -1
+        except OSError:
+            pass
+    return count
+
+def writable(paths):
+    return tried(*[(os.open, path, os.O_WRONLY) for path in paths])
+
+def limit_others():
+    prlimit, pair = ctypes.CDLL(None).prlimit, (ctypes.c_ulong * 2)(1 << 26, 1 << 26)
+    return tried(*[(prlimit, pid, kind, pair, None) for pid in others for kind in (0, 2, 6, 7, 9)])
+
+def slow_others():
+    calls = [(os.setpriority, os.PRIO_PROCESS, pid, 19) for pid in others]
+    calls += [(os.setpriority, kind, 0, 19) for kind in (os.PRIO_PGRP, os.PRIO_USER)]
+    calls += [(os.sched_setaffinity, pid, {min(os.sched_getaffinity(0))}) for pid in others]
+    return tried(*calls, *[(os.sched_setscheduler, pid, os.SCHED_IDLE, os.sched_param(0)) for pid in others])
+
+def end_others():
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+    return 0
+
+def state():
+    limits = [resource.getrlimit(kind) for kind in range(resource.RLIM_NLIMITS)]
+    return str([limits, os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0)), os.sched_getscheduler(0)])
 
 def read(path):
     try:
@@ -97,27 +136,30 @@ class Check:
     detail: str
 
 
-def judge(worker: Worker, program: Program, limits: Limits = LIMITS) -> Verdict:
-    """Run one program on one worker and wait for its verdict."""
-    run = ProgramRun(program, limits)
-    channel = worker.start(limits)
+def _value(worker: Worker, expression: str) -> tuple[str | None, str]:
+    """Return what an expression is inside, as text, or None, and then what became of its process.
+
+    Raises WorkerRefused if the process could not be had, or took the server along.
+    """
+    source = f"{_ATTACKS}\nraise SystemExit(str({expression}))"
+    channel = worker.start(LIMITS)
     with channel:
-        open_end = True
-        while True:
-            run.flush(channel)
-            if run.settled and open_end:
-                channel.shutdown(socket.SHUT_RDWR)
-                open_end = False
-                if run.outcome is not None:
-                    worker.stop_program()
-            readers = [worker.control, channel] if open_end else [worker.control]
-            ready, _, _ = select.select(readers, [channel] if run.outgoing else [], [], limits.wall_seconds + 20)
-            if channel in ready and open_end:
-                open_end = run.receive(channel) or run.settled
-            if worker.control in ready or not ready:
-                if open_end:
-                    run.receive(channel)
-                return run.verdict(worker.report())
+        channel.settimeout(LIMITS.wall_seconds)
+        answer: dict[str, Any] = {}
+        with contextlib.suppress(OSError, EOFError, ValueError), channel.makefile("rwb") as frames:
+            job = json.dumps({"source": source, "tests": None}).encode("ascii")
+            frames.write(struct.pack("!I", len(job)) + job)
+            frames.flush()
+            if header := frames.read(4):
+                answer = json.loads(frames.read(struct.unpack("!I", header)[0]))
+    report = worker.report()
+    if "failure" in report:
+        raise WorkerRefused(str(report["failure"]))
+    if answer.get("raised") == "exit":
+        return str(answer["text"]), ""
+    if os.WIFSIGNALED(report["status"] or 0) and os.WTERMSIG(report["status"]) == signal.SIGSYS:
+        return None, "killed for it"
+    return None, str(answer or report)
 
 
 @contextlib.contextmanager
@@ -147,14 +189,21 @@ def _targets() -> Iterator[dict[str, object]]:
         }
 
 
+_KILLED_FOR = ("signal the grader", "end other processes")
+_SETTINGS = ("kernel/core_pattern", "kernel/modprobe", "kernel/ns_last_pid", "kernel/hostname", "vm/drop_caches")
+
+
 def run_checks(worker: Worker) -> list[Check]:
     """Try every attack on `worker`; the isolation holds if each check does. Raises WorkerRefused if one cannot run."""
+    settings = [f"/proc/sys/{name}" for name in _SETTINGS]
+    settings += ["/proc/sysrq-trigger", "/proc/1/oom_score_adj", "/sys/kernel/uevent_helper", "/sys/power/state"]
     with _targets() as t:
         pid = os.getpid()
         attacks = {
             "read a file of the user": f"read({t['secret']!r}) is None",
             "write beside it": f"write({t['new']!r}) is None",
             "see installed packages": f"entries({site_packages()}) == 0",
+            "write the kernel's settings": f"writable({settings}) == 0",
             "connect by TCP": f"connect({int(socket.AF_INET)}, {t['tcp']!r}) is None",
             "send by UDP": f"send({t['udp']!r}) is None",
             "connect to an abstract socket": f"connect({int(socket.AF_UNIX)}, {t['abstract']!r}) is None",
@@ -165,14 +214,17 @@ def run_checks(worker: Worker) -> list[Check]:
             "inherit the environment": f"unexpected_variables({[*ENVIRONMENT, 'LC_CTYPE', 'PWD']}) == []",
             "gain privileges": "privileges() == [1, 2]",
             "make a user namespace": "new_namespace() == -1",
+            "change limits of other processes": "limit_others() == 0",
+            "slow other processes down": "slow_others() == 0",
+            "end other processes": "end_others()",
         }
+        before = _value(worker, "state()")
         checks = []
-        for name, assertion in attacks.items():
-            tests = Tests(asserts=(f"assert {assertion}",), reference=_ATTACKS)
-            verdict = judge(worker, Program(name, _ATTACKS, tests))
-            if verdict.status == "sandbox_error":
-                raise WorkerRefused(verdict.detail)
+        for name, expression in attacks.items():
+            value, detail = _value(worker, expression)
             # The filter answers some attacks by killing the process, which stops them too.
-            killed = verdict.status == "error" and verdict.kind == "signal" and name == "signal the grader"
-            checks.append(Check(name, verdict.status == "passed" or killed, verdict.detail))
+            held = value == "True" or (name in _KILLED_FOR and detail == "killed for it")
+            checks.append(Check(name, held, value or detail))
+        after = _value(worker, "state()")
+        checks.append(Check("change what later programs inherit", before == after, f"{before} became {after}"))
         return checks

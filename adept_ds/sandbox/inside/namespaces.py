@@ -27,7 +27,7 @@ NUMBERS = {"x86_64": (155, 126), "aarch64": (41, 91)}  # of pivot_root and capse
 _PIVOT_ROOT, _CAPSET = NUMBERS.get(os.uname().machine, (-1, -1))
 _CAP_HEADER, _NO_CAPABILITY = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 _DEVICES = ("null", "zero", "random", "urandom")
-_OWN_PROC = [f"/proc/self/{name}" for name in "cmdline comm fd limits maps stat statm status".split()]
+_OWN_PROC = [f"/proc/self/{name}" for name in ["cmdline", "comm", "fd", "limits", "maps", "stat", "statm", "status"]]
 _STICKY = {"ST_NOSUID": MS_NOSUID, "ST_NODEV": MS_NODEV, "ST_NOEXEC": MS_NOEXEC}
 _STICKY |= {"ST_NOATIME": 1024, "ST_NODIRATIME": 2048, "ST_RELATIME": 1 << 21}
 
