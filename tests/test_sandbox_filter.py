@@ -21,7 +21,7 @@ MACHINES = pytest.mark.parametrize("machine", HEADERS)
 LEVELS = pytest.mark.parametrize("level", ["compute", "files"])
 
 REACHING_OUT = """
-socket connect bind listen accept4 ptrace process_vm_readv process_vm_writev process_madvise kcmp mount umount2
+socket connect bind listen accept4 ptrace process_vm_readv process_vm_writev vmsplice process_madvise kcmp mount umount2
 pivot_root chroot unshare setns move_mount open_tree fsopen clone3 bpf perf_event_open userfaultfd io_uring_setup
 io_uring_enter keyctl add_key request_key init_module finit_module delete_module kexec_load reboot swapon
 open_by_handle_at name_to_handle_at quotactl acct settimeofday clock_settime adjtimex sethostname setdomainname setuid
@@ -29,7 +29,7 @@ setgid setresuid setgroups capset seccomp personality shmget msgget semget mq_op
 memfd_create memfd_secret landlock_create_ruleset mknodat fanotify_init
 """
 OF_FILES_AND_PROCESSES = """
-openat execve execveat clone newfstatat unlinkat fchmodat utimensat chdir wait4 sendto
+openat execve execveat clone newfstatat unlinkat fchmodat utimensat chdir wait4 sendmsg recvmsg
 """
 
 
@@ -125,6 +125,42 @@ def test_without_namespaces_a_program_signals_only_itself_and_starts_only_thread
     assert answer(machine, "compute", "tgkill", PID + 1, PID + 1, 9) == seccomp.KILL
     assert answer(machine, "compute", "clone", thread) == seccomp.ALLOW
     assert answer(machine, "compute", "clone", 17) != seccomp.ALLOW
+
+
+@MACHINES
+@LEVELS
+def test_limits_priority_and_cores_are_changed_only_for_oneself(machine: str, level: str) -> None:
+    new, old, refused = 0x7F0000001000, 0x7F0000002000, seccomp.ERRNO | seccomp.EPERM
+    for own in (0, PID):
+        assert answer(machine, level, "prlimit64", own, 9, new, 0) == seccomp.ALLOW
+        assert answer(machine, level, "prlimit64", own, 9, 0, old) == seccomp.ALLOW
+        assert answer(machine, level, "setpriority", 0, own, 5) == seccomp.ALLOW
+        assert answer(machine, level, "sched_setaffinity", own, 8, new) == seccomp.ALLOW
+    for other in (1, PID + 1):
+        assert answer(machine, level, "prlimit64", other, 9, new, 0) == refused
+        assert answer(machine, level, "setpriority", 0, other, 5) == refused
+        assert answer(machine, level, "sched_setaffinity", other, 8, new) == refused
+    assert [answer(machine, level, "setpriority", kind, 0, 5) for kind in (1, 2)] == [refused] * 2  # group, user
+
+
+@MACHINES
+@LEVELS
+def test_a_parent_cannot_have_its_children_forgotten(machine: str, level: str) -> None:
+    chld, usr1, action = 17, 10, 0x7F00_0000_0000  # an address whose low half is 0
+    assert answer(machine, level, "rt_sigaction", chld, action) == seccomp.ERRNO | seccomp.EPERM
+    assert answer(machine, level, "rt_sigaction", chld, 0x1000) == seccomp.ERRNO | seccomp.EPERM
+    assert answer(machine, level, "rt_sigaction", chld, 0) == seccomp.ALLOW
+    assert answer(machine, level, "rt_sigaction", usr1, action) == seccomp.ALLOW
+
+
+@MACHINES
+@LEVELS
+def test_the_only_sockets_are_pairs_of_streams(machine: str, level: str) -> None:
+    unix, inet, stream, datagram, cloexec = 1, 2, 1, 2, 0x80000
+    assert answer(machine, level, "socketpair", unix, stream | cloexec) == seccomp.ALLOW
+    assert answer(machine, level, "socketpair", unix, datagram) != seccomp.ALLOW
+    assert answer(machine, level, "socketpair", inet, stream) != seccomp.ALLOW
+    assert answer(machine, level, "socket", unix, stream) != seccomp.ALLOW
 
 
 @MACHINES

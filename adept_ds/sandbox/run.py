@@ -35,6 +35,8 @@ class Judgement:
 
     verdict: Verdict
     inexact: str = ""
+    distrusted: bool = False
+    """It would pass there by what it says itself that its values equal."""
     used_its_time: bool = False
     """It ran out of CPU time, which it would again."""
 
@@ -59,14 +61,14 @@ class ProgramRun:
             stack.enter_context(theirs)
             if self.beside:
                 self.running = {worker}
-                _start(worker, limits, [theirs.fileno()], self._job())
+                start(worker, limits, [theirs.fileno()], self._job())
                 return
             self.running = {worker, judge}
             ends = [stack.enter_context(end) for end in socket.socketpair()]
             job = {**(self.plan.judge or {}), "answer_bytes": limits.answer_bytes}
-            _start(worker, limits, [ends[0].fileno()], self._job())
+            start(worker, limits, [ends[0].fileno()], self._job())
             patient = replace(limits, wall_seconds=limits.wall_seconds + _JUDGE_SECONDS)
-            _start(judge, patient, [ends[1].fileno(), theirs.fileno()], job)
+            start(judge, patient, [ends[1].fileno(), theirs.fileno()], job)
 
     def _job(self) -> dict[str, Any]:
         """Return the program's job; it holds tests only if they have to run there."""
@@ -89,7 +91,7 @@ class ProgramRun:
         self.reports[worker] = report
         self.running.discard(worker)
         if worker is self.judge or self.beside:
-            self.said = _last_message(self.desk)
+            self.said = last_message(self.desk)
         if worker is self.judge and self.said != {"passed": True} and self.worker in self.running:
             self.worker.stop_program()
 
@@ -103,9 +105,10 @@ class ProgramRun:
         seconds = round(report.get("seconds", 0.0), 4)
         used = report.get("cpu_seconds", 0.0) >= self.limits.cpu_seconds
         status, kind, detail, inexact = self._outcome(report)
+        distrusted = bool(inexact) and self.said.get("distrusted") is True
         detail = detail.encode("utf-8", "backslashreplace").decode()
         verdict = Verdict(self.program.id, status, kind, detail, seconds, bool(self.beside), self.beside)
-        return Judgement(verdict, inexact, used)
+        return Judgement(verdict, inexact, distrusted, used)
 
     def _outcome(self, report: dict[str, Any]) -> tuple[Status, str | None, str, str]:
         """Return status, kind, detail and, if there is no verdict, why."""
@@ -177,7 +180,7 @@ class ProgramRun:
         return "error", "exit", f"exit status {code} before the last test"
 
 
-def _start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any]) -> None:
+def start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any]) -> None:
     """Start a process with its descriptors and, as the last of them, its job in a file of no name."""
     with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
         file.write(json.dumps(job).encode("ascii"))
@@ -185,7 +188,7 @@ def _start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict
         worker.start(limits, [*descriptors, file.fileno()])
 
 
-def _last_message(desk: socket.socket) -> Any:
+def last_message(desk: socket.socket) -> Any:
     """Return the message that a process left when it ended, or None if there is no whole one."""
     desk.setblocking(False)
     data = b""

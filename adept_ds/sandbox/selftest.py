@@ -1,9 +1,13 @@
-"""Attacks that the isolation must stop, tried from inside it before the first program runs."""
+"""Attacks that the isolation must stop, tried from inside it before the first program runs.
+
+What came of one is read from the answer of its process itself, without the judging of programs and without asserts.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +15,48 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .packages import site_packages
-from .pool import Pool
+from .pool import Launch, Pool
 from .program import Limits, Program, SandboxFailure, Tests
-from .worker import ENVIRONMENT, WorkerRefused
+from .run import last_message, start
+from .worker import ENVIRONMENT, Worker, WorkerRefused
 
-_WRONG = "pass with a wrong answer"
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=10.0, memory_mb=256)
 _ATTACKS = """
-import ctypes, os, signal, socket
+import ctypes, os, resource, signal, socket
+
+others = {1, os.getppid()} - {0}
+
+def tried(*calls):
+    # how many were not refused
+    count = 0
+    for call, *arguments in calls:
+        try:
+            count += call(*arguments) != -1
+        except OSError:
+            pass
+    return count
+
+def writable(paths):
+    return tried(*[(os.open, path, os.O_WRONLY) for path in paths])
+
+def limit_others():
+    prlimit, pair = ctypes.CDLL(None).prlimit, (ctypes.c_ulong * 2)(1 << 26, 1 << 26)
+    return tried(*[(prlimit, pid, kind, pair, None) for pid in others for kind in (0, 2, 6, 7, 9)])
+
+def slow_others():
+    calls = [(os.setpriority, os.PRIO_PROCESS, pid, 19) for pid in others]
+    calls += [(os.setpriority, kind, 0, 19) for kind in (os.PRIO_PGRP, os.PRIO_USER)]
+    calls += [(os.sched_setaffinity, pid, {min(os.sched_getaffinity(0))}) for pid in others]
+    return tried(*calls, *[(os.sched_setscheduler, pid, os.SCHED_IDLE, os.sched_param(0)) for pid in others])
+
+def end_others():
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+    return 0
+
+def state():
+    limits = [resource.getrlimit(kind) for kind in range(resource.RLIM_NLIMITS)]
+    return str([limits, os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0)), os.sched_getscheduler(0)])
 
 def read(path):
     try:
@@ -97,6 +135,27 @@ class Check:
     detail: str
 
 
+def _value(worker: Worker, expression: str) -> tuple[str | None, str]:
+    """Return what an expression is inside, as text, or None, and then what became of its process.
+
+    Raises WorkerRefused if the process could not be had, or took the server along.
+    """
+    source = f"{_ATTACKS}\nraise SystemExit(str({expression}))"
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            start(worker, LIMITS, [theirs.fileno()], {"source": source, "tests": {}})
+        report = worker.report()
+        answer = last_message(ours) or {}
+    if "failure" in report:
+        raise WorkerRefused(str(report["failure"]))
+    if answer.get("raised") == "exit":
+        return str(answer["text"]), ""
+    if os.WIFSIGNALED(report["status"] or 0) and os.WTERMSIG(report["status"]) == signal.SIGSYS:
+        return None, "killed for it"
+    return None, str(answer or report)
+
+
 @contextlib.contextmanager
 def _targets() -> Iterator[dict[str, object]]:
     """Something of the caller's own for each attack to go for: files, listeners, this very process."""
@@ -124,17 +183,34 @@ def _targets() -> Iterator[dict[str, object]]:
         }
 
 
-def run_checks(pool: Pool, isolated: bool = True) -> list[Check]:
-    """Try to get a wrong answer past the judge and, if programs are `isolated`, every attack on what isolates them.
+_KILLED_FOR = ("signal the grader", "end other processes")
+_SETTINGS = ("kernel/core_pattern", "kernel/modprobe", "kernel/ns_last_pid", "kernel/hostname", "vm/drop_caches")
 
-    All is well if each check holds. Raises WorkerRefused if one cannot run.
-    """
+
+def check_judge(launch: Launch) -> Check:
+    """Try to get a wrong answer past the judge. Raises WorkerRefused if that cannot be tried."""
+    pool = Pool(launch, 1, LIMITS)
+    try:
+        program = Program("wrong", "def one():\n    return 2", Tests(asserts=("assert one() == 1",)))
+        ((_, verdict),) = pool.run([program])
+    except SandboxFailure as failure:
+        raise WorkerRefused(str(failure)) from None
+    finally:
+        pool.close()
+    return Check("pass with a wrong answer", verdict.status == "failed" and not verdict.in_process, verdict.detail)
+
+
+def run_checks(worker: Worker) -> list[Check]:
+    """Try every attack on `worker`; the isolation holds if each check does. Raises WorkerRefused if one cannot run."""
+    settings = [f"/proc/sys/{name}" for name in _SETTINGS]
+    settings += ["/proc/sysrq-trigger", "/proc/1/oom_score_adj", "/sys/kernel/uevent_helper", "/sys/power/state"]
     with _targets() as t:
         pid = os.getpid()
         attacks = {
             "read a file of the user": f"read({t['secret']!r}) is None",
             "write beside it": f"write({t['new']!r}) is None",
             "see installed packages": f"entries({site_packages()}) == 0",
+            "write the kernel's settings": f"writable({settings}) == 0",
             "connect by TCP": f"connect({int(socket.AF_INET)}, {t['tcp']!r}) is None",
             "send by UDP": f"send({t['udp']!r}) is None",
             "connect to an abstract socket": f"connect({int(socket.AF_UNIX)}, {t['abstract']!r}) is None",
@@ -145,21 +221,17 @@ def run_checks(pool: Pool, isolated: bool = True) -> list[Check]:
             "inherit the environment": f"unexpected_variables({[*ENVIRONMENT, 'LC_CTYPE', 'PWD']}) == []",
             "gain privileges": "privileges() == [1, 2]",
             "make a user namespace": "new_namespace() == -1",
+            "change limits of other processes": "limit_others() == 0",
+            "slow other processes down": "slow_others() == 0",
+            "end other processes": "end_others()",
         }
-        programs = [
-            Program(name, _ATTACKS, Tests(asserts=(f"assert {assertion}",), reference=_ATTACKS))
-            for name, assertion in attacks.items()
-            if isolated
-        ]
-        programs.append(Program(_WRONG, "def one():\n    return 2", Tests(asserts=("assert one() == 1",))))
-        try:
-            verdicts = [verdict for _, verdict in pool.run(programs)]
-        except SandboxFailure as failure:
-            raise WorkerRefused(str(failure)) from None
-    checks = []
-    for verdict in verdicts:
-        # The filter answers some attacks by killing the process, which stops them too.
-        killed = verdict.status == "error" and verdict.kind == "signal" and verdict.id == "signal the grader"
-        wanted = "failed" if verdict.id == _WRONG else "passed"
-        checks.append(Check(verdict.id, verdict.status == wanted or killed, verdict.detail))
-    return checks
+        before = _value(worker, "state()")
+        checks = []
+        for name, expression in attacks.items():
+            value, detail = _value(worker, expression)
+            # The filter answers some attacks by killing the process, which stops them too.
+            held = value == "True" or (name in _KILLED_FOR and detail == "killed for it")
+            checks.append(Check(name, held, value or detail))
+        after = _value(worker, "state()")
+        checks.append(Check("change what later programs inherit", before == after, f"{before} became {after}"))
+        return checks

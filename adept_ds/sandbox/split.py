@@ -214,6 +214,7 @@ class _Rewriter(ast.NodeTransformer):
         parent = self.parents.get(node)
         called = parent.func.id if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) else None
         site["orderless"] = isinstance(parent, (ast.Compare, ast.Assert, ast.UnaryOp)) or called in _SETS_ONLY
+        site["against"] = isinstance(parent, ast.Compare) and sum(map(self.has_site, ast.iter_child_nodes(parent))) == 1
         self.sites.append(site)
         return ast.Call(ast.Name("__call__", ast.Load()), [ast.Constant(len(self.sites) - 1), *values], [])
 

@@ -45,18 +45,17 @@ class WorkerRefused(RuntimeError):
 class Worker:
     """One running fork server.
 
-    `config` names the tier, the packages that programs may import with their folders, for namespaces the paths that are
-    shown inside, and the folder of the server's own code (`code`) where it is not this one.
+    `config` names the tier, the packages that programs may import with their folders, and, where the tier has files of
+    its own, the paths that are shown inside.
     """
 
     def __init__(self, command: list[str], config: dict[str, Any]) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         number = theirs.fileno()
-        code = config.get("code", CODE)
         # fork and exec, never a fork alone: a caller that holds a large model would pay for it with each program.
         self.process = subprocess.Popen(
-            [*command, "-s", "-S", "-B", "-c", _BOOT, code, str(number)],
+            [*command, "-s", "-S", "-B", "-c", _BOOT, CODE, str(number)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
@@ -68,7 +67,7 @@ class Worker:
         theirs.close()
         self.had: dict[str, Any] = {}
         try:
-            self.control.send(json.dumps(config | {"control": number, "code": code}).encode())
+            self.control.send(json.dumps(config | {"control": number, "code": CODE}).encode())
             self._await_start()
         except BaseException:
             self.close()

@@ -58,10 +58,11 @@ MODULE, FILE = "candidate", "candidate.py"
 _SETUP = -1
 
 
-def _raised(error: BaseException) -> dict[str, Any]:
+def _raised(error: BaseException, may_be_caught: bool = False) -> dict[str, Any]:
     """Return the answer for a raised exception: its kind in the verdict's closed set, its type and its text.
 
-    `args` are there if another process could raise the very same: an exception that has nothing but plain arguments.
+    If tests may catch it, `args` are there if another process could raise the very same: an exception that has nothing
+    but plain arguments.
     """
     kind = "exception"
     if isinstance(error, SystemExit):
@@ -71,7 +72,7 @@ def _raised(error: BaseException) -> dict[str, Any]:
     elif isinstance(error, ImportError):
         kind = "import"
     answer = {"raised": kind, "type": _type_name(type(error)), "text": _describe(error)}
-    if type(error) in _PLAIN_ERRORS and not error.__dict__:
+    if may_be_caught and type(error) in _PLAIN_ERRORS and not error.__dict__:
         with _suppress(_Inexact):
             answer["args"] = _encode(list(error.args))
     return answer
@@ -84,7 +85,7 @@ def _load(source: str) -> tuple[Any, Any, dict[str, Any] | None]:
     _modules[MODULE] = module
     linecache.cache[FILE] = (len(source), None, source.splitlines(True), FILE)  # for tracebacks and `inspect`
     try:
-        code = compile(source, FILE, "exec", 0, True)
+        code = compile(source.removeprefix("\ufeff"), FILE, "exec", 0, True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return module, None, {"raised": "syntax", "type": _type_name(type(error)), "text": _describe(error)}
     try:
@@ -123,7 +124,17 @@ def _differing(code: Any, space: dict[str, Any], expected: dict[str, Any]) -> li
     return sorted(found)
 
 
+def _has_own_equality(value: Any) -> bool:
+    """Tell whether the program itself says what the value equals."""
+    for base in type.__dict__["__mro__"].__get__(type(value)):
+        names = type.__dict__["__dict__"].__get__(base)
+        if "__eq__" in names:
+            return names.get("__module__") == MODULE
+    return False
+
+
 def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
+    value = None
     try:
         if "run" in request:
             _run(request["run"], "<test>", module.__dict__)
@@ -135,11 +146,11 @@ def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
         _setprofile(None)
         return {"value": _encode(value)}
     except _Inexact as reason:
-        return {"inexact": str(reason)}
+        return {"inexact": str(reason), "own_equality": _has_own_equality(value)}
     except BaseException as error:
         _settrace(None)
         _setprofile(None)
-        return _raised(error)
+        return _raised(error, request["catches"])
 
 
 def _run_tests(space: dict[str, Any], tests: dict[str, Any]) -> dict[str, Any]:

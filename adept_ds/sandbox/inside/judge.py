@@ -87,9 +87,9 @@ class Judge:
         channel.send(self.desk, verdict)
         os._exit(0)
 
-    def inexact(self, reason: str) -> NoReturn:
-        """End without a verdict: the tests have to run beside the program."""
-        self.end({"inexact": reason})
+    def inexact(self, reason: str, distrusted: bool = False) -> NoReturn:
+        """End without a verdict: the tests have to run beside the program; `distrusted` if passing there proves nothing."""
+        self.end({"inexact": reason, "distrusted": distrusted})
 
     def receive(self) -> dict[str, Any]:
         """Return the program's answer."""
@@ -116,15 +116,18 @@ class Judge:
             self.violation(f"an exception of kind {kind}")
         return kind, f"{name}: {text}" if text else name
 
-    def ask(self, request: dict[str, Any]) -> Any:
-        """Send a call and return its value; raises what it raised if the tests might catch that."""
+    def ask(self, request: dict[str, Any], against: bool = False) -> Any:
+        """Send a call and return its value; raises what it raised if the tests might catch that.
+
+        `against` says that the value is compared with one that is not the program's.
+        """
         try:
-            channel.send(self.talk, request)
+            channel.send(self.talk, request | {"catches": self.job["catches"]})
         except OSError:
             self.end({"gone": True})
         answer = self.receive()
         if "inexact" in answer:
-            self.inexact(shorten(str(answer["inexact"])))
+            self.inexact(shorten(str(answer["inexact"])), against and answer.get("own_equality") is True)
         if "raised" in answer:
             kind, what = self.raised(answer)
             if not self.job["catches"]:
@@ -166,7 +169,7 @@ class Judge:
                 forms.append(encode(values[index]))
             except Inexact as reason:
                 self.inexact(f"variable {name}, {reason}")
-        value = self.ask({"call": site["call"], "values": forms})
+        value = self.ask({"call": site["call"], "values": forms}, site["against"])
         if not site["orderless"] and has_order(value):
             self.inexact("a returned set whose order the tests may see")
         self.shown.append(_show(value))

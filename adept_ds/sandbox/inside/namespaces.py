@@ -13,6 +13,8 @@ import os
 import signal
 from typing import Any
 
+from . import landlock
+
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_VM = 0x100
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -25,6 +27,7 @@ NUMBERS = {"x86_64": (155, 126), "aarch64": (41, 91)}  # of pivot_root and capse
 _PIVOT_ROOT, _CAPSET = NUMBERS.get(os.uname().machine, (-1, -1))
 _CAP_HEADER, _NO_CAPABILITY = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 _DEVICES = ("null", "zero", "random", "urandom")
+_OWN_PROC = [f"/proc/self/{name}" for name in ["cmdline", "comm", "fd", "limits", "maps", "stat", "statm", "status"]]
 _STICKY = {"ST_NOSUID": MS_NOSUID, "ST_NODEV": MS_NODEV, "ST_NOEXEC": MS_NOEXEC}
 _STICKY |= {"ST_NOATIME": 1024, "ST_NODIRATIME": 2048, "ST_RELATIME": 1 << 21}
 
@@ -73,11 +76,14 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _is_mapped(user: int) -> bool:
-    """Tell whether a user exists in the namespace that this process is in."""
+def has_two_users() -> bool:
+    """Tell whether this process is root where `nobody` exists beside it.
+
+    Root of a user namespace that someone else made may be its only user; it is treated as any other user.
+    """
     with open("/proc/self/uid_map") as file:
         ranges = [[int(field) for field in line.split()] for line in file]
-    return any(first <= user < first + count for first, _, count in ranges)
+    return os.getuid() == 0 and any(first <= NOBODY < first + count for first, _, count in ranges)
 
 
 def _map_as_root(parent: int, ready: int) -> None:
@@ -90,8 +96,7 @@ def _map_as_root(parent: int, ready: int) -> None:
 def enter_user_namespace() -> None:
     """Become privileged in a new user namespace; programs run as `nobody` in it."""
     uid, gid = os.getuid(), os.getgid()
-    # Root of a user namespace that someone else made may be its only user; it is treated as any other user.
-    if uid == 0 and _is_mapped(NOBODY):
+    if has_two_users():
         # A map of two users can only be written from outside the new namespace.
         ready, go = os.pipe()
         parent = os.getpid()
@@ -213,14 +218,13 @@ class PidNamespaces:
     def open(self) -> int:
         """Make the namespace that the next fork will enter; returns its process 1."""
         unshare(CLONE_NEWPID, "pid")
-        # Both are inherited. All signals blocked: pause never returns. SIGCHLD ignored: the kernel reaps orphans.
+        # Inherited, and all blocked: pause never returns. It reaps nothing: what a parent left behind stays to be seen,
+        # and to be counted, until the namespace ends.
         # (By the C library, because Python's own function builds 64 enum members each time.)
         libc.pthread_sigmask(signal.SIG_SETMASK, self.every_signal, self.usual_signals)
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             self.init = libc.clone(libc.pause, self.top, CLONE_VM | signal.SIGCHLD, None)
         finally:
-            signal.signal(signal.SIGCHLD, handler)
             libc.pthread_sigmask(signal.SIG_SETMASK, self.usual_signals, None)
         _check(min(self.init, 0), "clone")
         return self.init
@@ -235,11 +239,21 @@ class PidNamespaces:
 
 
 def renew(scratch_mb: int, scratch_files: int) -> None:
-    """Give the calling process, in a fresh pid namespace, its own /tmp, /proc, and shared memory."""
+    """Give the calling process, in a fresh pid namespace, its own /tmp, /proc, and shared memory.
+
+    Of /proc it gets the processes, not the host (the kernel's command line and settings, its boot's number), and of
+    itself what does not show where on the host the files lie.
+    """
     unshare(CLONE_NEWNS | CLONE_NEWIPC, "mount, ipc")
     options = f"size={scratch_mb}m,nr_inodes={scratch_files},mode=1777"
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
-    mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    try:
+        mount("proc", "/proc", "proc", flags, "subset=pid")
+    except OSError:  # before Linux 5.8
+        mount("proc", "/proc", "proc", flags)
+    folders = [entry.path for entry in os.scandir("/") if entry.name != "proc" and not entry.is_symlink()]
+    landlock.read_only_beneath([*folders, *_OWN_PROC])
 
 
 def drop_bounding_set() -> None:

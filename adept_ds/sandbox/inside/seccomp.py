@@ -1,8 +1,9 @@
 """The system calls that a program may make: two allow-lists, for x86-64 and aarch64, as a BPF filter set by prctl.
 
-`compute` is for a process that has no namespaces around it: memory, time, threads, and the descriptors it was given.
-`files` adds files, processes and pipes, for programs whose file system, process table and network are private.
-Both refuse every socket; unknown calls answer ENOSYS, so that the C library falls back to older ones.
+`compute` is for a process that has no namespaces around it: memory, time, threads, pipes, and the descriptors it was
+given. `files` adds files and processes, for programs whose file system, process table and network are private. Both
+refuse every socket but a pair of streams, and what changes another process's limits, priority or cores; unknown calls
+answer ENOSYS, so that the C library falls back to older ones.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import struct
 
 # name:x86-64:aarch64, a dash where the architecture lacks the call; frequent calls first.
 _COMPUTE = """
-read:0:63 write:1:64 mmap:9:222 munmap:11:215 brk:12:214 futex:202:98 rt_sigaction:13:134 rt_sigprocmask:14:135
+read:0:63 write:1:64 mmap:9:222 munmap:11:215 brk:12:214 futex:202:98 rt_sigprocmask:14:135
 rt_sigreturn:15:139 close:3:57 lseek:8:62 fstat:5:80 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 dup:32:23
 mremap:25:216 mprotect:10:226 madvise:28:233 mincore:27:232 msync:26:227 rt_sigpending:127:136 rt_sigsuspend:130:133
 rt_sigtimedwait:128:137 sigaltstack:131:132 set_robust_list:273:99 get_robust_list:274:100 rseq:334:293
@@ -28,7 +29,8 @@ getrusage:98:165 getpriority:140:141 getrandom:318:278 uname:63:160 sysinfo:99:1
 sched_getaffinity:204:123 sched_getparam:143:121 sched_getscheduler:145:120 sched_get_priority_max:146:125
 sched_get_priority_min:147:126 poll:7:- ppoll:271:73 select:23:- pselect6:270:72 epoll_create:213:- epoll_create1:291:20
 epoll_ctl:233:21 epoll_wait:232:- epoll_pwait:281:22 eventfd:284:- eventfd2:290:19 pipe:22:- pipe2:293:59 exit:60:93
-exit_group:231:94 restart_syscall:219:128 arch_prctl:158:- getcwd:79:17 umask:95:166
+exit_group:231:94 restart_syscall:219:128 arch_prctl:158:- getcwd:79:17 umask:95:166 sendto:44:206 recvfrom:45:207
+shutdown:48:210 getsockname:51:204 getpeername:52:205 getsockopt:55:209
 """
 _FILES = """
 open:2:- openat:257:56 openat2:437:437 creat:85:- access:21:- faccessat:269:48 faccessat2:439:439 stat:4:- lstat:6:-
@@ -40,11 +42,9 @@ utimensat:280:88 futimesat:261:- statfs:137:43 fstatfs:138:44 copy_file_range:32
 pwritev:296:70 preadv2:327:286 pwritev2:328:287 fadvise64:221:223 readahead:187:213 splice:275:76 tee:276:77
 getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11 llistxattr:195:12 flistxattr:196:13 dup2:33:-
 dup3:292:24 close_range:436:436 fork:57:- vfork:58:- execve:59:221 execveat:322:281 wait4:61:260 waitid:247:95
-setpgid:109:154 setsid:112:157 sched_setaffinity:203:122 setpriority:141:140 setrlimit:160:164 inotify_init:253:-
-inotify_init1:294:26 inotify_add_watch:254:27 inotify_rm_watch:255:28 timerfd_create:283:85 timerfd_settime:286:86
-timerfd_gettime:287:87 signalfd:282:- signalfd4:289:74 pidfd_open:434:434 mlock:149:228 munlock:150:229 mlock2:325:284
-sendmsg:46:211 recvmsg:47:212 sendto:44:206 recvfrom:45:207 shutdown:48:210 getsockname:51:204 getpeername:52:205
-getsockopt:55:209 setsockopt:54:208
+setpgid:109:154 setsid:112:157 setrlimit:160:164 timerfd_create:283:85 timerfd_settime:286:86 timerfd_gettime:287:87
+signalfd:282:- signalfd4:289:74 pidfd_open:434:434 mlock:149:228 munlock:150:229 mlock2:325:284 sendmsg:46:211
+recvmsg:47:212
 """
 _CHECKED = {
     "clone": (56, 220),
@@ -58,6 +58,9 @@ _CHECKED = {
     "ioctl": (16, 29),
     "fcntl": (72, 25),
     "prlimit64": (302, 261),
+    "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122),
+    "rt_sigaction": (13, 134),
     "socket": (41, 198),
     "socketpair": (53, 199),
 }
@@ -66,12 +69,16 @@ _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 EPERM, EACCES, ENOSYS, ENOTTY = 1, 13, 38, 25
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
-_NR, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24  # offsets in struct seccomp_data; the low halves of 64-bit arguments
+# Offsets in struct seccomp_data; the low halves of 64-bit arguments.
+_NR, _ARCH, _ARG0, _ARG1, _ARG2, _ARG3 = 0, 4, 16, 24, 32, 40
+_HIGH = 4
 _NEW_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag that clone() takes
 _CLONE_THREAD = 0x00010000
 _FIRST_UNKNOWN = 424
 _OWN_PID = 0x5EC0C0DE
 _TTY_FREE_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIO(N)CLEX
+_STREAM = (1, 0x801, 0x80001, 0x80801)  # SOCK_STREAM, with SOCK_NONBLOCK and SOCK_CLOEXEC: sends to its pair only
+_SIGCHLD = 17
 _PLAIN_PRCTL = (3, 15, 16, 21, 23, 27, 39)  # only reads, and the thread's name
 _PLAIN_FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)  # dup, descriptor and status flags, locks, cloexec dup, pipe size
 
@@ -93,18 +100,21 @@ def _case(value: int, body: list[bytes]) -> list[bytes]:
     return [_statement(_JEQ, value, 0, len(body)), *body]
 
 
+def _require(offset: int, values: tuple[int, ...], otherwise: int) -> list[bytes]:
+    """Go on if the argument is one of `values`."""
+    body = [_statement(_JEQ, value, len(values) - index) for index, value in enumerate(values)]
+    return [_statement(_LOAD, offset), *body, _statement(_RET, otherwise)]
+
+
 def _among(offset: int, values: tuple[int, ...], otherwise: int) -> list[bytes]:
     """Allow if the argument is one of `values`."""
-    body = [_statement(_LOAD, offset)]
-    for value in values:
-        body += [_statement(_JEQ, value, 0, 1), _statement(_RET, ALLOW)]
-    return [*body, _statement(_RET, otherwise)]
+    return [*_require(offset, values, otherwise), _statement(_RET, ALLOW)]
 
 
 def program(level: str, pid: int, machine: str | None = None) -> bytes:
     """Return the filter for one process; see `_program`. Its long part is the same for all, and made once."""
     marked = _program(level, machine or platform.machine())
-    return marked.replace(_statement(_JEQ, _OWN_PID, 0, 1), _statement(_JEQ, pid, 0, 1))
+    return marked.replace(struct.pack("I", _OWN_PID), struct.pack("I", pid))
 
 
 @functools.cache
@@ -132,24 +142,21 @@ def _program(level: str, machine: str) -> bytes:
             signal += [_statement(_JEQ, target, 0, 1), kill]
         signal.append(allow)
         clone.append(allow)
-        thread_signal = signal
-        limits = [allow]
-        pair = _among(_ARG0, (1,), ERRNO | EACCES)
     else:
-        signal = [_statement(_LOAD, _ARG0), _statement(_JEQ, _OWN_PID, 0, 1), allow, kill]
-        thread_signal = signal
+        signal = _among(_ARG0, (_OWN_PID,), KILL)
         clone += [_statement(_JSET, _CLONE_THREAD, 0, 1), allow, refuse]
-        limits = _among(_ARG0, (0, _OWN_PID), ERRNO | EPERM)
-        pair = [_statement(_RET, ERRNO | EACCES)]
+    own = _require(_ARG0, (0, _OWN_PID), ERRNO | EPERM)
+    # As getrlimit and setrlimit of the C library make it: for the caller, reading or writing.
+    limits = [*own, _statement(_LOAD, _ARG2), _statement(_JEQ, 0, 0, 1), allow, *_among(_ARG3, (0,), ERRNO | EPERM)]
+    # A parent that ignores SIGCHLD has its children's CPU time forgotten by the kernel.
+    action = [_statement(_LOAD, _ARG0), _statement(_JEQ, _SIGCHLD, 1, 0), allow]
+    action += [*_require(_ARG1, (0,), ERRNO | EPERM), *_among(_ARG1 + _HIGH, (0,), ERRNO | EPERM)]
     bodies = {
         "clone": clone,
         "clone3": [_statement(_RET, ERRNO | ENOSYS)],
         "kill": signal,
-        "tgkill": thread_signal,
-        # tkill names a thread and no process, so only the main thread is known to be the program's own
-        "tkill": signal
-        if level == "files"
-        else [_statement(_LOAD, _ARG0), _statement(_JEQ, _OWN_PID, 0, 1), allow, kill],
+        "tgkill": signal,
+        "tkill": signal,  # names a thread and no process, so only the main thread is known to be the program's own
         "rt_sigqueueinfo": signal,
         "rt_tgsigqueueinfo": signal,
         "prctl": _among(_ARG0, _PLAIN_PRCTL + ((1, 2, 4, 36, 38) if level == "files" else ()), ERRNO | EPERM),
@@ -157,7 +164,10 @@ def _program(level: str, machine: str) -> bytes:
         "fcntl": _among(_ARG1, _PLAIN_FCNTL, ERRNO | EPERM),
         "prlimit64": limits,
         "socket": [_statement(_RET, ERRNO | EACCES)],
-        "socketpair": pair,
+        "setpriority": [*_require(_ARG0, (0,), ERRNO | EPERM), *_among(_ARG1, (0, _OWN_PID), ERRNO | EPERM)],
+        "sched_setaffinity": [*own, allow],
+        "rt_sigaction": action,
+        "socketpair": [*_require(_ARG0, (1,), ERRNO | EACCES), *_among(_ARG1, _STREAM, ERRNO | EACCES)],
     }
     for name, body in bodies.items():
         code += _case(number[name], body)

@@ -65,6 +65,9 @@ _DEEPER = (
 )
 
 
+_zones: list[Any] = []  # where none can be read from disk: ZoneInfo finds again what somebody holds
+
+
 class UnusablePackage(Exception):
     """An allowed package cannot be imported; the text says which and why."""
 
@@ -106,6 +109,8 @@ def _warm(config: dict[str, Any]) -> dict[str, str]:
             if not name.startswith("_"):
                 with contextlib.suppress(ImportError, OSError):
                     importlib.import_module(name)
+        zoneinfo = importlib.import_module("zoneinfo")
+        _zones.extend(zoneinfo.ZoneInfo(key) for key in zoneinfo.available_timezones())
     with warnings.catch_warnings(action="ignore"):
         versions = _import_packages(config["packages"])
     site.setquit()
@@ -140,6 +145,7 @@ def _isolate(config: dict[str, Any]) -> dict[str, Any]:
             os.close(config["control"])
             _wait_as_parent(server)
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)
+    if "binds" in config:
         namespaces.build_root(config)
         namespaces.drop_bounding_set()
     else:

@@ -1,7 +1,7 @@
 """The parent of one program: sets its limits, watches the whole tree of its processes, and leaves nothing of it behind.
 
-Part of the fork server. In the namespaces tier every program has its own pid namespace, whose end ends every process in
-there, wherever it went; in the others the server is the child subreaper that all of them fall back to.
+Part of the fork server. Where the tier has namespaces every program has its own pid namespace, whose end ends every
+process in there, wherever it went; elsewhere the server is the child subreaper that all of them fall back to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import resource
 import select
 import signal
-import stat
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +22,16 @@ from typing import Any
 from . import landlock, namespaces, seccomp
 
 PROTOCOL_EXIT = 121  # the candidate's side ends so when its channel to the grader is gone
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = os.sysconf("SC_CLK_TCK")
 _WATCH_SECONDS = 0.04
 # Older kernels would count all processes that the user has on the machine.
 _COUNTED_PER_NAMESPACE = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2]) >= (5, 14)
 _DRAIN_BYTES = 1 << 16
+# Of /proc/PID/status and /proc/PID/smaps_rollup: what a process holds, and its part of what several hold.
+_HELD = (b"RssAnon", b"RssShmem", b"VmPTE", b"VmSwap", b"HugetlbPages")
+_HELD_SHARES = (b"Pss", b"SwapPss", b"Shared_Hugetlb", b"Private_Hugetlb")
+with socket.socket(socket.AF_UNIX) as _socket:
+    _BUFFER_BYTES = {"pipe": 1 << 16, "socket": _socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)}
 
 
 class Stopped(Exception):
@@ -39,6 +43,7 @@ class _Watch:
 
     def __init__(self, limits: dict[str, Any], init: int | None, scratch: str | None) -> None:
         self.limits, self.init, self.scratch = limits, init, scratch
+        self.ended_before = _cpu_of_ended()
         self.peak_mb = 0.0
         self.cpu_seconds = 0.0
 
@@ -60,26 +65,42 @@ class _Watch:
     def look(self) -> None:
         """Raise `Stopped` if the tree as a whole is over a limit."""
         pids = self.processes()
-        memory, cpu = self.scratch_bytes(), 0.0
+        cpu = _cpu_of_ended() - self.ended_before
+        elsewhere, resident, holders = self.scratch_bytes(), 0, []
+        buffers: dict[str, int] = {}
         for pid in pids:
+            # One after another: what ends meanwhile has its time counted elsewhere, and no memory.
             with contextlib.suppress(OSError, IndexError):
-                with open(f"/proc/{pid}/statm") as file:
-                    _, resident, shared = (int(field) for field in file.read().split()[:3])
-                memory += (resident - shared) * _PAGE
                 cpu += sum(int(field) for field in _stat(pid)[11:15]) / _TICK
+                # The process's own entry is empty once its first thread has ended, and shows only that one's files.
+                tasks = [f"/proc/{pid}/task/{name}" for name in os.listdir(f"/proc/{pid}/task")]
+                for task in tasks:
+                    _find_buffers(task, buffers)
+                held, path = max(((_sizes(f"{task}/status", _HELD), task) for task in tasks), default=(0, ""))
+                if held:
+                    resident += held
+                    holders.append(path)
+        elsewhere += sum(buffers.values())
         limit = self.limits["memory_mb"] * 2**20
-        if memory > limit and len(pids) > 1:
+        if elsewhere + resident > limit and len(holders) > 1:
             # Pages shared since a fork were counted once for each process; the kernel's exact figure costs more.
-            memory = self.scratch_bytes() + sum(_proportional(pid) for pid in pids)
-        self.peak_mb = max(self.peak_mb, memory / 2**20)
+            resident = sum(_sizes(f"{task}/smaps_rollup", _HELD_SHARES) for task in holders)
+            resident += sum(_sizes(f"{task}/status", (b"VmPTE",)) for task in holders)
+        self.peak_mb = max(self.peak_mb, (elsewhere + resident) / 2**20)
         self.cpu_seconds = max(self.cpu_seconds, cpu)
-        if memory > limit:
+        if elsewhere + resident > limit:
             raise Stopped("memory")
         if cpu > self.limits["cpu_seconds"]:
             raise Stopped("timeout")
-        # Where the kernel does not enforce these two, being caught here is what a program gets.
-        if len(pids) > self.limits["processes"] or self.scratch_files() > self.limits["scratch_files"]:
+        # Where the kernel does not enforce this, being caught here is what a program gets.
+        if len(pids) > self.limits["processes"]:
             raise Stopped("violation")
+
+    def ended(self) -> None:
+        """Take the final figures, once no process is left; raises `Stopped` if they are over the limit."""
+        self.cpu_seconds = max(self.cpu_seconds, _cpu_of_ended() - self.ended_before)
+        if self.cpu_seconds > self.limits["cpu_seconds"]:
+            raise Stopped("timeout")
 
     def scratch_bytes(self) -> int:
         """Return what the program's scratch folder holds; it is memory too."""
@@ -89,14 +110,6 @@ class _Watch:
                 return (info.f_blocks - info.f_bfree) * info.f_frsize
         return 0
 
-    def scratch_files(self) -> int:
-        """Return the number of files in the scratch folder."""
-        with contextlib.suppress(OSError):
-            if self.scratch is not None:
-                info = os.statvfs(self.scratch)
-                return info.f_files - info.f_ffree
-        return 0
-
 
 def _stat(pid: int) -> list[bytes]:
     """Return the fields of /proc/PID/stat behind the process's name, which may be any bytes."""
@@ -104,10 +117,27 @@ def _stat(pid: int) -> list[bytes]:
         return file.read().rpartition(b")")[2].split()
 
 
-def _proportional(pid: int) -> int:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as file:
-        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Pss:"))
+def _cpu_of_ended() -> float:
+    """Return the CPU seconds of all processes that this one has reaped, with those that they had reaped."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _sizes(path: str, names: tuple[bytes, ...]) -> int:
+    """Return the sum, in bytes, of some sizes in a file of /proc; 0 if its process has ended."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return sum(int(line.split()[1]) * 1024 for line in file if line.partition(b":")[0] in names)
     return 0
+
+
+def _find_buffers(task: str, buffers: dict[str, int]) -> None:
+    """Add the pipes and sockets that a thread has open, each with what the kernel may keep for it."""
+    for name in os.listdir(f"{task}/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"{task}/fd/{name}")
+            kind = target.partition(":")[0]
+            if kind in _BUFFER_BYTES:
+                buffers[target] = _BUFFER_BYTES[kind]
 
 
 def _set_limit(kind: int, value: int) -> None:
@@ -142,8 +172,7 @@ class Supervisor:
 
     def __init__(self, control: int, config: dict[str, Any]) -> None:
         self.control, self.config = control, config
-        self.in_namespaces = config["tier"] == "namespaces"
-        self.scratch = "/tmp" if config["tier"] == "bubblewrap" else None
+        self.in_namespaces = "binds" in config
         self.parent = os.getppid()
         self.wake, waker = os.pipe()
         os.set_blocking(self.wake, False)
@@ -197,11 +226,10 @@ class Supervisor:
             os.close(descriptor)
         os.set_blocking(output, False)
         os.set_blocking(trouble, False)
-        watch = _Watch(limits, init, f"/proc/{child}/root/tmp" if init is not None else self.scratch)
+        watch = _Watch(limits, init, f"/proc/{child}/root/tmp" if init is not None else None)
         reason = status = None
         try:
             status, usage = self.wait(child, output, watch, started + limits["wall_seconds"])
-            watch.cpu_seconds = max(watch.cpu_seconds, usage.ru_utime + usage.ru_stime)
             watch.peak_mb = max(watch.peak_mb, usage.ru_maxrss / 1024)
         except Stopped as stop:
             reason = str(stop)
@@ -209,10 +237,12 @@ class Supervisor:
         if pids is not None:
             pids.end()
         _end_children(watch)
+        try:
+            watch.ended()
+        except Stopped as stop:
+            reason = reason or str(stop)
         os.close(output)
         failure = _told(trouble)
-        if self.scratch is not None:
-            _empty(self.scratch)
         if failure:
             return {"failure": f"the isolation of a program could not be set up: {failure}"}
         cpu, peak = round(watch.cpu_seconds, 3), round(watch.peak_mb, 1)
@@ -244,7 +274,7 @@ class Supervisor:
         level = self.config["seccomp"] if fresh or self.config["seccomp"] is None else "compute"
         os.chdir("/" if level == "compute" else "/tmp")
         os.umask(0o077)
-        _apply_limits(limits, self.in_namespaces or self.scratch is not None)
+        _apply_limits(limits, self.in_namespaces)
         if self.in_namespaces:
             namespaces.become_nobody()
         namespaces.libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the server's end is this process's too
@@ -275,14 +305,12 @@ class Supervisor:
                         poll.unregister(output)
                 elif descriptor == self.control:
                     os.read(self.control, 4096)  # "stop", or nothing at the grader's end
-                    self.last_look(watch)
                     raise Stopped("stopped")
                 else:
                     os.read(self.wake, 4096)
                     status, usage = _reap(child)
                     if status is not None:
                         _drain(output, left)
-                        self.last_look(watch)
                         return status, usage
             now = time.monotonic()
             if now >= deadline:
@@ -292,11 +320,6 @@ class Supervisor:
                     raise Stopped("stopped")
                 watch.look()
                 next_look = time.monotonic() + _WATCH_SECONDS
-
-    def last_look(self, watch: _Watch) -> None:
-        """Look at what the program leaves behind, where the kernel may not have held the limits; raises `Stopped`."""
-        if self.scratch is not None:
-            watch.look()
 
 
 def _nothing(*_: Any) -> None:
@@ -332,30 +355,6 @@ def _drain(output: int, left: int) -> int:
             if total > left:
                 raise Stopped("output")
     return total
-
-
-def _empty(folder: str) -> None:
-    """Remove all that a program left in its scratch folder, however deep: folders are moved up before they are left."""
-    os.chmod(folder, 0o1777)
-    moved, prefix = 0, f"{folder}/{os.urandom(8).hex()}-"
-    while names := os.listdir(folder):
-        for path in [f"{folder}/{name}" for name in names]:
-            if not _is_folder(path):
-                os.unlink(path)
-                continue
-            os.chmod(path, 0o700)
-            for inner in [f"{path}/{name}" for name in os.listdir(path)]:
-                if _is_folder(inner):
-                    os.chmod(inner, 0o700)
-                    os.rename(inner, f"{prefix}{moved}")
-                    moved += 1
-                else:
-                    os.unlink(inner)
-            os.rmdir(path)
-
-
-def _is_folder(path: str) -> bool:
-    return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
 def _end_children(watch: _Watch) -> None:
