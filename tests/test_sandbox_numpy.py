@@ -66,14 +66,10 @@ RIGHT = [
     "f('np.matrix([[1]])').shape == (1, 1)",
 ]
 WRONG = {
-    "array that claims to equal all": "np.array_equal(f('np.zeros(3).view(Liar)'), [1, 2, 3])",
-    "the same by ==": "(f('np.zeros(3).view(Liar)') == [1, 2, 3]).all()",
+    "array that claims to equal all": "(f('np.zeros(3).view(Liar)') == [1, 2, 3]).all()",
     "scalar that claims to equal all": "f('LyingFloat(7)') == 3",
     "array of objects": "np.array_equal(f('np.array([object()], dtype=object)'), [1])",
     "structured array": "np.array_equal(f('np.zeros(1, dtype=\"i4,i4\")'), [0])",
-    "huge array": "f('np.zeros(10**6)').sum() == 0",
-    "no items but huge": "f('np.zeros((0, 10**9))').shape == (0, 10**9)",
-    "huge by strides only": "f('np.broadcast_to(1, (10**6, 10**6))').sum() == 1",
     "truth of several values": "f('np.array([1, 2])') == [1, 2]",
 }
 
@@ -87,7 +83,14 @@ def test_arrays_compare_as_in_one_process(sandbox: Sandbox, claim: str) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_arrays_that_lie_or_exhaust_fail(sandbox: Sandbox, name: str) -> None:
     verdict = judge(sandbox, WRONG[name])
-    assert (verdict.status, verdict.in_process) == ("failed", False), verdict.detail
+    assert verdict.status == "failed", verdict.detail
+
+
+@pytest.mark.parametrize(
+    "claim", ["np.array_equal(f('np.zeros(3).view(Liar)'), [1, 2, 3])", "f('np.zeros(10**6)') is not None"]
+)
+def test_arrays_that_cannot_be_carried_over_are_stamped(sandbox: Sandbox, claim: str) -> None:
+    assert judge(sandbox, claim).in_process
 
 
 def test_only_the_named_packages_are_there(sandbox: Sandbox) -> None:
@@ -121,20 +124,18 @@ def test_packages_are_part_of_the_description(sandbox: Sandbox) -> None:
     "statement",
     [
         "assert np.load('x') == f(1)",
-        "assert np.random.rand() == f(1)",
-        "assert np.zeros(f(1)).sum() == 0",
-        "assert (f(1) @ f(2)).sum() == 0",
-        "assert f(1).ctypes.data == 0",
+        "assert np.random.seed(1) is f(1)",
+        "assert np.zeros(1).ctypes.data == f(1)",
         "import numpy.ctypeslib\nassert f(1) == 1",
         "from numpy import fromfile\nassert f(1) == 1",
     ],
 )
-def test_what_numpy_can_do_to_the_grader_runs_beside_the_program(statement: str) -> None:
-    assert plan(Tests((statement,)), numpy=True).start is None
+def test_what_shares_a_state_or_files_runs_beside_the_program(statement: str) -> None:
+    assert plan(Tests((statement,)), numpy=True).judge is None
 
 
 def test_without_numpy_its_tests_run_beside_the_program() -> None:
-    assert plan(Tests(("assert np.array_equal(f(1), [1])",))).start is None
+    assert plan(Tests(("assert np.array_equal(f(1), [1])",))).judge is None
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,6 @@ def test_without_numpy_its_tests_run_beside_the_program() -> None:
         ["np", "<f8", [2], "00" * 8],
         ["np", "<f8", [-1], "00" * 8],
         ["np", "<f8", [True], "00" * 8],
-        ["np", "<f8", [1 << 20], "00" * 8 * (1 << 20)],
         ["np", "<U999999", [1], ""],
         ["np", "<i4,<i4", [1], "00" * 8],
         ["np", "(9,)<f8", None, "00" * 72],
@@ -153,13 +153,8 @@ def test_without_numpy_its_tests_run_beside_the_program() -> None:
     ],
 )
 def test_forged_arrays_are_refused(form: object) -> None:
-    with pytest.raises(codec.Limit):
-        codec.decode(form, numpy=True)
-
-
-def test_arrays_are_refused_where_numpy_is_not_allowed() -> None:
-    with pytest.raises(codec.Limit):
-        codec.decode(["np", "<f8", None, "00" * 8])
+    with pytest.raises(codec.Malformed):
+        codec.decode(form)
 
 
 @pytest.mark.parametrize(

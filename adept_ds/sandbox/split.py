@@ -51,7 +51,24 @@ _NO_BUILTINS = {
 }
 _BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - _NO_BUILTINS
 _NUMPY = ("numpy", "numpy.linalg", "numpy.random", "numpy.testing")
-_NO_ATTRIBUTES = {"seed", "setstate", "set_state", "getrefcount", "modules", "setrecursionlimit", "stdout", "stdin"}
+_NO_ATTRIBUTES = {
+    *(
+        "seed",
+        "setstate",
+        "set_state",
+        "load",
+        "loadtxt",
+        "genfromtxt",
+        "fromfile",
+        "memmap",
+        "save",
+        "savetxt",
+        "savez",
+    ),
+    *("savez_compressed", "tofile", "dump", "ctypes"),
+}
+_GENERATORS = {"Random", "SystemRandom", "default_rng", "Generator", "RandomState"}
+"""What draws from a state of its own; the modules' functions draw from one that a program might have set."""
 _SYS = {"maxsize", "getsizeof", "float_info", "version_info"}
 _SETS_ONLY = {"len", "set", "frozenset", "isinstance", "type", "bool"}
 """Functions that give the same for a set whatever its order."""
@@ -121,18 +138,18 @@ class _Rewriter(ast.NodeTransformer):
         self.defined = _definitions(tests.reference)
         self.setup = _all_bound(ast.parse(tests.setup).body)
         self.bound = _all_bound(statements)
-        self.imported = _all_bound(
-            part for node in statements for part in ast.walk(node) if isinstance(part, (ast.Import, ast.ImportFrom))
-        )
+        nodes = [node for statement in statements for node in ast.walk(statement)]
+        self.imported = _all_bound(node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
         self.left = Counter(name for node in statements for name in _loads(node))
-        self.parents = {
-            child: node for top in statements for node in ast.walk(top) for child in ast.iter_child_nodes(node)
-        }
+        self.parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+        calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+        self.called = {function.id for function in calls if isinstance(function, ast.Name)}
         self.sites: list[dict[str, Any]] = []
         self.helpers: set[str] = set()
         self.setup_names: set[str] = set()
         self.assumed: set[str] = set()
         self.assumed_modules: dict[str, str] = {}
+        self.drawn: set[str] = set()
         self.sources: dict[ast.stmt, str] = {}
         self.deferred = 0
 
@@ -142,7 +159,9 @@ class _Rewriter(ast.NodeTransformer):
             return name in ("candidate", self.entry_point)
         if name in self.bound or name in self.setup:
             return False
-        return name in self.defined or not (hasattr(builtins, name) or name in self.modules)
+        if self.defined:
+            return name in self.defined
+        return name in self.called and not (hasattr(builtins, name) or name in self.modules)
 
     def visit_statements(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         """Rewrite statements."""
@@ -269,6 +288,8 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         """Refuse what leads to a state that processes do not share."""
         of_sys = isinstance(node.value, ast.Name) and node.value.id == "sys"
+        if ast.unparse(node.value).rpartition(".")[2] == "random" and node.attr not in _GENERATORS:
+            self.drawn.update(_loads(node.value))
         if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES or (of_sys and node.attr not in _SYS):
             raise NotSplittable(f"attribute {node.attr} in the tests")
         return self.generic_visit(node)
@@ -382,7 +403,7 @@ def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
     names = {
         "builtins": sorted(rewriter.assumed),
         "modules": rewriter.assumed_modules,
-        "bound": sorted(_shared_names(tests) - rewriter.imported),
+        "bound": sorted((_shared_names(tests) - rewriter.imported) | rewriter.drawn),
     }
     return Plan(judge, names, _modules_named(tests, numpy), tests.asserts)
 

@@ -34,7 +34,7 @@ def is_frozen(value: Any) -> bool:
     kind = type(value)
     if kind is tuple or kind is frozenset:
         return all(is_frozen(item) for item in value)
-    return kind in _PLAIN
+    return kind in _PLAIN or ("numpy" in sys.modules and isinstance(value, sys.modules["numpy"].generic))
 
 
 def is_held(values: Any, index: Any, more: int = 0) -> bool:
@@ -88,7 +88,7 @@ class Judge:
         os._exit(0)
 
     def inexact(self, reason: str, distrusted: bool = False) -> NoReturn:
-        """End without a verdict: the tests have to run beside the program; `distrusted` if passing there proves nothing."""
+        """End without a verdict: the tests have to run beside the program, where passing may prove nothing."""
         self.end({"inexact": reason, "distrusted": distrusted})
 
     def receive(self) -> dict[str, Any]:
