@@ -253,7 +253,7 @@ def renew(scratch_mb: int, scratch_files: int) -> None:
     except OSError:  # before Linux 5.8
         mount("proc", "/proc", "proc", flags)
     folders = [entry.path for entry in os.scandir("/") if entry.name != "proc" and not entry.is_symlink()]
-    landlock.read_only_beneath([*folders, *_OWN_PROC])
+    landlock.open_only([*folders, *_OWN_PROC])
 
 
 def drop_bounding_set() -> None:
@@ -263,9 +263,9 @@ def drop_bounding_set() -> None:
             break
 
 
-def become_nobody() -> None:
-    """Give up the user's and all groups' rights where the namespace maps them, and every capability."""
-    if os.getuid() == 0:
+def become_nobody(change: bool) -> None:
+    """Give up every capability, and if `change` the rights of root and of all groups."""
+    if change:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)

@@ -194,6 +194,7 @@ def main() -> None:
     except UnusablePackage as error:
         control.send(json.dumps({"unusable": str(error)}).encode())
         return
+    supervisor.watch_mappings()
     control.send(json.dumps({"ready": had}).encode())
     while True:
         # A process that the grader forked may hold the other end open beyond the grader's own death.
