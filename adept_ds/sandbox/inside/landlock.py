@@ -36,11 +36,9 @@ def open_only(paths: Iterable[str]) -> None:
 
     Needs no_new_privs or CAP_SYS_ADMIN.
     """
-    abi = version()
-    if abi == 0:
+    if version() < 2:  # the first could not leave renaming from folder to folder allowed
         return
-    # Renaming from folder to folder is refused if it is not allowed too.
-    rights = _WRITE_FILE | _READ_FILE | (_REFER if abi >= 2 else 0)
+    rights = _WRITE_FILE | _READ_FILE | _REFER
     _restrict(struct.pack("Q", rights), paths, rights)
 
 
