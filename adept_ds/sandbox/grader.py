@@ -8,6 +8,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from .worker import Worker
 
 _GRACE_SECONDS = 20.0
 _TRIES = 3
+_REFUSALS = ("PermissionError", "FileNotFoundError", "ModuleNotFoundError")
 
 
 class _Slot:
@@ -221,6 +223,8 @@ class Sandbox:
             slot.channel.close()
         slot.run = slot.item = slot.channel = None
         verdict = run.verdict(report)
+        if self._tier.tier == "seccomp" and any(name in verdict.detail for name in _REFUSALS):
+            verdict = replace(verdict, detail=f"{verdict.detail} (the seccomp tier refuses files and processes)")
         if verdict.status == "sandbox_error":
             worker.close()
             self._slots.remove(slot)
