@@ -8,6 +8,7 @@ answer ENOSYS, so that the C library falls back to older ones.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -220,7 +221,11 @@ def answer(descriptor: int, decide: Callable[[int], None]) -> None:
         fcntl.ioctl(descriptor, 0xC0502100, question)
         number, size = struct.unpack_from("Q32xQ", question)
         decide(size)
-        fcntl.ioctl(descriptor, 0xC0182101, struct.pack("QqiI", number, 0, 0, 1))
+        go_on = struct.pack("QqiI", number, 0, 0, 1)
+        while True:
+            with contextlib.suppress(InterruptedError):
+                fcntl.ioctl(descriptor, 0xC0182101, go_on)
+                return
     except OSError:  # it has ended meanwhile
         return
 
