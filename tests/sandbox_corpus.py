@@ -42,6 +42,8 @@ def _read() -> list[Entry]:
 # What a text file cannot hold.
 _BYTES = [
     Entry("crlf", RIGHT.replace("\n", "\r\n"), {"": ["passed"]}),
+    Entry("byte_order_mark", "\ufeff" + RIGHT, {"": ["passed"]}),
+    Entry("coding_line", "# -*- coding: latin-1 -*-\nassert len('é') == 1\n" + RIGHT, {"": ["passed"]}),
     Entry("nul_byte", RIGHT + "\0", {"": ["error:syntax"]}),
     Entry("lone_surrogate", RIGHT + "x = '\ud800'", {"": ["error:syntax"]}),
 ]

@@ -134,8 +134,8 @@ def test_limits_priority_and_cores_are_changed_only_for_oneself(machine: str, le
     for own in (0, PID):
         assert answer(machine, level, "prlimit64", own, 9, new, 0) == seccomp.ALLOW
         assert answer(machine, level, "prlimit64", own, 9, 0, old) == seccomp.ALLOW
-        assert answer(machine, level, "setpriority", 0, own, 5) == seccomp.ALLOW
-        assert answer(machine, level, "sched_setaffinity", own, 8, new) == seccomp.ALLOW
+        assert answer(machine, "files", "setpriority", 0, own, 5) == seccomp.ALLOW
+        assert answer(machine, "files", "sched_setaffinity", own, 8, new) == seccomp.ALLOW
     for other in (1, PID + 1):
         assert answer(machine, level, "prlimit64", other, 9, new, 0) == refused
         assert answer(machine, level, "setpriority", 0, other, 5) == refused

@@ -17,9 +17,11 @@ from adept_ds.sandbox import Program, Sandbox, SandboxUnavailable, Tests, isolat
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def python(code: str, prefix: tuple[str, ...] = (), interpreter: str = sys.executable) -> str:
+def python(
+    code: str, prefix: tuple[str, ...] = (), interpreter: str = sys.executable, flags: tuple[str, ...] = ()
+) -> str:
     """Run code in another process and return what it printed; skip where `prefix` cannot be had."""
-    command = [*prefix, interpreter, "-c", code]
+    command = [*prefix, interpreter, *flags, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     if "unshare" in result.stderr or "max_user_namespaces" in result.stderr:
         pytest.skip(f"no user namespaces to begin with: {result.stderr}")
@@ -42,6 +44,29 @@ def test_the_isolation_is_described_for_results() -> None:
         described = json.loads(json.dumps(sandbox.isolation))
     assert described["tier"] in isolation.TIERS
     assert described["not_covered"]
+
+
+UNGUARDED = """
+from adept_ds.sandbox import isolation, selftest, worker
+command, config = isolation.worker_config({tier!r})
+try:
+    server = worker.Worker(command, config | {{"seccomp": None}})
+except worker.WorkerRefused as refused:
+    raise SystemExit(f"unshare: {{refused}}")
+print(*sorted(check.name for check in selftest.run_checks(server) if not check.held), sep=", ")
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("-OO",)])
+def test_the_self_test_finds_a_missing_filter(flags: tuple[str, ...]) -> None:
+    found = python(UNGUARDED.format(tier="namespaces"), flags=flags)
+    assert {"gain privileges", "make a user namespace", "slow other processes down"} <= set(found.split(", "))
+
+
+def test_the_seccomp_tier_says_what_it_refuses() -> None:
+    with Sandbox("seccomp", workers=1) as sandbox:
+        verdict = judge(sandbox, "def f(): open('/etc/passwd')", "assert f() is None")
+    assert verdict.endswith("(the seccomp tier refuses files and processes)")
 
 
 def test_no_isolation_has_to_be_asked_for() -> None:
@@ -119,6 +144,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "wrong.py").write_text("def f(x):\n    return x\n")
     (tmp_path / "endless.py").write_text("while True: pass\n")
     (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "marked.py").write_bytes(b"\xef\xbb\xbfdef f(x):\r\n    return x + 1\r\n")
+    (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\ndef f(x):\n    return x + len('\xe9')\n")
     (tmp_path / "tests.json").write_text('["assert f(1) == 2"]')
     (tmp_path / "object.json").write_text('{"a": 1}')
     (tmp_path / "broken.json").write_text("[")
@@ -139,6 +166,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("@right.py", (), 0, "passed"),
         ("@wrong.py", (), 1, "failed"),
+        ("@marked.py", (), 0, "passed"),
+        ("@latin.py", (), 0, "passed"),
         ("@endless.py", ("--timeout", "1"), 1, "timeout"),
         ("@right.py", ("--cache", "@cache", "--packages", "numpy"), 0, "passed"),
     ],

@@ -19,7 +19,7 @@ _SETTINGS = {
     "/proc/sys/kernel/unprivileged_userns_clone": "sysctl kernel.unprivileged_userns_clone (Debian); 0 forbids them",
     "/proc/sys/kernel/apparmor_restrict_unprivileged_userns": (
         "sysctl kernel.apparmor_restrict_unprivileged_userns (Ubuntu); 1 makes their mounts fail: "
-        "set 0, or install bubblewrap with its AppArmor profile"
+        "set 0, or install bubblewrap with an AppArmor profile that leaves it unconfined but for `userns`"
     ),
 }
 
@@ -33,7 +33,9 @@ def main() -> int:
         except OSError:
             continue
     print(f"  {shutil.which('bwrap') or 'no':>8}  bubblewrap on PATH")
-    print(f"  {landlock.version() or 'no':>8}  Landlock ABI of the kernel (5.13 or newer, CONFIG_SECURITY_LANDLOCK)")
+    print(
+        f"  {landlock.version() or 'no':>8}  Landlock ABI of the kernel (5.19 for all of it, CONFIG_SECURITY_LANDLOCK)"
+    )
     print(f"  {'yes' if seccomp.supported() else 'no':>8}  seccomp filter known for this architecture")
     best = None
     for tier in TIERS:

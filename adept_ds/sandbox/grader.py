@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,8 @@ from . import isolation as tiers
 from .cache import VerdictCache
 from .pool import Pool
 from .program import Limits, Program, Verdict
+
+_REFUSALS = ("PermissionError", "FileNotFoundError", "ModuleNotFoundError")
 
 
 class Sandbox:
@@ -79,6 +82,8 @@ class Sandbox:
         """
         known: list[Verdict] = []
         for program, verdict in self._pool.run(self._unknown(programs, known)):
+            if self._tier.tier == "seccomp" and any(name in verdict.detail for name in _REFUSALS):
+                verdict = replace(verdict, detail=f"{verdict.detail} (the seccomp tier refuses files and processes)")
             if self._cache is not None:
                 self._cache.put(program, verdict)
             yield from known

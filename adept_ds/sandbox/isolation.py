@@ -125,17 +125,16 @@ class Probe:
         if self.tier != "none":
             described["seccomp"] = f"{'compute' if self.tier == 'seccomp' else 'files'}, {platform.machine()}"
             described["self_test"] = f"{sum(check.held for check in self.checks)} of {len(self.checks)} attacks stopped"
-        if self.tier == "seccomp":
             described["landlock_abi"] = landlock.version()
         return described | {"not_covered": list(NOT_COVERED[self.tier])}
 
 
+_NOWHERE_COVERED = ("side channels", "holes in the kernel itself", "the kernel's own memory for each mapping and lock")
 NOT_COVERED = {
-    "namespaces": ("side channels", "holes in the kernel itself"),
-    "bubblewrap": ("side channels", "holes in the kernel itself"),
+    "namespaces": _NOWHERE_COVERED,
+    "bubblewrap": _NOWHERE_COVERED,
     "seccomp": (
-        "side channels",
-        "holes in the kernel itself",
+        *_NOWHERE_COVERED,
         "no scratch files and no child processes: honest programs that need them get an error",
         "the host's name and kernel version can be read",
     ),

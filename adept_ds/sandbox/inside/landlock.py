@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable
 
 _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446  # the same numbers on x86-64 and aarch64
-_READ_FILE, _REFER = 1 << 2, 1 << 13
+_WRITE_FILE, _READ_FILE, _REFER = 1 << 1, 1 << 2, 1 << 13
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of file rights by ABI version
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,16 +31,14 @@ def deny_everything() -> None:
     _restrict(struct.pack("QQQ", *fields)[: 8 if abi < 4 else 16 if abi < 6 else 24], [], 0)
 
 
-def read_only_beneath(paths: Iterable[str]) -> None:
-    """Refuse this process, for good, to read files that are not among `paths` or in one of these folders.
+def open_only(paths: Iterable[str]) -> None:
+    """Refuse this process, for good, to open files that are not in one of these folders, or among them to be read.
 
     Needs no_new_privs or CAP_SYS_ADMIN.
     """
-    abi = version()
-    if abi == 0:
+    if version() < 2:  # the first could not leave renaming from folder to folder allowed
         return
-    # Renaming from folder to folder is refused if it is not allowed too.
-    rights = _READ_FILE | (_REFER if abi >= 2 else 0)
+    rights = _WRITE_FILE | _READ_FILE | _REFER
     _restrict(struct.pack("Q", rights), paths, rights)
 
 

@@ -26,6 +26,7 @@ NOBODY = 65534
 NUMBERS = {"x86_64": (155, 126), "aarch64": (41, 91)}  # of pivot_root and capset
 _PIVOT_ROOT, _CAPSET = NUMBERS.get(os.uname().machine, (-1, -1))
 _CAP_HEADER, _NO_CAPABILITY = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+_SET_IDS = 1 << 6 | 1 << 7  # CAP_SETGID, CAP_SETUID
 _DEVICES = ("null", "zero", "random", "urandom")
 _OWN_PROC = [f"/proc/self/{name}" for name in ["cmdline", "comm", "fd", "limits", "maps", "stat", "statm", "status"]]
 _STICKY = {"ST_NOSUID": MS_NOSUID, "ST_NODEV": MS_NODEV, "ST_NOEXEC": MS_NOEXEC}
@@ -77,13 +78,17 @@ def _write(path: str, text: str) -> None:
 
 
 def has_two_users() -> bool:
-    """Tell whether this process is root where `nobody` exists beside it.
+    """Tell whether this process is root and may become `nobody`.
 
-    Root of a user namespace that someone else made may be its only user; it is treated as any other user.
+    Root of a user namespace that someone else made may be its only user, and a container's may lack the rights; they
+    are treated as any other user.
     """
     with open("/proc/self/uid_map") as file:
         ranges = [[int(field) for field in line.split()] for line in file]
-    return os.getuid() == 0 and any(first <= NOBODY < first + count for first, _, count in ranges)
+    with open("/proc/self/status") as file:
+        (rights,) = (int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    mapped = any(first <= NOBODY < first + count for first, _, count in ranges)
+    return os.getuid() == 0 and mapped and rights & _SET_IDS == _SET_IDS
 
 
 def _map_as_root(parent: int, ready: int) -> None:
@@ -253,7 +258,7 @@ def renew(scratch_mb: int, scratch_files: int) -> None:
     except OSError:  # before Linux 5.8
         mount("proc", "/proc", "proc", flags)
     folders = [entry.path for entry in os.scandir("/") if entry.name != "proc" and not entry.is_symlink()]
-    landlock.read_only_beneath([*folders, *_OWN_PROC])
+    landlock.open_only([*folders, *_OWN_PROC])
 
 
 def drop_bounding_set() -> None:
@@ -263,9 +268,9 @@ def drop_bounding_set() -> None:
             break
 
 
-def become_nobody() -> None:
-    """Give up the user's and all groups' rights where the namespace maps them, and every capability."""
-    if os.getuid() == 0:
+def become_nobody(change: bool) -> None:
+    """Give up every capability, and if `change` the rights of root and of all groups."""
+    if change:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)

@@ -8,11 +8,14 @@ answer ENOSYS, so that the C library falls back to older ones.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import platform
 import struct
+from collections.abc import Callable
 
 # name:x86-64:aarch64, a dash where the architecture lacks the call; frequent calls first.
 _COMPUTE = """
@@ -64,15 +67,17 @@ _CHECKED = {
     "socket": (41, 198),
     "socketpair": (53, 199),
 }
+_MMAP, _SECCOMP = (9, 222), (317, 277)
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
-ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+ALLOW, KILL, ERRNO, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
 EPERM, EACCES, ENOSYS, ENOTTY = 1, 13, 38, 25
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 # Offsets in struct seccomp_data; the low halves of 64-bit arguments.
 _NR, _ARCH, _ARG0, _ARG1, _ARG2, _ARG3 = 0, 4, 16, 24, 32, 40
 _HIGH = 4
 _NEW_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag that clone() takes
+_MAP_SHARED = 1
 _CLONE_THREAD = 0x00010000
 _FIRST_UNKNOWN = 424
 _OWN_PID = 0x5EC0C0DE
@@ -142,12 +147,20 @@ def _program(level: str, machine: str) -> bytes:
             signal += [_statement(_JEQ, target, 0, 1), kill]
         signal.append(allow)
         clone.append(allow)
+        priority = [*_require(_ARG0, (0,), ERRNO | EPERM), *_among(_ARG1, (0, _OWN_PID), ERRNO | EPERM)]
+        cores = _among(_ARG0, (0, _OWN_PID), ERRNO | EPERM)
     else:
         signal = _among(_ARG0, (_OWN_PID,), KILL)
         clone += [_statement(_JSET, _CLONE_THREAD, 0, 1), allow, refuse]
-    own = _require(_ARG0, (0, _OWN_PID), ERRNO | EPERM)
+        priority = cores = [refuse]
     # As getrlimit and setrlimit of the C library make it: for the caller, reading or writing.
-    limits = [*own, _statement(_LOAD, _ARG2), _statement(_JEQ, 0, 0, 1), allow, *_among(_ARG3, (0,), ERRNO | EPERM)]
+    limits = [
+        *_require(_ARG0, (0, _OWN_PID), ERRNO | EPERM),
+        _statement(_LOAD, _ARG2),
+        _statement(_JEQ, 0, 0, 1),
+        allow,
+        *_among(_ARG3, (0,), ERRNO | EPERM),
+    ]
     # A parent that ignores SIGCHLD has its children's CPU time forgotten by the kernel.
     action = [_statement(_LOAD, _ARG0), _statement(_JEQ, _SIGCHLD, 1, 0), allow]
     action += [*_require(_ARG1, (0,), ERRNO | EPERM), *_among(_ARG1 + _HIGH, (0,), ERRNO | EPERM)]
@@ -164,8 +177,8 @@ def _program(level: str, machine: str) -> bytes:
         "fcntl": _among(_ARG1, _PLAIN_FCNTL, ERRNO | EPERM),
         "prlimit64": limits,
         "socket": [_statement(_RET, ERRNO | EACCES)],
-        "setpriority": [*_require(_ARG0, (0,), ERRNO | EPERM), *_among(_ARG1, (0, _OWN_PID), ERRNO | EPERM)],
-        "sched_setaffinity": [*own, allow],
+        "setpriority": priority,
+        "sched_setaffinity": cores,
         "rt_sigaction": action,
         "socketpair": [*_require(_ARG0, (1,), ERRNO | EACCES), *_among(_ARG1, _STREAM, ERRNO | EACCES)],
     }
@@ -185,6 +198,36 @@ def install(code: bytes) -> None:
     filter_program = _Program(len(code) // 8, code)
     if _libc.prctl(22, 2, ctypes.byref(filter_program), 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "seccomp filter refused: " + os.strerror(ctypes.get_errno()))
+
+
+def ask_before_shared_mappings() -> int | None:
+    """Have this process's children, and what they start, wait for `answer` whenever they map memory to share.
+
+    For good. Returns the descriptor on which they ask, or None before Linux 5.5.
+    """
+    column = _ARCHITECTURES[platform.machine()][1]
+    body = [_statement(_LOAD, _ARG3), _statement(_JSET, _MAP_SHARED, 0, 1), _statement(_RET, _ASK)]
+    body.append(_statement(_RET, ALLOW))
+    code = b"".join([_statement(_LOAD, _NR), *_case(_MMAP[column], body), _statement(_RET, ALLOW)])
+    no_new_privs()
+    descriptor = _libc.syscall(_SECCOMP[column], 1, 8, ctypes.byref(_Program(len(code) // 8, code)))
+    return descriptor if descriptor >= 0 else None
+
+
+def answer(descriptor: int, decide: Callable[[int], None]) -> None:
+    """Let the process go on that asks first, unless `decide` raises; it is given the size of the mapping."""
+    question = bytearray(80)
+    try:
+        fcntl.ioctl(descriptor, 0xC0502100, question)
+        number, size = struct.unpack_from("Q32xQ", question)
+        decide(size)
+        go_on = struct.pack("QqiI", number, 0, 0, 1)
+        while True:
+            with contextlib.suppress(InterruptedError):
+                fcntl.ioctl(descriptor, 0xC0182101, go_on)
+                return
+    except OSError:  # it has ended meanwhile
+        return
 
 
 def no_new_privs() -> None:

@@ -177,6 +177,7 @@ def main() -> None:
     except UnusablePackage as error:
         control.send(json.dumps({"unusable": str(error)}).encode())
         return
+    supervisor.watch_mappings()
     control.send(json.dumps({"ready": had}).encode())
     judges = config["role"] == "judge"
     serve = judge.serve if judges else candidate.serve

@@ -16,7 +16,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import landlock, namespaces, seccomp
@@ -29,7 +29,7 @@ _COUNTED_PER_NAMESPACE = tuple(int(part) for part in re.findall(r"\d+", os.uname
 _DRAIN_BYTES = 1 << 16
 # Of /proc/PID/status and /proc/PID/smaps_rollup: what a process holds, and its part of what several hold.
 _HELD = (b"RssAnon", b"RssShmem", b"VmPTE", b"VmSwap", b"HugetlbPages")
-_HELD_SHARES = (b"Pss", b"SwapPss", b"Shared_Hugetlb", b"Private_Hugetlb")
+_SHARE = (b"Pss", b"SwapPss", b"Shared_Hugetlb", b"Private_Hugetlb")
 with socket.socket(socket.AF_UNIX) as _socket:
     _BUFFER_BYTES = {"pipe": 1 << 16, "socket": _socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)}
 
@@ -44,6 +44,8 @@ class _Watch:
     def __init__(self, limits: dict[str, Any], init: int | None, scratch: str | None) -> None:
         self.limits, self.init, self.scratch = limits, init, scratch
         self.ended_before = _cpu_of_ended()
+        self.shared: list[int] = []
+        self.shared_bytes = 0
         self.peak_mb = 0.0
         self.cpu_seconds = 0.0
 
@@ -66,7 +68,7 @@ class _Watch:
         """Raise `Stopped` if the tree as a whole is over a limit."""
         pids = self.processes()
         cpu = _cpu_of_ended() - self.ended_before
-        elsewhere, resident, holders = self.scratch_bytes(), 0, []
+        resident: dict[str, int] = {}
         buffers: dict[str, int] = {}
         for pid in pids:
             # One after another: what ends meanwhile has its time counted elsewhere, and no memory.
@@ -74,21 +76,18 @@ class _Watch:
                 cpu += sum(int(field) for field in _stat(pid)[11:15]) / _TICK
                 # The process's own entry is empty once its first thread has ended, and shows only that one's files.
                 tasks = [f"/proc/{pid}/task/{name}" for name in os.listdir(f"/proc/{pid}/task")]
-                for task in tasks:
-                    _find_buffers(task, buffers)
-                held, path = max(((_sizes(f"{task}/status", _HELD), task) for task in tasks), default=(0, ""))
-                if held:
-                    resident += held
-                    holders.append(path)
-        elsewhere += sum(buffers.values())
-        limit = self.limits["memory_mb"] * 2**20
-        if elsewhere + resident > limit and len(holders) > 1:
+                sizes = {task: size for task in tasks if (size := _sizes(f"{task}/status", _HELD))}
+                for task in sizes:
+                    self.find_buffers(task, buffers)
+                resident |= list(sizes.items())[:1]
+        elsewhere = self.scratch_bytes() + sum(buffers.values())
+        memory, limit = elsewhere + sum(resident.values()), self.limits["memory_mb"] * 2**20
+        if memory > limit and len(resident) > 1:
             # Pages shared since a fork were counted once for each process; the kernel's exact figure costs more.
-            resident = sum(_sizes(f"{task}/smaps_rollup", _HELD_SHARES) for task in holders)
-            resident += sum(_sizes(f"{task}/status", (b"VmPTE",)) for task in holders)
-        self.peak_mb = max(self.peak_mb, (elsewhere + resident) / 2**20)
+            memory = elsewhere + sum(_sizes(f"{task}/smaps_rollup", _SHARE) or size for task, size in resident.items())
+        self.peak_mb = max(self.peak_mb, memory / 2**20)
         self.cpu_seconds = max(self.cpu_seconds, cpu)
-        if elsewhere + resident > limit:
+        if memory > limit:
             raise Stopped("memory")
         if cpu > self.limits["cpu_seconds"]:
             raise Stopped("timeout")
@@ -101,6 +100,35 @@ class _Watch:
         self.cpu_seconds = max(self.cpu_seconds, _cpu_of_ended() - self.ended_before)
         if self.cpu_seconds > self.limits["cpu_seconds"]:
             raise Stopped("timeout")
+
+    def find_buffers(self, task: str, buffers: dict[str, int]) -> None:
+        """Add the pipes and sockets that a thread has open, each with what the kernel may keep for it."""
+        try:
+            names = os.listdir(f"{task}/fd")
+        except OSError:  # it made itself unreadable
+            buffers[task] = self.limits["open_files"] * max(_BUFFER_BYTES.values())
+            return
+        for name in names:
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"{task}/fd/{name}")
+                buffers[target] = _BUFFER_BYTES.get(target.partition(":")[0], 0)
+
+    def map_shared(self, size: int) -> None:
+        """Note a shared mapping; raises `Stopped` if all that exist may hold more than the limit.
+
+        Its pages are kept until its last part is unmapped, also those that no process shows as its own.
+        """
+        self.shared.append(size)
+        self.shared_bytes += size
+        limit = self.limits["memory_mb"] * 2**20
+        if self.shared_bytes > limit:
+            pids = self.processes()
+            # Besides those that are there, each other thread may be about to make one that it was allowed to.
+            kept = len({part for pid in pids for part in _shared_mappings(pid)}) + sum(map(_threads, pids)) - 1
+            self.shared = [*sorted(self.shared[:-1], reverse=True)[: max(kept, 0)], size]
+            self.shared_bytes = sum(self.shared)
+            if self.shared_bytes > limit:
+                raise Stopped("memory")
 
     def scratch_bytes(self) -> int:
         """Return what the program's scratch folder holds; it is memory too."""
@@ -130,14 +158,18 @@ def _sizes(path: str, names: tuple[bytes, ...]) -> int:
     return 0
 
 
-def _find_buffers(task: str, buffers: dict[str, int]) -> None:
-    """Add the pipes and sockets that a thread has open, each with what the kernel may keep for it."""
-    for name in os.listdir(f"{task}/fd"):
-        with contextlib.suppress(OSError):
-            target = os.readlink(f"{task}/fd/{name}")
-            kind = target.partition(":")[0]
-            if kind in _BUFFER_BYTES:
-                buffers[target] = _BUFFER_BYTES[kind]
+def _threads(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return len(os.listdir(f"/proc/{pid}/task"))
+    return 0
+
+
+def _shared_mappings(pid: int) -> Iterator[bytes]:
+    """Return the numbers of the shared mappings of a process that have no file."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
+        for line in file:
+            if line.endswith(b"/dev/zero (deleted)\n"):
+                yield line.split()[4]
 
 
 def _set_limit(kind: int, value: int) -> None:
@@ -183,6 +215,13 @@ class Supervisor:
             for level in {config["seccomp"], "compute"}:
                 seccomp.program(level, 0)  # its long part is made here, once, not in every child
         self.pids = namespaces.PidNamespaces() if self.in_namespaces else None
+        self.has_nobody = namespaces.has_two_users()
+        self.mappings: int | None = None
+
+    def watch_mappings(self) -> None:
+        """From now on be asked before any process maps shared memory, where the kernel can; this one must not."""
+        if self.config["seccomp"] is not None:
+            self.mappings = seccomp.ask_before_shared_mappings()
 
     def orphaned(self) -> bool:
         """Tell whether the process that started this one is gone."""
@@ -275,8 +314,8 @@ class Supervisor:
         os.chdir("/" if level == "compute" else "/tmp")
         os.umask(0o077)
         _apply_limits(limits, self.in_namespaces)
-        if self.in_namespaces:
-            namespaces.become_nobody()
+        if self.config["tier"] != "none":
+            namespaces.become_nobody(self.has_nobody)
         namespaces.libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the server's end is this process's too
         namespaces.libc.prctl(4, 1, 0, 0, 0)  # dumpable again: a program may look at its own /proc entries
         seccomp.no_new_privs()
@@ -291,8 +330,9 @@ class Supervisor:
     def wait(self, child: int, output: int, watch: _Watch, deadline: float) -> tuple[int, resource.struct_rusage]:
         """Wait for the child's end while reading away the output and looking after the limits; raises `Stopped`."""
         poll = select.poll()
-        for descriptor in (self.wake, output, self.control):
-            poll.register(descriptor, select.POLLIN)
+        for descriptor in (self.wake, output, self.control, self.mappings):
+            if descriptor is not None:
+                poll.register(descriptor, select.POLLIN)
         left = watch.limits["output_bytes"]
         next_look = time.monotonic() + _WATCH_SECONDS
         while True:
@@ -303,6 +343,8 @@ class Supervisor:
                         left -= _drain(output, left)
                     else:
                         poll.unregister(output)
+                elif descriptor == self.mappings:
+                    seccomp.answer(descriptor, watch.map_shared)
                 elif descriptor == self.control:
                     os.read(self.control, 4096)  # "stop", or nothing at the grader's end
                     raise Stopped("stopped")
