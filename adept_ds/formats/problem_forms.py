@@ -74,7 +74,7 @@ INSTRUCT = ProblemForm(
     MbppRecord,
     prompt=lambda record, shots: instruct_prompt(record),
     target=instruct_target,
-    stop=("\n```\n",),  # The closing fence; the opening one has a language behind it.
+    stop=(),  # It ends with the fence that closes the program, which no string can tell from others.
     chat=True,
 )
 """The task and its asserts as a user's turn, to be answered by a fenced program."""
