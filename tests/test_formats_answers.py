@@ -110,6 +110,8 @@ FORMS = {
     "console without a language": block(">>> def f(x):\n...     return x + 1\n>>> f(1)\n2\n", ""),
     "console without a fence": "So:\n\n>>> def f(x):\n...     return x + 1\n...\n>>> f(1)\n2\n",
     "entities": block("def f(x):\n    return x + 1 if x &lt; 5 &amp;&amp; 1 else 0\n".replace("&amp;&amp;", "and")),
+    "entities that are Python by chance": block("def f(x):\n    return x + (x &gt; 0)\n    x &lt; 1\n"),
+    "entities in a string": block('PAGE = "&lt;p&gt;"\n' + F),
     "entities without a fence": "So:\n\ndef f(x):\n    return x + 1 if x &lt; 5 else 0\n",
     "entities in a page": '<pre><code class="language-python">def f(x):\n    return x + (x &gt; 0)\n</code></pre>\n',
     "hard blanks": block(F.replace("    ", "\xa0\xa0\xa0\xa0")),
@@ -117,6 +119,9 @@ FORMS = {
     "end mark behind the fence": "```python\n" + F + "```<|eot_id|>",
     "end mark behind the code": F.rstrip() + "</s>",
     "end mark, a second answer": block(F) + "<|endoftext|>" + block(WRONG),
+    "tags of code": f"[PYTHON]\n{F}[/PYTHON]\n",
+    "tags of an answer": f"<answer>```python\n{F}```</answer>",
+    "mark of a tool": f"<|python_tag|>{F}<|eom_id|>",
     "role before it": "assistant\n\n" + F,
     "role mark before it": "<|im_start|>assistant\n" + F + "<|im_end|>",
     "end mark in a string": block('MARK = "</s>"\n' + F),
@@ -130,6 +135,7 @@ FORMS = {
     "prose, main guard": "So:\n\n" + F + '\nif __name__ == "__main__":\n    print(f(1))\n\nThat is all, folks!',
     "prose, bracket at the margin": "So:\n\nA = [\n    1,\n]\n\ndef f(x):\n    return x + A[0]\n\nThat's all.",
     "prose, decorator": "So:\n\nfrom functools import cache\n\n@cache\ndef f(x):\n    return x + 1\n\nThat's all.",
+    "code in a sentence": "Use `f = lambda x: x + 1`, that's all.",
     "prose that looks like code": "from there import is easy to see:\nx = one of them\n\n" + F,
 }
 """Answers that hold a program in which `f(1)` is 2."""

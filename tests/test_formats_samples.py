@@ -30,7 +30,7 @@ def test_ids_as_other_tools_write_them(tmp_path: Path, name: str, written: objec
     assert [(sample.task_id, sample.completion, sample.is_program) for sample in read.samples] == [
         ("MBPP/11", "x", False)
     ]
-    assert "1 samples, of 1 of the 974 problems; 1 completions in the field 'completion'" in read.understood
+    assert "1 samples; 1 of the 974 problems have any; 1 completions in the field 'completion'" in read.understood
     assert ("'MBPP/11'" in read.understood) == (written != "MBPP/11")
 
 
@@ -49,7 +49,7 @@ def test_lists_of_lists_are_in_the_problems_order(tmp_path: Path, name: str) -> 
         ("HumanEval/1", "a1", True),
         ("HumanEval/1", "b1", True),
     ]
-    assert "328 samples, of 164 of the 164 problems" in read.understood
+    assert "328 samples; 164 of the 164 problems have any" in read.understood
     assert "the first taken for 'HumanEval/0', the last for 'HumanEval/163'" in read.understood
 
 

@@ -172,7 +172,7 @@ FENCED = "```python\ndef f(x):\n    return x\n```"
     ("text", "done"),
     [
         (FENCED, True),
-        (FENCED + "\nUse", False),  # It was asked when the fence was written.
+        (FENCED + "\nUse it now", False),  # It was asked when the fence was written.
         (FENCED[:-1], False),
         ("```bash\nls\n```", False),
         ("```\nls\n```\n" + FENCED, True),
@@ -180,17 +180,18 @@ FENCED = "```python\ndef f(x):\n    return x\n```"
         ("", False),
     ],
 )
-def test_a_row_ends_with_the_fence_that_closes_its_program(tokenizer: PreTrainedTokenizerFast, text: str, done: bool):
-    ids = torch.tensor([tokenizer("def" + text)["input_ids"]])
-    start = len(tokenizer("def")["input_ids"])
-    criterion = StopWhenComplete(tokenizer, [lambda text: find_program(text, ["f"]).is_complete], start)
-    assert criterion(ids, ids).tolist() == [done]
-    assert StopWhenComplete(tokenizer, [None], start)(ids, ids).tolist() == [False]
+def test_a_row_ends_with_the_fence_that_closes_its_program(tiny_tokenizer: PreTrainedTokenizerFast, text, done):
+    read = tiny_tokenizer("def")["input_ids"]
+    ids = torch.tensor([read + tiny_tokenizer(text, add_special_tokens=False)["input_ids"]])
+    assert tiny_tokenizer.decode(ids[0]).endswith(text)
+    is_complete = [lambda text: find_program(text, ["f"]).is_complete]
+    assert StopWhenComplete(tiny_tokenizer, is_complete, len(read))(ids, ids).tolist() == [done]
+    assert StopWhenComplete(tiny_tokenizer, [None], len(read))(ids, ids).tolist() == [False]
 
 
 def test_thinking_that_the_template_begins_is_in_the_completion(make_backbone: Make, tokenizer, world: World):
     chats = load_problems(DataConfig(format="mbpp-instruct"), "test")[:2]
     data = DataConfig(format="mbpp-instruct", max_prompt_length=60, max_length=100)
-    with attribute_set(tokenizer, "chat_template", "{{ messages[0]['content'] }}<think>\n"):
+    with attribute_set(tokenizer, "chat_template", "{{ messages[0]['content'] }}<think>"):
         samples = generate_samples(adapted(make_backbone), tokenizer, chats, config(), data, world)
-    assert all(sample.completion.startswith("<think>\n") for sample in samples)
+    assert all(sample.completion.startswith("<think>") for sample in samples)

@@ -52,7 +52,7 @@ def find_program(text: str, names: Iterable[str] = ()) -> Answer:
     text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
     text = _WORKED_EXAMPLES_END.split(text, maxsplit=1)[0]
     text = text[max((mark.end() for mark in _WORKED_EXAMPLES_BEGIN.finditer(text)), default=0) :].strip("\n")
-    if compiles(text) and not _lone_words(text):
+    if _is_meant(text) and not _lone_words(text):
         return Answer(text, "as it stands" if text.strip() else "no program")
     text, is_finished = _without_thinking(text)
     if not is_finished:
@@ -65,7 +65,7 @@ def find_program(text: str, names: Iterable[str] = ()) -> Answer:
         is_cut = any(block.is_cut for block in chosen)
         found: Found = "fenced, cut" if is_cut else "fenced" if len(chosen) == 1 else "fenced, joined"
         return Answer(_joined(chosen), found, is_complete)
-    for reading in dict.fromkeys((prose, _without_prompts(prose), _unescaped(prose))):
+    for reading in dict.fromkeys((prose, _without_prompts(prose), _unescaped(prose), prose.replace("`", "\n"))):
         if chosen := _chosen(list(_between_prose(reading)), names):
             program = _joined(chosen)
             return Answer(program, "as it stands" if program.strip() == text.strip() else "between prose")
@@ -182,7 +182,7 @@ class _Block:
             _without_prompts,
             _unescaped,
         ]
-        return next((reading(code) for reading in readings if compiles(reading(code))), code)
+        return next((reading(code) for reading in readings if _is_meant(reading(code))), code)
 
     @property
     def is_python(self) -> bool:
@@ -317,8 +317,14 @@ def _without_prompts(text: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """A text of an HTML page as it is shown."""
-    return html.unescape(re.sub(r"</?(?:pre|code|p|br)\b[^>\n]*>", "\n", text)).replace("\xa0", " ")
+    """A text of an HTML page as it is shown, and without the marks of a chat template."""
+    return html.unescape(re.sub(r"</?(?:pre|code|p|br)\b[^>\n]*>|<\|\w+\|>", "\n", text)).replace("\xa0", " ")
+
+
+def _is_meant(source: str) -> bool:
+    """Whether a text is Python and not Python by chance, as `x &lt; y` is."""
+    by_chance = {"lt", "gt", "amp", "quot"}
+    return compiles(source) and not (re.search(r"&\w+;", source) and names_of(source).needed & by_chance)
 
 
 # Which blocks are the program.

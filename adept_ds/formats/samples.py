@@ -111,7 +111,7 @@ def _read_lists(path: str | Path, text: str, task_ids: Sequence[str]) -> Samples
 
 def _counts(samples: Sequence[Sample], task_ids: Sequence[str]) -> str:
     have = len({sample.task_id for sample in samples})
-    return f"{len(samples):,} samples, of {have:,} of the {len(task_ids):,} problems"
+    return f"{len(samples):,} samples; {have:,} of the {len(task_ids):,} problems have any"
 
 
 class _TaskIds:
