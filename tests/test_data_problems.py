@@ -368,6 +368,7 @@ def test_absent_file():
         ({"test_list": "assert"}, r"p\.jsonl:1: test_list must be a list, not str"),
         ({"test_list": ["pass"]}, r"p\.jsonl:1: test_list tests nothing, .* expected asserts about .* \(plus\)"),
         ({"test_list": ["x = 1", "assert x"]}, r"p\.jsonl:1: test_list tests nothing"),
+        ({"test_setup_code": "import ("}, r"p\.jsonl:1: test_setup_code is not valid Python"),
         ({"test_list": ["assert True"]}, r"p\.jsonl:1: test_list tests nothing"),
         ({"test_list": ["assert minus(1, 2) == 3"]}, r"p\.jsonl:1: test_list tests nothing"),
         (

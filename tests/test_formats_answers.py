@@ -58,6 +58,7 @@ FORMS = {
     "cut off in a later function": "```python\n" + F + "\ndef g(x):\n    return (x +",
     "no opening fence": F + "```\nThis function adds one.",
     "code beside the opening fence": "```def f(x):\n    return x + 1\n```",
+    "code beside the language": "```python def f(x):\n    return x + 1\n```",
     "within a line": "Use ```python def f(x): return x + 1``` for that.",
     "fence in a docstring of a block": "So:\n" + block(QUOTED) + "Done.",
     "fence in a docstring of a block without a language": block(QUOTED, ""),
@@ -102,6 +103,7 @@ FORMS = {
     "half thinking": f"Perhaps\n{block(WRONG)}No.\n</think>\n\n{block(F)}",
     "half thinking, ended in a line": f"Perhaps\n{block(WRONG)}No.</think>\n{block(F)}",
     "thinking, open fence": f"<think>\n```python\n{WRONG}\nHm.\n</think>\n{block(F)}",
+    "thinking again behind the answer": f"<think>\n{block(WRONG)}</think>\n{block(F)}\n<think>\nOr {block(WRONG)}",
     "reasoning": f"<reasoning>{block(WRONG)}</reasoning>\n{block(F)}",
     "thinking in brackets": f"[THINK]{block(WRONG)}[/THINK]{block(F)}",
     "thinking mark in a string": block('MARK = "</think>"\n' + F),
@@ -124,6 +126,7 @@ FORMS = {
     "mark of a tool": f"<|python_tag|>{F}<|eom_id|>",
     "role before it": "assistant\n\n" + F,
     "role mark before it": "<|im_start|>assistant\n" + F + "<|im_end|>",
+    "marks of HTML in a string": block('PAGE = "<s></s><b></b>"\n' + F),
     "end mark in a string": block('MARK = "</s>"\n' + F),
     # Prose.
     "prose before it": "Here is the code:\n\n" + F,
@@ -228,6 +231,8 @@ CONTINUATIONS = {
     "fenced function behind thinking": f"<think>{block(WRONG)}</think>\n" + block(F),
     "fenced body": block(BODY),
     "fenced body at the margin": block("return x + 1\n"),
+    "end mark": BODY + "<|im_end|>\n<|im_start|>user\nThanks!",
+    "thinking, body": f"<think>{block(WRONG)}</think>\n" + BODY,
     "future import": block("from __future__ import annotations\n" + F),
 }
 
@@ -251,9 +256,24 @@ def test_a_completion_without_a_fence_is_gone_on_with_to_the_letter(completion: 
         'x = """\n```\n' * 3_000,
         "x = \n" * 5_000,
         "(" * 50_000,
+        "x = " + "-" * 50_000 + "1",
+        "x = y" + ".z" * 50_000,
         "<think>" * 9_000,
+        "\n".join("`" * length for length in range(1_500, 3, -1)),
+        "".join(block(f"def f{n}():\n    return f{n + 1}()\n") for n in range(1_000)).replace("f0(", "f("),
     ],
-    ids=["fences", "openings", "strings", "assignments", "brackets", "thoughts"],
+    ids=[
+        "fences",
+        "openings",
+        "strings",
+        "assignments",
+        "brackets",
+        "signs",
+        "attributes",
+        "thoughts",
+        "nested",
+        "helpers",
+    ],
 )
 def test_long_nonsense_is_read_in_seconds(text: str) -> None:
     start = time.process_time()

@@ -79,19 +79,25 @@ def find_program(text: str, names: Iterable[str] = ()) -> Answer:
 def continue_prompt(prompt: str, text: str, names: Iterable[str] = ()) -> Answer:
     """Return the program that a completion of a signature and docstring makes with its prompt.
 
-    A completion is gone on with to the letter. Only where that is no Python and a fence, or thinking, stands in it, the
-    program is looked for: a whole function goes behind the prompt, whose imports and helpers it may use; a body goes
-    into it.
+    A completion is gone on with to the letter, but for thinking and what stands behind an end mark. Only where that is
+    no Python and has a fence, the program is looked for: a whole function goes behind the prompt, whose imports and
+    helpers it may use; a body goes into it.
     """
     whole = Answer(prompt + text, "as it stands")
-    if compiles(whole.program) or not (_FENCE.search(text) or _THINKING.search(text)):
+    if compiles(whole.program):
         return whole
+    text, is_finished = _without_thinking(text)
+    if not is_finished:
+        return Answer(prompt, "unfinished thinking")
+    text = _END_MARK.split(text, maxsplit=1)[0]
+    if compiles(prompt + text) or not _FENCE.search(text):
+        return replace(whole, program=prompt + text)
     names = frozenset(names)
     answer = find_program(text, names)
     if answer.found != "as it stands" and names & names_of(answer.program).defined:
         behind = f"{prompt.rstrip()}\n\n\n{answer.program}"
         return replace(answer, program=behind if compiles(behind) else answer.program)
-    for block in _fenced(_without_thinking(text)[0])[0]:
+    for block in _fenced(text)[0]:
         margin = body_margin(prompt)
         for body in (block.text, textwrap.indent(textwrap.dedent(block.text), margin)):
             if body.strip() and compiles(prompt + body):
@@ -124,7 +130,7 @@ _END_OF_THINKING = re.compile(
 
 _END_MARK = re.compile(
     r"(?:<\|(?:im_end|eot_id|eom_id|end|end_of_text|endoftext|end_of_turn|EOT|eos|return)\|>|</s>|<eos>|<end_of_turn>"
-    r"|<｜end▁of▁sentence｜>)(?=[ \t]*(?:\n|\Z|<|\[INST\]))"
+    r"|<｜end▁of▁sentence｜>)(?=[ \t]*(?:\n|\Z|<\||<s>|\[INST\]))"
 )
 """An end mark that the tokenizer does not know as one. Before other text it may be part of a program's string."""
 
@@ -136,11 +142,11 @@ _WORKED_EXAMPLES_END = re.compile(r"^[ \t]*\[DONE\]|\[DONE\][ \t]*$", re.MULTILI
 def _without_thinking(text: str) -> tuple[str, bool]:
     """Return what is not thought, and whether thinking has ended."""
     thoughts = list(_THINKING.finditer(text))
-    if any(thought["open"] is not None or thought["open_too"] is not None for thought in thoughts):
-        return "", False
     if not thoughts and (end := _END_OF_THINKING.search(text)):
         return text[end.end() :], True
-    return _THINKING.sub("", text), True
+    is_open = any(thought["open"] is not None or thought["open_too"] is not None for thought in thoughts)
+    answer = _THINKING.sub("", text)
+    return answer, bool(answer.strip()) or not is_open
 
 
 # Fences.
@@ -197,8 +203,12 @@ class _Block:
         return names_of(self.code)
 
 
-def _fenced(text: str) -> tuple[list[_Block], str]:
-    """Return the fenced blocks, those within blocks as well, and the rest of the text."""
+_DEEPEST = 2
+"""How deep fences are looked for in fences: those of a text in Markdown that is quoted in one."""
+
+
+def _fenced(text: str, depth: int = 0) -> tuple[list[_Block], str]:
+    """Return the fenced blocks, those within blocks that are no Python as well, and the rest of the text."""
     blocks: list[_Block] = []
     rest, at = [], 0
     while opening := _FENCE.search(text, at):
@@ -211,18 +221,19 @@ def _fenced(text: str) -> tuple[list[_Block], str]:
             continue
         rest.append(opening["words"] or "")
         info = opening["info"] if opening["fence"] else opening["language"]
-        word = re.match(r"[\s{.]*([A-Za-z]*)", info).group(1)  # type: ignore[union-attr]
-        starts_here = keyword.iskeyword(word)  # Code beside its fence.
-        language = "" if starts_here else word.lower()
-        start = opening.start("info") if starts_here else opening.end()
+        words = [(word[0], word.start()) for word in re.finditer(r"[A-Za-z]+", info)][:2]
+        code_at = next((at for word, at in words if keyword.iskeyword(word)), None)  # Code beside its fence.
+        language = words[0][0].lower() if words and words[0][1] != code_at else ""
+        start = opening.end() if code_at is None else opening.start("info") + code_at
         end, at, is_closed = _closing(text, start, opening["fence"] or opening["behind"], language)
         block = _Block(text[start:end], language, is_closed, len(opening["before"] or ""))
         inner: list[_Block] = []
-        if not block.has_program and _FENCE.search(block.text):
-            inner = _fenced(block.text)[0]  # Such as those of a text in Markdown.
+        if not block.has_program and language not in _PYTHON and depth < _DEEPEST and _FENCE.search(block.text):
+            inner = _fenced(block.text, depth + 1)[0]
         elif not block.has_program and not is_closed and block.is_python:
             # Who forgot the fence may have gone on in prose.
-            inner = [replace(run, is_closed=False, is_cut=True) for run in _between_prose(block.code)]
+            runs = _between_prose(block.code)
+            inner = [replace(run, is_closed=False, is_cut=run.code.strip() != block.code.strip()) for run in runs]
         blocks += inner or [block]
     return blocks, "\n".join([*rest, text[at:]])
 
@@ -303,7 +314,7 @@ def _dedented(lines: Sequence[str]) -> str:
 
 def _lone_words(source: str) -> set[str]:
     """Whether the first or the last statement of several is but a word, such as the role that a template has left."""
-    body = ast.parse(source).body if compiles(source) else []
+    body = _statements(source)
     ends = {"first": body[0], "last": body[-1]} if len(body) > 1 else {}
     return {where for where, end in ends.items() if isinstance(end, ast.Expr) and isinstance(end.value, ast.Name)}
 
@@ -349,10 +360,9 @@ def names_of(source: str) -> Names:
         return Names(frozenset(re.findall(r"^(?:async[ \t]+)?(?:def|class)[ \t]+(\w+)", source, re.MULTILINE)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        functions = [
-            node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        ]
         top = symtable.symtable(source, "<answer>", "exec")
+    functions = [node for node in _statements(source) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    stubs = {function.name for function in functions if _is_stub(function)}
     defined, needed, has_definitions = set(), set(), False
     tables = [top]
     while tables:
@@ -362,10 +372,9 @@ def names_of(source: str) -> Names:
             is_bound = symbol.is_assigned() or symbol.is_imported()
             if is_bound and (table is top or symbol.is_declared_global()):
                 defined.add(symbol.get_name())
-                has_definitions |= symbol.is_namespace()
+                has_definitions |= symbol.is_namespace() and symbol.get_name() not in stubs
             elif symbol.is_referenced() and (table is top or symbol.is_global()):
                 needed.add(symbol.get_name())
-    stubs = {function.name for function in functions if _is_stub(function)}
     return Names(frozenset(defined - stubs), frozenset(needed - defined - _BUILTIN), has_definitions)
 
 
@@ -385,20 +394,20 @@ def _chosen(blocks: Sequence[_Block], names: frozenset[str]) -> list[_Block]:
         [block for block in blocks if block.has_program],
         blocks,
     ):
-        any_definition = [block for block in kind if block.names.has_definitions][:1]
-        taken = _defining(kind, names) if names else any_definition
+        defining: dict[str, int] = {}
+        for number, block in enumerate(kind):
+            for name in block.names.defined:
+                defining.setdefault(name, number)
+        any_program = next((block.names.defined for block in kind if block.names.has_definitions), frozenset())
+        wanted, taken = list(names or any_program), set()
+        while wanted:
+            number = defining.get(wanted.pop(), -1)
+            if number >= 0 and number not in taken:
+                taken.add(number)
+                wanted += kind[number].names.needed
         if taken:
-            others = [block for block in blocks if block.is_python and block.has_program]
-            while more := _defining([b for b in others if b not in taken], _missing(taken, frozenset())):
-                taken += more
-            return [block for block in blocks if any(block is one for one in taken)]
+            return [kind[number] for number in sorted(taken)]
     return []
-
-
-def _defining(blocks: Sequence[_Block], names: frozenset[str]) -> list[_Block]:
-    """For each name the first block that defines it."""
-    firsts = [next((block for block in blocks if name in block.names.defined), None) for name in sorted(names)]
-    return [block for block in blocks if any(block is first for first in firsts)]
 
 
 def _missing(blocks: Sequence[_Block], names: frozenset[str]) -> frozenset[str]:
@@ -411,13 +420,20 @@ def _joined(blocks: Sequence[_Block]) -> str:
     return "\n\n".join(block.code.strip("\n") + "\n" for block in blocks)
 
 
+def _statements(source: str) -> list[ast.stmt]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(source).body if compiles(source) else []
+
+
 def _syntax_error(source: str) -> int | None:
     """Line of the first mistake, from 1; None if there is none."""
-    # compile(), not ast.parse(): only it refuses a `return` that has slipped out of the function.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            # Only compile() refuses a `return` that has slipped out of the function, only parse() what nests too deep.
             compile(source, "<answer>", "exec", dont_inherit=True)
+            ast.parse(source)
         except SyntaxError as error:
             return error.lineno or 1
         except (ValueError, MemoryError, RecursionError):

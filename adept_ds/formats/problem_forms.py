@@ -31,7 +31,7 @@ class ProblemForm:
     target: Callable[[Any], str]
     """What is trained on as the answer to it."""
     stop: tuple[str, ...]
-    """A completion ends before the first of these strings."""
+    """A completion ends before the first of these strings; an answer also ends where its program is complete."""
     chat: bool = False
     """Whether the prompt is a user's turn, which the tokenizer's chat template is put around."""
 

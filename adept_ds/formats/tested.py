@@ -32,13 +32,11 @@ def check_tests(tests: Tests, where: str) -> None:
     sources = tests.asserts if tests.entry_point is None else (tests.check,)
     if len(sources) > MOST_TESTS:
         raise _too_many(where, field, len(sources))
-    parsed = []
-    for number, source in enumerate(sources, 1):
-        try:
-            parsed.append(_parse(source))
-        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            which = f"{field}, test {number}" if tests.entry_point is None else field
-            raise UserError(f"{where}: {which} is not valid Python ({error})") from None
+    _parsed(tests.setup, f"{where}: test_setup_code")
+    parsed = [
+        _parsed(source, f"{where}: {field}, test {number}" if tests.entry_point is None else f"{where}: {field}")
+        for number, source in enumerate(sources, 1)
+    ]
     count = sum(isinstance(node, ast.stmt) for tree in parsed for node in ast.walk(tree))
     if count > MOST_TESTS:
         raise _too_many(where, field, count)
@@ -77,6 +75,13 @@ def _parse(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
+
+
+def _parsed(source: str, which: str) -> ast.Module:
+    try:
+        return _parse(source)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise UserError(f"{which} is not valid Python ({error})") from None
 
 
 def _mentioned(tree: ast.AST) -> set[str]:
