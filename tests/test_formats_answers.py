@@ -189,6 +189,10 @@ def test_an_answer_is_complete_with_the_fence_that_closes_it(answer: str, end: s
         (block(F), "fenced"),
         (block("def one():\n    return 1\n") + block("def f(x):\n    return one()\n"), "fenced, joined"),
         ("```python\n" + F + "\nIt adds one.", "fenced, cut"),
+        ("```python\n" + F.replace("f(", "g(") + "\nIt adds one.", "fenced, cut"),
+        (block(F.replace("f(", "g(")), "fenced"),
+        (block("def g(:\n"), "fenced"),
+        (block("ls\n", "bash"), "no program"),
         ("So:\n\n" + F, "between prose"),
         ("I cannot do that.", "no program"),
         ("", "no program"),
@@ -262,18 +266,7 @@ def test_a_completion_without_a_fence_is_gone_on_with_to_the_letter(completion: 
         "\n".join("`" * length for length in range(1_500, 3, -1)),
         "".join(block(f"def f{n}():\n    return f{n + 1}()\n") for n in range(1_000)).replace("f0(", "f("),
     ],
-    ids=[
-        "fences",
-        "openings",
-        "strings",
-        "assignments",
-        "brackets",
-        "signs",
-        "attributes",
-        "thoughts",
-        "nested",
-        "helpers",
-    ],
+    ids=lambda text: repr(text[:12]),
 )
 def test_long_nonsense_is_read_in_seconds(text: str) -> None:
     start = time.process_time()

@@ -62,9 +62,7 @@ def find_program(text: str, names: Iterable[str] = ()) -> Answer:
     names = frozenset(names)
     if chosen := _chosen(fenced, names):
         is_complete = all(block.is_closed and block.has_program for block in chosen) and not _missing(chosen, names)
-        is_cut = any(block.is_cut for block in chosen)
-        found: Found = "fenced, cut" if is_cut else "fenced" if len(chosen) == 1 else "fenced, joined"
-        return Answer(_joined(chosen), found, is_complete)
+        return Answer(_joined(chosen), _how_fenced(chosen), is_complete)
     for reading in dict.fromkeys((prose, _without_prompts(prose), _unescaped(prose), prose.replace("`", "\n"))):
         if chosen := _chosen(list(_between_prose(reading)), names):
             program = _joined(chosen)
@@ -72,8 +70,15 @@ def find_program(text: str, names: Iterable[str] = ()) -> Answer:
     if fenced:
         # Python that defines something else, or Python that does not compile, or what else was fenced.
         nearest = min(fenced, key=lambda block: (not block.is_python, not block.has_program, not block.language))
-        return Answer(nearest.code, "fenced" if nearest.is_python and nearest.has_program else "no program")
+        is_program = nearest.language in _PYTHON or (nearest.is_python and nearest.has_program)
+        return Answer(nearest.code, _how_fenced([nearest]) if is_program else "no program")
     return Answer(text.strip("\n"), "no program")
+
+
+def _how_fenced(blocks: Sequence[_Block]) -> Found:
+    if any(block.is_cut for block in blocks):
+        return "fenced, cut"
+    return "fenced" if len(blocks) == 1 else "fenced, joined"
 
 
 def continue_prompt(prompt: str, text: str, names: Iterable[str] = ()) -> Answer:
