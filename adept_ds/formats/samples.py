@@ -15,7 +15,7 @@ from pathlib import Path
 
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.formats.row_files import read_each, read_text, suffix_of
-from adept_ds.formats.rows import Mistakes, Row
+from adept_ds.formats.rows import SHOWN_MISTAKES, Mistakes, Row
 
 FIELDS = ("solution", "completion")
 """Where a sample's text stands; of two the first, as in EvalPlus."""
@@ -125,6 +125,7 @@ class _TaskIds:
             for key in {(name, number), ("", number)}:
                 self._by_key.setdefault(key, []).append(task_id)
         self._known = frozenset(task_ids)
+        self._unknown = 0
 
     def find(self, written: str, where: str) -> str:
         """Return the problem's id. UserError if there is none, or more than one."""
@@ -136,9 +137,10 @@ class _TaskIds:
         problems = f"{len(self._task_ids):,} problems, {self._task_ids[0]!r} .. {self._task_ids[-1]!r}"
         if found:
             raise UserError(f"{where}: task_id {written!r} may be {found[0]!r} or {found[1]!r} of the {problems}")
-        raise UserError(
-            f"{where}: task_id {written!r} is none of the {problems}" + did_you_mean(written, self._task_ids)
-        )
+        self._unknown += 1
+        # Only the first mistakes are shown, and to find the nearest of many takes time.
+        nearest = did_you_mean(written, self._task_ids) if self._unknown <= SHOWN_MISTAKES else ""
+        raise UserError(f"{where}: task_id {written!r} is none of the {problems}{nearest}")
 
 
 def _key(task_id: str) -> tuple[str, str]:
