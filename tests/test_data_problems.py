@@ -370,6 +370,10 @@ def test_absent_file():
         ({"test_list": ["x = 1", "assert x"]}, r"p\.jsonl:1: test_list tests nothing"),
         ({"test_setup_code": "import ("}, r"p\.jsonl:1: test_setup_code is not valid Python"),
         ({"test_list": ["assert True"]}, r"p\.jsonl:1: test_list tests nothing"),
+        (
+            {"code": "import sys\n" + MBPP_ROW["code"], "test_list": ["assert sys"]},
+            r"p\.jsonl:1: test_list tests nothing",
+        ),
         ({"test_list": ["assert minus(1, 2) == 3"]}, r"p\.jsonl:1: test_list tests nothing"),
         (
             {"test_list": ["assert (plus(1, 2) == 3, 'no')"]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from adept_ds.formats.answers import body_margin, compiles
+from adept_ds.formats.python_source import body_margin, compiles
 
 STRING_OR_COMMENT = re.compile(r"#.*|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'")
 

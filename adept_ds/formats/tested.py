@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 from adept_ds.errors import UserError
-from adept_ds.formats.answers import names_of
+from adept_ds.formats.python_source import names_of
 from adept_ds.sandbox import Tests
 
 MOST_TESTS = 10_000
@@ -19,7 +19,8 @@ def tested_names(tests: Tests) -> frozenset[str]:
     if tests.entry_point is not None:
         return frozenset([tests.entry_point])
     mentioned = {name for source in (tests.setup, *tests.asserts) for name in _mentioned(_parse(source))}
-    return (names_of(tests.reference).defined & mentioned) - names_of(tests.setup).defined
+    names = names_of(tests.reference)
+    return ((names.defined - names.imported) & mentioned) - names_of(tests.setup).defined
 
 
 def check_tests(tests: Tests, where: str) -> None:
