@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from adept_ds.config.run import DataConfig
 from adept_ds.data.problems import load_examples, load_problems, read_problems
 from adept_ds.errors import UserError
-from adept_ds.formats import read_rows, read_samples
+from adept_ds.formats import read_rows
 from adept_ds.formats.mbpp import MbppRecord, parse_record, task_in_words, to_humaneval
 
 MBPP_ROW = {
@@ -192,10 +191,16 @@ def test_the_target_as_completion_gives_a_program_that_passes(format):
             scope["check"](scope[problem.tests.entry_point])
 
 
-@pytest.mark.parametrize("format", ["mbpp-paper", "mbpp-instruct"])
-def test_stop_strings_do_not_cut_the_bundled_targets(format):
-    problems = load_problems(DataConfig(format=format), "train")
+def test_stop_strings_do_not_cut_the_bundled_targets():
+    problems = load_problems(DataConfig(format="mbpp-paper"), "train")
     assert not [p.task_id for p in problems if any(stop in p.target for stop in p.stop)]
+
+
+def test_the_bundled_answers_are_complete_where_they_end():
+    for problem in load_problems(DataConfig(format="mbpp-instruct"), "train"):
+        assert problem.answer(problem.target).is_complete
+        assert not problem.answer(problem.target[:-1]).is_complete
+        assert problem.program(problem.target).strip() in problem.target
 
 
 def test_humaneval_is_read_from_its_own_package():
@@ -361,6 +366,21 @@ def test_absent_file():
         ({"text": 3}, r"p\.jsonl:1: text must be a string, not int"),
         ({"test_list": []}, r"p\.jsonl:1: test_list must be a list of assert statements"),
         ({"test_list": "assert"}, r"p\.jsonl:1: test_list must be a list, not str"),
+        ({"test_list": ["pass"]}, r"p\.jsonl:1: test_list tests nothing, .* expected asserts about .* \(plus\)"),
+        ({"test_list": ["x = 1", "assert x"]}, r"p\.jsonl:1: test_list tests nothing"),
+        ({"test_setup_code": "import ("}, r"p\.jsonl:1: test_setup_code is not valid Python"),
+        ({"test_list": ["assert True"]}, r"p\.jsonl:1: test_list tests nothing"),
+        (
+            {"code": "import sys\n" + MBPP_ROW["code"], "test_list": ["assert sys"]},
+            r"p\.jsonl:1: test_list tests nothing",
+        ),
+        ({"test_list": ["assert minus(1, 2) == 3"]}, r"p\.jsonl:1: test_list tests nothing"),
+        (
+            {"test_list": ["assert (plus(1, 2) == 3, 'no')"]},
+            r"`assert \(plus\(1, 2\) == 3, 'no'\)` .* for every program",
+        ),
+        ({"test_list": ["assert plus(1, 2"]}, r"p\.jsonl:1: test_list, test 1 is not valid Python"),
+        ({"test_list": ["assert plus(1, 2) == 3"] * 10_001}, r"p\.jsonl:1: test_list has 10,001 .* may have 10,000"),
         ({"code": "def plus(:"}, r"p\.jsonl:1: code or test_list is not valid Python"),
     ],
 )
@@ -368,6 +388,24 @@ def test_bad_field(tmp_path, changes, message):
     path = write_rows(tmp_path / "p.jsonl", {**MBPP_ROW, **changes})
     with pytest.raises(UserError, match=message):
         load_problems(DataConfig(path=path), "test")
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        ("def check(candidate):\n    assert True", r"p\.jsonl:1: check in test tests nothing, .* about candidate"),
+        ("def check(candidate):\n    assert (candidate(1, 2) == 3, 'no')", r"p\.jsonl:1: `assert .* for every program"),
+        ("def check():\n    assert plus(1, 2) == 3", r"p\.jsonl:1: test defines no function check\(candidate\)"),
+        ("assert plus(1, 2) == 3", r"p\.jsonl:1: test defines no function check\(candidate\)"),
+        ("def check(candidate):\n" + "    assert candidate(1, 2) == 3\n" * 10_001, r"test has 10,00\d statements"),
+    ],
+    ids=["constant", "tuple", "no argument", "no check", "many"],
+)
+def test_a_check_that_checks_nothing(tmp_path, test, message):
+    row = {"task_id": 1, "prompt": "def plus(a, b):\n", "canonical_solution": "    return a + b", "entry_point": "plus"}
+    path = write_rows(tmp_path / "p.jsonl", {**row, "test": test})
+    with pytest.raises(UserError, match=message):
+        read_problems(path)
 
 
 def test_misspelt_field_is_named_with_the_nearest(tmp_path):
@@ -380,19 +418,3 @@ def test_duplicate_task_id_names_both_lines(tmp_path):
     path = write_rows(tmp_path / "p.jsonl", MBPP_ROW, {**MBPP_ROW, "task_id": "MBPP/601"})
     with pytest.raises(UserError, match=r"p\.jsonl:2: task_id 'MBPP/601' was used before, at .*p\.jsonl:1"):
         load_problems(DataConfig(path=path), "train")
-
-
-# Samples
-
-
-def test_samples_of_either_id_style_and_compression(tmp_path):
-    path = tmp_path / "s.jsonl.gz"
-    lines = ['{"task_id": 11, "completion": "x"}', "", '{"task_id": "HumanEval/0", "completion": "", "seed": 1}']
-    path.write_bytes(gzip.compress("\n".join(lines).encode()))
-    assert [(s.task_id, s.completion) for s in read_samples(path)] == [("MBPP/11", "x"), ("HumanEval/0", "")]
-
-
-def test_samples_missing_field(tmp_path):
-    path = write_rows(tmp_path / "s.jsonl", {"task_id": "a", "completion": "b"}, {"task_id": "a", "completoin": "b"})
-    with pytest.raises(UserError, match=r"s\.jsonl:2: no field 'completion'; .* did you mean 'completoin'"):
-        read_samples(path)

@@ -1,10 +1,10 @@
-"""Stop strings, fenced answers, repair of the indentation."""
+"""Stop strings, repair of the indentation."""
 
 from __future__ import annotations
 
 import pytest
 
-from adept_ds.formats import extract_code, repair_indentation, stop_at
+from adept_ds.formats import repair_indentation, stop_at
 
 PROMPT = '\n\ndef f(x):\n    """\n    Task.\n    """\n'
 
@@ -22,24 +22,6 @@ def test_stop_at_the_earliest_of_several_strings():
 def test_no_stop_string_leaves_the_text():
     assert stop_at("    return x", ("\ndef",)) == "    return x"
     assert stop_at("    return x", ()) == "    return x"
-
-
-@pytest.mark.parametrize(
-    ("answer", "code"),
-    [
-        ("Here it is:\n\n```python\ndef f():\n    pass\n```\nUse it:\n```python\nf()\n```", "def f():\n    pass\n"),
-        ("```\n$ pip install x\n```\nThen\n```python\nx = 1\n```", "x = 1\n"),
-        ("```\nx = 1\n```", "x = 1\n"),
-        ("```python\nx = 1\ny =", "x = 1\ny ="),
-        ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n"),
-        ("def f():\n    pass\n[DONE]\nmore", "def f():\n    pass"),
-        ("[BEGIN]\nx = 1\n[DONE]", "x = 1"),
-        ("x = 1", "x = 1"),
-    ],
-    ids=["first of two", "python before bare", "bare", "unclosed", "in a list", "done", "begin", "plain"],
-)
-def test_extract_code(answer, code):
-    assert extract_code(answer) == code
 
 
 def test_working_indentation_is_left_alone():

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, GenerationConfig
+from adept_ds.contexts import attribute_set
 from adept_ds.data.problems import load_problems
 from adept_ds.distributed import World
-from adept_ds.evaluation.generate import SeededSampling, StopStrings, generate_samples, sample_seed
-from adept_ds.formats import Problem, Sample
+from adept_ds.evaluation.generate import SeededSampling, StopStrings, StopWhenComplete, generate_samples, sample_seed
+from adept_ds.formats import Problem, Sample, find_program
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 
 Make = Callable[[str], PreTrainedModel]
@@ -162,3 +163,35 @@ def test_generation_leaves_the_mode_as_it_was(make_backbone: Make, tokenizer, wo
     model = adapted(make_backbone).train()
     generate_samples(model, tokenizer, problems[:1], config(), DATA, world)
     assert model.training
+
+
+FENCED = "```python\ndef f(x):\n    return x\n```"
+
+
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        (FENCED, True),
+        (FENCED + "\nUse it now", False),  # It was asked when the fence was written.
+        (FENCED[:-1], False),
+        ("```bash\nls\n```", False),
+        ("```\nls\n```\n" + FENCED, True),
+        (FENCED.replace("x):", 'x):\n    """\n    ```'), False),
+        ("", False),
+    ],
+)
+def test_a_row_ends_with_the_fence_that_closes_its_program(tiny_tokenizer: PreTrainedTokenizerFast, text, done):
+    read = tiny_tokenizer("def")["input_ids"]
+    ids = torch.tensor([read + tiny_tokenizer(text, add_special_tokens=False)["input_ids"]])
+    assert tiny_tokenizer.decode(ids[0]).endswith(text)
+    is_complete = [lambda text: find_program(text, ["f"]).is_complete]
+    assert StopWhenComplete(tiny_tokenizer, is_complete, len(read))(ids, ids).tolist() == [done]
+    assert StopWhenComplete(tiny_tokenizer, [None], len(read))(ids, ids).tolist() == [False]
+
+
+def test_thinking_that_the_template_begins_is_in_the_completion(make_backbone: Make, tokenizer, world: World):
+    chats = load_problems(DataConfig(format="mbpp-instruct"), "test")[:2]
+    data = DataConfig(format="mbpp-instruct", max_prompt_length=60, max_length=100)
+    with attribute_set(tokenizer, "chat_template", "{{ messages[0]['content'] }}<think>"):
+        samples = generate_samples(adapted(make_backbone), tokenizer, chats, config(), data, world)
+    assert all(sample.completion.startswith("<think>") for sample in samples)

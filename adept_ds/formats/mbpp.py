@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from adept_ds.errors import UserError
 from adept_ds.formats.rows import Row
+from adept_ds.formats.tested import check_tests
 from adept_ds.sandbox import Tests
 
 
@@ -75,7 +76,16 @@ BEFORE_TESTS = "Your code should pass these tests:"
 
 
 def parse_record(row: Row) -> Record:
-    """Read one record of either form, told apart by its fields. UserError on missing, mistyped and empty fields."""
+    """Read one record of either form, told apart by its fields.
+
+    UserError on missing, mistyped and empty fields, and on tests that test nothing.
+    """
+    record = _parse_fields(row)
+    check_tests(record.tests, row.where)
+    return record
+
+
+def _parse_fields(row: Row) -> Record:
     of_mbpp, of_humaneval = (sum(name in row.values for name in fields) for fields in (MBPP_FIELDS, HUMANEVAL_FIELDS))
     split = row.get("split", str) if "split" in row.values else None
     if max(of_mbpp, of_humaneval) <= 1:

@@ -31,7 +31,7 @@ class ProblemForm:
     target: Callable[[Any], str]
     """What is trained on as the answer to it."""
     stop: tuple[str, ...]
-    """A completion ends before the first of these strings."""
+    """A completion ends before the first of these strings; an answer also ends where its program is complete."""
     chat: bool = False
     """Whether the prompt is a user's turn, which the tokenizer's chat template is put around."""
 
@@ -74,7 +74,7 @@ INSTRUCT = ProblemForm(
     MbppRecord,
     prompt=lambda record, shots: instruct_prompt(record),
     target=instruct_target,
-    stop=("\n```\n",),  # The closing fence; the opening one has a language behind it.
+    stop=(),  # It ends with the fence that closes the program, which no string can tell from others.
     chat=True,
 )
 """The task and its asserts as a user's turn, to be answered by a fenced program."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
-from adept_ds.formats.completions import extract_code
+from adept_ds.formats.answers import Answer, continue_prompt, find_program
+from adept_ds.formats.tested import tested_names
 from adept_ds.sandbox import Tests
 
 ASSISTANT = "assistant"
@@ -76,8 +77,17 @@ class Problem(Example):
     continues_prompt: bool
     """Whether a completion goes on where the prompt ends (HumanEval form), or holds a program of its own."""
     stop: tuple[str, ...]
-    """A completion of this form ends before the first of these strings."""
+    """A completion of this form ends before the first of these strings, or where its program is complete."""
+
+    def answer(self, completion: str, is_program: bool = False) -> Answer:
+        """Return the program to run for a completion (already cut at the stop strings).
+
+        `is_program`: whether the completion holds all of it, also where completions go on with the prompt.
+        """
+        if self.continues_prompt:
+            return continue_prompt("" if is_program else self.prompt, completion, tested_names(self.tests))
+        return find_program(completion, tested_names(self.tests))
 
     def program(self, completion: str) -> str:
-        """Return the source to run for a completion (already cut at the stop strings)."""
-        return self.prompt + completion if self.continues_prompt else extract_code(completion)
+        """Return the source of `answer`."""
+        return self.answer(completion).program

@@ -96,6 +96,11 @@ def _decoded(line: bytes, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 (byte {line[error.start]:#04x} at {error.start + 1})") from None
 
 
+def read_text(path: str | Path) -> str:
+    """Return the text of a file. UserError if it is unreadable or no UTF-8."""
+    return "".join(_decoded(line, f"{path}:{number}") for number, line in _lines(Path(path)))
+
+
 class _Json:
     """Parses JSON, and notes keys that an object has twice."""
 
@@ -143,7 +148,7 @@ BLANK = re.compile(r"[ \t\r\n]*")
 
 def _json(path: Path) -> Iterator[Found]:
     """A list of objects, or an object with such a list as `data`; also JSON lines, which are often called so."""
-    text = "".join(_decoded(line, f"{path}:{number}") for number, line in _lines(path))
+    text = read_text(path)
     start = _skip_blank(text, 0)
     first, _, rest = text[start:].partition("\n")
     if first.startswith("{") and first.rstrip().endswith("}") and rest.strip():

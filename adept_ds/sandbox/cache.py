@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class VerdictCache:
             raise UserError(f"sandbox cache {str(folder)!r}: {error.strerror}; expected a folder") from None
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"sandbox cache {str(folder)!r}: no permission to write to this folder")
+        self._has_warned = False
 
     def _path(self, program: Program) -> Path:
         text = json.dumps([self.common, program.source, asdict(program.tests)], sort_keys=True)
@@ -50,7 +52,17 @@ class VerdictCache:
             return None
 
     def put(self, program: Program, verdict: Verdict) -> None:
-        """Keep a verdict that would come out the same again."""
-        if verdict.status in ("passed", "failed", "error"):
+        """Keep a verdict that would come out the same again. Where that fails, on a full disk say, the run goes on."""
+        if verdict.status not in ("passed", "failed", "error"):
+            return
+        try:
             with atomic_write(self._path(program)) as file:
                 json.dump(asdict(verdict), file)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"sandbox cache {str(self.folder)!r}: {error.strerror}; verdicts that cannot be kept there must be "
+                    "found anew by the next run",
+                    stacklevel=2,
+                )
