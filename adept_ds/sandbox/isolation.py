@@ -75,7 +75,13 @@ def worker_config(
     """Return the command and the configuration that start a fork server in `tier`; raises WorkerRefused."""
     own_files = tier in ("namespaces", "bubblewrap")
     folders = {name: INSIDE if own_files else str(package_paths(name)[0].parent) for name in packages}
-    config: dict[str, Any] = {"tier": tier, "seccomp": None, "warm_everything": False, "packages": folders}
+    config: dict[str, Any] = {
+        "role": "program",
+        "tier": tier,
+        "seccomp": None,
+        "warm_everything": False,
+        "packages": folders,
+    }
     if tier == "none":
         return [interpreter()], config
     if not seccomp.supported():
