@@ -63,6 +63,46 @@ def test_the_self_test_finds_a_missing_filter(flags: tuple[str, ...]) -> None:
     assert {"gain privileges", "make a user namespace", "slow other processes down"} <= set(found.split(", "))
 
 
+NOT_FRESH = """
+import json, os, socket
+from dataclasses import asdict
+from adept_ds.sandbox import Limits, isolation
+from adept_ds.sandbox.inside import server, supervisor
+
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+config = isolation.worker_config("namespaces")[1] | {"control": os.dup(theirs.fileno())}
+try:
+    server._isolate(config)
+except OSError as error:
+    raise SystemExit(f"unshare: {error}")
+running = supervisor.Supervisor(theirs.fileno(), config)
+running.watch_mappings()
+
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+        return False
+    except OSError:
+        return True
+
+def serve(channel):
+    calls = (os.posix_spawn, "/usr/bin/env", ["env"], {}), (os.listdir, "/"), (open, "/etc/passwd"), (os.kill, os.getpid(), 0)
+    os.write(channel, json.dumps([os.getuid() == 65534, *(refused(*call) for call in calls)]).encode())
+    held = [bytearray(os.urandom(1 << 20)) for _ in range(10**4)]
+
+for fresh in (True, False):
+    mine, candidates = socket.socketpair()
+    report = running.run(candidates.detach(), asdict(Limits(memory_mb=100)), serve, fresh)
+    print(mine.recv(1000).decode(), report["reason"])
+"""
+
+
+def test_a_process_without_fresh_namespaces_has_its_limits_and_can_only_compute() -> None:
+    fresh, plain = python(NOT_FRESH).splitlines()
+    assert fresh == "[true, false, false, false, false] memory"
+    assert plain == "[true, true, true, true, false] memory"
+
+
 def test_the_seccomp_tier_says_what_it_refuses() -> None:
     with Sandbox("seccomp", workers=1) as sandbox:
         verdict = judge(sandbox, "def f(): open('/etc/passwd')", "assert f() is None")
