@@ -88,3 +88,12 @@ def test_a_summary_counts_how_programs_were_found(tmp_path: Path) -> None:
         ("between prose", "passed"),
         ("unfinished thinking", "failed"),
     ]
+
+
+def test_passes_beside_the_program_are_counted_apart() -> None:
+    own_class = "class Sum:\n    def __init__(self, a, b): self.total = a + b\ndef f(a, b): return Sum(a, b)"
+    problems = [problem(task_id, "s = f(1, 2)", "assert s.total == 3") for task_id in "ab"]
+    plain = "def f(a, b): return type('Sum', (), {'total': 4})"
+    scored = score_samples(problems, [Sample("a", own_class), Sample("b", plain)], SandboxConfig())
+    assert (scored.pass_at_k[1].mean, scored.pass_at_k_apart[1].mean, scored.in_process_passed) == (0.5, 0.0, 1)
+    assert {result["reason"] for result in scored.results} == {"a value of type Sum", "a value of type type"}

@@ -218,6 +218,12 @@ def score_to_folder(
     counts = f"{score.problems} problems, {score.samples} samples, {score.unique_samples} of them unique"
     for k, estimate in score.pass_at_k.items():
         print(f"{out.name}: pass@{k} {_percent(estimate)} ({counts})")
+    if score.in_process_passed:
+        apart = ", ".join(f"pass@{k} {_percent(estimate)}" for k, estimate in score.pass_at_k_apart.items())
+        print(
+            f"{out.name}: {score.in_process_passed} passes had their tests beside the program, where a hostile program "
+            f"could reach them; with these as failed {apart}"
+        )
     if paper:
         print(f"{out.name}: pass@1 as in the paper {100 * facts['paper']['average']:.2f} %")
     print(f"{out.name}: {', '.join(f'{label} {count}' for label, count in score.verdicts.items())}")

@@ -30,6 +30,8 @@ class Score:
     completion, verdict."""
     pass_at_k: dict[int, Estimate]
     """k to the mean over problems; 1 is always there, as every comparison and report starts from it."""
+    pass_at_k_apart: dict[int, Estimate]
+    """The same with those passes as failed whose tests ran in the program's process, where it can reach them."""
     verdicts: dict[str, int]
     """Verdict, with its kind where it has one, to the number of samples."""
     found: dict[str, int]
@@ -42,6 +44,11 @@ class Score:
     """The isolation that the programs ran in."""
     problems: int
     samples: int
+
+    @property
+    def in_process_passed(self) -> int:
+        """Passes whose tests ran in the program's process."""
+        return sum(result["in_process"] and result["status"] == "passed" for result in self.results)
 
 
 def score_samples(
@@ -84,21 +91,27 @@ def score_samples(
             verdicts[verdict.id] = verdict
         isolation = sandbox.isolation
 
-    results, counts = [], {problem.task_id: [0, 0] for problem in problems}
+    results, counts = [], {problem.task_id: [0, 0, 0] for problem in problems}
     for sample, program, answer in zip(samples, programs, answers, strict=True):
         verdict = verdicts[program.id]
         counts[sample.task_id][0] += 1
         counts[sample.task_id][1] += verdict.status == "passed"
+        counts[sample.task_id][2] += verdict.status == "passed" and not verdict.in_process
         facts = {name: value for name, value in asdict(verdict).items() if name != "id"}
         task = task_in_words(by_id[sample.task_id].prompt)
         about = {"task_id": sample.task_id, "task": task, "completion": sample.completion, "program": program.source}
         results.append({**about, "found": answer.found, **facts})
-    missing = [task_id for task_id, (n, _) in counts.items() if n == 0]
+    missing = [task_id for task_id, (n, *_) in counts.items() if n == 0]
     largest = max(ks)
-    tallies = {task_id: (n, c) if n else (largest, 0) for task_id, (n, c) in counts.items()}
+
+    def pass_at_k(which: int) -> dict[int, Estimate]:
+        tallies = {task_id: (tally[0], tally[which]) if tally[0] else (largest, 0) for task_id, tally in counts.items()}
+        return {k: mean_pass_at_k(tallies, k) for k in dict.fromkeys((1, *ks))}
+
     return Score(
         results=results,
-        pass_at_k={k: mean_pass_at_k(tallies, k) for k in dict.fromkeys((1, *ks))},
+        pass_at_k=pass_at_k(1),
+        pass_at_k_apart=pass_at_k(2),
         found=dict(Counter(answer.found for answer in answers).most_common()),
         verdicts=dict(Counter(verdict_label(one["status"], one["kind"]) for one in results).most_common()),
         missing=missing,
@@ -116,6 +129,7 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
     summary = {
         **facts,
         **{f"pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k.items()},
+        **{f"pass@{k}_apart": asdict(estimate) for k, estimate in score.pass_at_k_apart.items()},
         "problems": score.problems,
         "samples": score.samples,
         "unique_samples": {
@@ -126,6 +140,8 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
         "verdicts": score.verdicts,
         "programs_found": score.found,
         "in_process": sum(result["in_process"] for result in score.results),
+        "in_process_passed": score.in_process_passed,
+        "in_process_reasons": dict(Counter(one["reason"] for one in score.results if one["in_process"]).most_common()),
         "isolation": score.isolation,
     }
     write_json(folder / SUMMARY_NAME, summary)
