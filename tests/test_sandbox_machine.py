@@ -86,7 +86,8 @@ def refused(call, *arguments):
         return True
 
 def serve(channel):
-    calls = (os.posix_spawn, "/usr/bin/env", ["env"], {}), (os.listdir, "/"), (open, "/etc/passwd"), (os.kill, os.getpid(), 0)
+    start = os.posix_spawn, "/usr/bin/env", ["env"], {}
+    calls = start, (os.listdir, "/"), (open, "/etc/passwd"), (os.kill, os.getpid(), 0)
     os.write(channel, json.dumps([os.getuid() == 65534, *(refused(*call) for call in calls)]).encode())
     held = [bytearray(os.urandom(1 << 20)) for _ in range(10**4)]
 
