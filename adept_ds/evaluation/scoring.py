@@ -129,7 +129,7 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
     summary = {
         **facts,
         **{f"pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k.items()},
-        **{f"pass@{k}_apart": asdict(estimate) for k, estimate in score.pass_at_k_apart.items()},
+        **{f"apart_pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k_apart.items()},
         "problems": score.problems,
         "samples": score.samples,
         "unique_samples": {

@@ -353,10 +353,8 @@ def _statements(tests: Tests) -> list[ast.stmt]:
 
 
 def _shared_names(tests: Tests) -> set[str]:
-    """Return the names that the tests bind beside the program's; what a check binds is local to it."""
-    if not tests.check:
-        return _all_bound(node for source in tests.asserts for node in ast.parse(textwrap.dedent(source).strip()).body)
-    return {"check"} | _all_bound(node for node in ast.parse(tests.check).body if not isinstance(node, ast.FunctionDef))
+    """Return the names that the tests bind beside the program's; those of a check stay apart."""
+    return _all_bound(node for source in tests.asserts for node in ast.parse(textwrap.dedent(source).strip()).body)
 
 
 def _modules_at_hand(numpy: bool) -> dict[str, str]:

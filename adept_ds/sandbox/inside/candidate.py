@@ -163,8 +163,10 @@ def _run_tests(space: dict[str, Any], tests: dict[str, Any]) -> dict[str, Any]:
         for where, source in enumerate(tests["asserts"]):  # noqa: B007
             _run(source, "<test>", space)
         if tests["check"]:
-            _run(tests["check"], "<check>", space)
-            space["check"](*([space[tests["entry_point"]]] if tests["entry_point"] else []))
+            # The function under test may itself be called `check`: the test's names stay apart from the program's.
+            apart = dict(space)
+            _run(tests["check"], "<check>", apart)
+            apart["check"](*([space[tests["entry_point"]]] if tests["entry_point"] else []))
     except BaseException as error:
         return _raised(error) | {"where": where, "assertion": isinstance(error, AssertionError)}
     return {"done": True}
