@@ -181,6 +181,7 @@ class _Pair:
             null = os.open(os.devnull, os.O_RDWR)
             for number in (0, 1, 2):
                 os.dup2(null, number)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             try:
                 space: dict[str, object] = {"__name__": "candidate"}
                 exec(self.program, space)
