@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import struct
 from collections.abc import Iterable
 
 _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446  # the same numbers on x86-64 and aarch64
 _WRITE_FILE, _READ_FILE, _REFER = 1 << 1, 1 << 2, 1 << 13
+_OPENING = _WRITE_FILE | _READ_FILE | _REFER
+_RULE = struct.Struct("=Qi")
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of file rights by ABI version
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+@functools.cache
 def version() -> int:
     """Return the kernel's Landlock ABI, or 0 if it has none."""
     return max(0, int(_libc.syscall(_CREATE, None, 0, 1)))
@@ -28,28 +32,31 @@ def deny_everything() -> None:
         return
     files = (1 << _FILE_RIGHTS.get(abi, 16)) - 1
     fields = [files, 0b11 if abi >= 4 else 0, 0b11 if abi >= 6 else 0]
-    _restrict(struct.pack("QQQ", *fields)[: 8 if abi < 4 else 16 if abi < 6 else 24], [], 0)
+    _restrict(struct.pack("QQQ", *fields)[: 8 if abi < 4 else 16 if abi < 6 else 24], [])
 
 
-def open_only(paths: Iterable[str]) -> None:
-    """Refuse this process, for good, to open files that are not in one of these folders, or among them to be read.
+def folder(path: str) -> bytes:
+    """Return the rule that allows what is in a folder; its descriptor stays open as long as the rule is used."""
+    return _RULE.pack(_OPENING, os.open(path, os.O_PATH))
+
+
+def readable(path: str) -> bytes:
+    """Return the rule that allows to read one file; as with `folder` a descriptor stays open."""
+    return _RULE.pack(_READ_FILE, os.open(path, os.O_PATH))
+
+
+def open_only(rules: Iterable[bytes]) -> None:
+    """Refuse this process, for good, to open other files than these rules allow.
 
     Needs no_new_privs or CAP_SYS_ADMIN.
     """
-    if version() < 2:  # the first could not leave renaming from folder to folder allowed
-        return
-    rights = _WRITE_FILE | _READ_FILE | _REFER
-    _restrict(struct.pack("Q", rights), paths, rights)
+    if version() >= 2:  # the first could not leave renaming from folder to folder allowed
+        _restrict(struct.pack("Q", _OPENING), rules)
 
 
-def _restrict(attributes: bytes, paths: Iterable[str], rights: int) -> None:
+def _restrict(attributes: bytes, rules: Iterable[bytes]) -> None:
     ruleset = _libc.syscall(_CREATE, attributes, len(attributes), 0)
-    for path in paths:
-        parent = os.open(path, os.O_PATH)
-        allowed = rights if os.path.isdir(path) else rights & _READ_FILE
-        if _libc.syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, parent), 0) != 0:
-            ruleset = -1
-        os.close(parent)
-    if ruleset < 0 or _libc.syscall(_RESTRICT, ruleset, 0) != 0:
+    refused = [_libc.syscall(_ADD_RULE, ruleset, 1, rule, 0) for rule in rules]
+    if ruleset < 0 or any(refused) or _libc.syscall(_RESTRICT, ruleset, 0) != 0:
         raise OSError(ctypes.get_errno(), "Landlock is there and refuses its rules")
     _libc.close(ruleset)

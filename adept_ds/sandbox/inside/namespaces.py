@@ -28,7 +28,7 @@ _PIVOT_ROOT, _CAPSET = NUMBERS.get(os.uname().machine, (-1, -1))
 _CAP_HEADER, _NO_CAPABILITY = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 _SET_IDS = 1 << 6 | 1 << 7  # CAP_SETGID, CAP_SETUID
 _DEVICES = ("null", "zero", "random", "urandom")
-_OWN_PROC = [f"/proc/self/{name}" for name in ["cmdline", "comm", "fd", "limits", "maps", "stat", "statm", "status"]]
+_OWN_PROC = ("/proc/self/maps", "/proc/self/stat", "/proc/self/statm", "/proc/self/status")
 _STICKY = {"ST_NOSUID": MS_NOSUID, "ST_NODEV": MS_NODEV, "ST_NOEXEC": MS_NOEXEC}
 _STICKY |= {"ST_NOATIME": 1024, "ST_NODIRATIME": 2048, "ST_RELATIME": 1 << 21}
 
@@ -243,11 +243,17 @@ class PidNamespaces:
         os.kill(self.init, signal.SIGKILL)
 
 
-def renew(scratch_mb: int, scratch_files: int) -> None:
+def fixed_folders() -> list[bytes]:
+    """Return the rules for `renew`: what programs may open of the file system that `build_root` made."""
+    fresh = ("tmp", "proc")
+    return [landlock.folder(entry.path) for entry in os.scandir("/") if entry.name not in fresh and entry.is_dir()]
+
+
+def renew(scratch_mb: int, scratch_files: int, folders: list[bytes]) -> None:
     """Give the calling process, in a fresh pid namespace, its own /tmp, /proc, and shared memory.
 
     Of /proc it gets the processes, not the host (the kernel's command line and settings, its boot's number), and of
-    itself what does not show where on the host the files lie.
+    itself what does not show where on the host the files lie. Leaves descriptors open.
     """
     unshare(CLONE_NEWNS | CLONE_NEWIPC, "mount, ipc")
     options = f"size={scratch_mb}m,nr_inodes={scratch_files},mode=1777"
@@ -257,8 +263,7 @@ def renew(scratch_mb: int, scratch_files: int) -> None:
         mount("proc", "/proc", "proc", flags, "subset=pid")
     except OSError:  # before Linux 5.8
         mount("proc", "/proc", "proc", flags)
-    folders = [entry.path for entry in os.scandir("/") if entry.name != "proc" and not entry.is_symlink()]
-    landlock.open_only([*folders, *_OWN_PROC])
+    landlock.open_only([*folders, landlock.folder("/tmp"), *(landlock.readable(path) for path in _OWN_PROC)])
 
 
 def drop_bounding_set() -> None:

@@ -215,6 +215,7 @@ class Supervisor:
             for level in {config["seccomp"], "compute"}:
                 seccomp.program(level, 0)  # its long part is made here, once, not in every child
         self.pids = namespaces.PidNamespaces() if self.in_namespaces else None
+        self.folders = namespaces.fixed_folders() if self.in_namespaces else []
         self.has_nobody = namespaces.has_two_users()
         self.mappings: int | None = None
 
@@ -298,7 +299,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         if self.in_namespaces and fresh:
-            namespaces.renew(limits["scratch_mb"], limits["scratch_files"])
+            namespaces.renew(limits["scratch_mb"], limits["scratch_files"], self.folders)
         _set_limit(resource.RLIMIT_NOFILE, limits["open_files"])
         os.dup2(output, 1)
         os.dup2(output, 2)
