@@ -16,7 +16,7 @@ from adept_ds.files import atomic_write
 
 from .program import Limits, Program, Verdict
 
-_FORMAT = 2
+_FORMAT = 3
 """Raised whenever a change of the sandbox could change a verdict."""
 
 
