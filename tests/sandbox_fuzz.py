@@ -27,7 +27,7 @@ from adept_ds.sandbox import Limits, Program, Sandbox, Tests
 _LITERALS = (
     *("0", "1", "-3", "2.5", "'ab'", "''", "'b a'", "None", "True", "b'x'", "(1, 2)", "[3, 1, 2]", "[]", "['b', 'a']"),
     *("[[1], [2]]", "{'a': 1, 'b': [2]}", "{1, 2, 3}", "{'x', 'y', 'zz'}", "[(1, 'a'), (0, 'b')]", "{}", "10 ** 20"),
-    *("float('inf')", "float('nan')", "1j", "range(3)", "[None, False]", "{3: {4}}", "-0.0", "'\\ud800'", "()"),
+    *("float('inf')", "float('nan')", "1j", "range(3)", "[None, False]", "{3: {4}}", "-0.0", "chr(0xD800)", "()"),
 )
 _VALUES = (
     *("x", "[x]", "[x, x]", "(x,)", "{1: x}", "sorted(x)", "list(x)", "set(x)", "str(x)", "x[0]", "x[::-1]", "len(x)"),
