@@ -68,7 +68,7 @@ class ProgramRun:
             job = {**(self.plan.judge or {}), "answer_bytes": limits.answer_bytes}
             start(worker, limits, [ends[0].fileno()], self._job())
             patient = replace(limits, wall_seconds=limits.wall_seconds + _JUDGE_SECONDS)
-            start(judge, patient, [ends[1].fileno(), theirs.fileno()], job)
+            start(judge, patient, [theirs.fileno(), ends[1].fileno()], job)
 
     def _job(self) -> dict[str, Any]:
         """Return the program's job; it holds tests only if they have to run there."""
@@ -181,11 +181,11 @@ class ProgramRun:
 
 
 def start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any]) -> None:
-    """Start a process with its descriptors and, as the last of them, its job in a file of no name."""
+    """Start a process with, as the first of its descriptors, its job in a file of no name."""
     with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
         file.write(json.dumps(job).encode("ascii"))
         file.seek(0)
-        worker.start(limits, [*descriptors, file.fileno()])
+        worker.start(limits, [file.fileno(), *descriptors])
 
 
 def last_message(desk: socket.socket) -> Any:

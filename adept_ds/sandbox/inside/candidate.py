@@ -183,9 +183,9 @@ def _set_up(space: dict[str, Any], code: Any, job: dict[str, Any]) -> dict[str, 
 def serve(descriptors: list[int]) -> None:
     """Answer the judge until it closes the channel; ends the process, never returns.
 
-    `descriptors` are the channel and the job: the program, and its tests only if they have to run here.
+    `descriptors` are the job (the program, and its tests only if they have to run here) and the channel.
     """
-    talk, job_file = descriptors
+    job_file, talk = descriptors
     pid = _getpid()
     try:
         job = _read_job(job_file)

@@ -244,7 +244,7 @@ def _line_of(error: BaseException) -> int | None:
 def serve(descriptors: list[int]) -> None:
     """Judge one program; ends the process, never returns.
 
-    `descriptors` are the channel to the program's process, the one on which the verdict is sent, and the job.
+    `descriptors` are the job, the channel on which the verdict is sent, and that to the program's process.
     """
-    talk, desk, job_file = descriptors
+    job_file, desk, talk = descriptors
     Judge(talk, desk, channel.read_job(job_file)).run()
