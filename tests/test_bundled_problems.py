@@ -82,7 +82,8 @@ def test_no_held_out_task_is_a_rewording_of_a_seen_one():
 def test_every_problem_states_the_rule_once_and_every_test_asks_for_it():
     """What a function returns is told to backbone and adapter alike, so that neither has to guess it."""
     for record in RECORDS:
-        assert record["text"].endswith(RULE) and record["text"].count(RULE) == 1
+        assert record["text"].endswith(RULE)
+        assert record["text"].count(RULE) == 1
         assert all(re.search(r" == \{'ok': True, 'value': .+\}$", test) for test in record["test_list"])
 
 
