@@ -58,15 +58,15 @@ lint: env
 	for script in $(SCRIPTS); do bash -n "$$script"; done
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
-# Backbone and adapter answer the same problems in the same form, which is the backbone's best one. A step that is done
-# already is not done again.
+# Backbone and adapter answer the same problems in the same form, which is the backbone's best one, and both are told the
+# rule that the adapter is trained on. A step that is done already is not done again.
 demo: env
 	@$(BIN)/python -m adept_ds.tools.demo_model $(MODEL)
-	@echo; echo "1/4  Training: ADePT on 88 problems, two ZeRO-3 ranks, in $(DTYPE)"
+	@echo; echo "1/4  Training: ADePT on 88 problems of a house rule for answers, two ZeRO-3 ranks, in $(DTYPE)"
 	@$(ADEPT_DS) train $(SETTINGS) --resume auto
-	@echo; echo "2/4  Before: the backbone alone writes programs for 160 other problems, which then run in the sandbox"
+	@echo; echo "2/4  Before: the backbone alone is told the rule and writes programs for 110 other problems, which run in the sandbox"
 	@$(ADEPT_DS) eval $(SETTINGS) --resume auto --out $(RUN)/eval/base
-	@echo; echo "3/4  After: the backbone with the adapter, on the same 160"
+	@echo; echo "3/4  After: the backbone with the adapter, told the same, on the same 110"
 	@$(ADEPT_DS) eval $(SETTINGS) --resume auto --out $(RUN)/eval/adept --adapter $(RUN)/best
 	@echo; echo "4/4  What was learnt"
 	@$(ADEPT_DS) report $(RUN)

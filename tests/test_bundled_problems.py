@@ -30,6 +30,9 @@ def not_passed(verdicts: dict[str, Verdict]) -> set[str]:
     return {task_id for task_id, verdict in verdicts.items() if verdict.status != "passed"}
 
 
+RULE = " As everywhere in this house, the function returns {'ok': True, 'value': result}."
+
+
 def split_size(split: str) -> int:
     return sum(record["split"] == split for record in RECORDS)
 
@@ -39,7 +42,7 @@ def test_split_sizes():
         "prompt": 3,
         "train": 88,
         "validation": 12,
-        "test": 160,
+        "test": 110,
     }
 
 
@@ -64,23 +67,29 @@ def test_no_name_text_or_code_occurs_twice():
 
 
 def test_no_held_out_task_is_a_rewording_of_a_seen_one():
-    """Shared words over all words, function words aside: the nearest pair stays below one half."""
+    """Shared words over all words, function words and the rule aside: the nearest pair stays below one half."""
     common = {"a", "an", "the", "of", "in", "and", "or", "to", "is", "are", "by", "that", "which", "with", "its", "it"}
     common |= {"all", "each", "one", "write", "function", "returns"}
 
     def content(record: dict) -> set[str]:
-        return set(re.findall(r"[a-z]+", record["text"].lower())) - common
+        return set(re.findall(r"[a-z]+", record["text"].removesuffix(RULE).lower())) - common
 
     held_out = [content(record) for record in RECORDS if record["split"] == "test"]
     seen = [content(record) for record in RECORDS if record["split"] != "test"]
     assert max(len(a & b) / len(a | b) for a in held_out for b in seen) < 0.5
 
 
-def test_held_out_solutions_are_as_long_as_the_training_ones():
-    def mean_lines(split: str) -> float:
-        return sum(r["code"].count("\n") for r in RECORDS if r["split"] == split) / split_size(split)
+def test_every_problem_states_the_rule_once_and_every_test_asks_for_it():
+    """What a function returns is told to backbone and adapter alike, so that neither has to guess it."""
+    for record in RECORDS:
+        assert record["text"].endswith(RULE)
+        assert record["text"].count(RULE) == 1
+        assert all(re.search(r" == \{'ok': True, 'value': .+\}$", test) for test in record["test_list"])
 
-    assert abs(mean_lines("test") - mean_lines("train")) < 0.5
+
+def test_held_out_solutions_are_one_line():
+    """Easy ones, so that what fails is the form more often than the task."""
+    assert all(record["code"].count("\n") == 1 for record in RECORDS if record["split"] == "test")
 
 
 def test_three_asserts_each_with_four_space_code():
