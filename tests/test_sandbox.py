@@ -98,6 +98,7 @@ def clear(*lists):
     for items in lists: items.clear()
     return 0
 def up(x): return x + 1
+def same(x): return x
 """
 SEEN = [
     ("a = add(1)\nb = add(2)", "assert a == [1, 2]"),
@@ -113,6 +114,9 @@ SEEN = [
     ("n = 3", "assert up(n) + n == 7"),
     ("def twice(x):\n    return up(up(x))", "assert twice(1) == 3"),
     ("x = add(1)", "x.append(9)", "assert add(2) == [1, 9, 2]"),
+    ("x = add(1)", "x.append(9)", "x = None", "assert add(2) == [1, 9, 2]"),
+    ("l = [1]", "m = same(l)", "l += [2]", "assert m == [1, 2]"),
+    ("import copy", "l = [1]", "assert clear(copy.deepcopy(l)) == 0 and l == [1]"),
 ]
 
 

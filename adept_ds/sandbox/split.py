@@ -33,40 +33,15 @@ _STATEMENTS = (
 )
 _DEFERRED = (ast.Lambda, ast.FunctionDef, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.For, ast.While)
 # They see or change what two processes do not share: names, identities, addresses, files.
-_NO_BUILTINS = {
-    *(
-        "__import__",
-        "__build_class__",
-        "breakpoint",
-        "compile",
-        "copyright",
-        "credits",
-        "delattr",
-        "dir",
-        "eval",
-        "exec",
-    ),
-    *("eval", "exec", "exit", "globals", "hash", "help", "id", "input", "license", "locals", "memoryview", "object"),
-    *("open", "quit", "setattr", "super", "vars"),
-}
-_BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - _NO_BUILTINS
+_NO_BUILTINS = """
+__import__ __build_class__ breakpoint compile copyright credits delattr dir eval exec exit globals hash help id input
+license locals memoryview object open quit setattr super vars
+"""
+_BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - set(_NO_BUILTINS.split())
 _NUMPY = ("numpy", "numpy.linalg", "numpy.random", "numpy.testing")
-_NO_ATTRIBUTES = {
-    *(
-        "seed",
-        "setstate",
-        "set_state",
-        "load",
-        "loadtxt",
-        "genfromtxt",
-        "fromfile",
-        "memmap",
-        "save",
-        "savetxt",
-        "savez",
-    ),
-    *("savez_compressed", "tofile", "dump", "ctypes"),
-}
+_NO_ATTRIBUTES = """
+ctypes dump fromfile genfromtxt load loadtxt memmap save savetxt savez savez_compressed seed set_state setstate tofile
+"""
 _GENERATORS = {"Random", "SystemRandom", "default_rng", "Generator", "RandomState"}
 """What draws from a state of its own; the modules' functions draw from one that a program might have set."""
 _SYS = {"maxsize", "getsizeof", "float_info", "version_info"}
@@ -126,7 +101,11 @@ def _all_bound(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def _loads(node: ast.AST) -> list[str]:
-    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)]
+    """Return the names whose values a node looks at; one that is augmented is looked at, too."""
+    parts = list(ast.walk(node))
+    names = [part for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)]
+    names += [part.target for part in parts if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name)]
+    return [name.id for name in names]
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -248,7 +227,7 @@ class _Rewriter(ast.NodeTransformer):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
         """Let an import happen in both processes, since the program may rely on it."""
         self.check_module(node.module or "")
-        if node.module == "sys" or any(alias.name in _NO_ATTRIBUTES | {"*"} for alias in node.names):
+        if node.module == "sys" or any(alias.name in (*_NO_ATTRIBUTES.split(), "*") for alias in node.names):
             raise NotSplittable(f"{ast.unparse(node)} in the tests")
         return self.both(node)
 
@@ -290,7 +269,7 @@ class _Rewriter(ast.NodeTransformer):
         of_sys = isinstance(node.value, ast.Name) and node.value.id == "sys"
         if ast.unparse(node.value).rpartition(".")[2] == "random" and node.attr not in _GENERATORS:
             self.drawn.update(_loads(node.value))
-        if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES or (of_sys and node.attr not in _SYS):
+        if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES.split() or (of_sys and node.attr not in _SYS):
             raise NotSplittable(f"attribute {node.attr} in the tests")
         return self.generic_visit(node)
 
@@ -322,8 +301,9 @@ class _Copies(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replace `copy.deepcopy(variable)`."""
-        if ast.unparse(node.func) in ("copy.deepcopy", "deepcopy") and self.variables.issuperset(_loads(node.args[0])):
-            name = f"copy_{len(self.found) + 1}"
+        is_copy = ast.unparse(node.func) in ("copy.deepcopy", "deepcopy") and len(node.args) == 1
+        if is_copy and self.variables.issuperset(_loads(node.args[0])):
+            name = f"__copy_{len(self.found) + 1}__"
             self.found[name] = node
             return ast.Name(name, ast.Load())
         return self.generic_visit(node)

@@ -64,6 +64,13 @@ def has_order(value: Any) -> bool:
     return kind is dict and any(has_order(key) or has_order(item) for key, item in value.items())
 
 
+def _form(value: Any) -> Any:
+    try:
+        return encode(value)
+    except Inexact:
+        return None
+
+
 def _show(value: Any) -> str:
     try:
         return shorten(repr(value), _SHOWN)
@@ -78,6 +85,7 @@ class Judge:
         self.talk, self.desk, self.job = talk, desk, job
         self.sites = job["sites"]
         self.results: list[Any] = []
+        self.forms: list[Any] = []
         self.shown: list[str] = []
         self.shown_at = 0
         self.passed_on: BaseException | None = None
@@ -155,7 +163,8 @@ class Judge:
         while self.results:
             if is_held(self.results, -1):
                 self.inexact("a returned value that is still in use at the next call, which might change it")
-            self.results.pop()
+            if _form(self.results.pop()) != self.forms.pop():
+                self.inexact("a returned value that the tests have changed, which the next call might see")
         if "run" in site:
             return self.ask({"run": site["run"]})
         forms = []
@@ -175,6 +184,7 @@ class Judge:
         self.shown.append(_show(value))
         if not is_frozen(value):
             self.results.append(value)
+            self.forms.append(encode(value))
         return value
 
     def fail(self, kind: str | None, why: str, line: int | None) -> NoReturn:
