@@ -112,6 +112,7 @@ SEEN = [
     ("made = [5]", "assert add(1) == [5, 1]"),
     ("assert [up(n) for n in range(3)] == [1, 2, 3]",),
     ("n = 3", "assert up(n) + n == 7"),
+    ("assert math.floor(up(1.5)) == 2", "import math", "assert math.floor(up(1)) == 2"),
     ("def twice(x):\n    return up(up(x))", "assert twice(1) == 3"),
     ("x = add(1)", "x.append(9)", "assert add(2) == [1, 9, 2]"),
     ("x = add(1)", "x.append(9)", "x = None", "assert add(2) == [1, 9, 2]"),

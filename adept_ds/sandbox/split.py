@@ -249,8 +249,9 @@ class _Rewriter(ast.NodeTransformer):
         if name.startswith("__"):
             raise NotSplittable(f"name {name}")
         if name in self.bound:
-            return node
-        if name in self.setup:
+            if name in self.imported and name in self.modules:  # it may be imported further down only
+                self.assumed_modules[name] = self.modules[name]
+        elif name in self.setup:
             self.setup_names.add(name)
         elif self.entry_point is not None and name in self.defined and not self.is_own(name):
             self.helpers.add(name)
