@@ -88,6 +88,7 @@ BESIDE = [
     "f('object()') != f('object()')",
     "list(f('{3, 1, 2}')) == list({3, 1, 2})",
     "f('[1]') == f('[1]')",
+    "f('b\"a\"') == 'a'.encode('cp1252')",
 ]
 SHARED = """
 made = []
