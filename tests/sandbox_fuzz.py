@@ -163,9 +163,11 @@ class _Pair:
                 found = self.rng.choice(_LITERALS)
         found = self.rng.choice(_LITERALS) if self.rng.random() < 0.1 else found
         found = re.sub(r"(?<!')\b(nan|inf)\b(?!')", r"float('\1')", found)
-        if "float('" in found and found[:1] in "'\"":  # it stood inside of a string
-            found = "0"
-        return f"assert {expression} == {found}"
+        text = f"assert {expression} == {found}"
+        with contextlib.suppress(SyntaxError):  # a replacement inside of a string
+            compile(text, "<test>", "exec")
+            return text
+        return f"assert {expression} == 0"
 
     @staticmethod
     def executed(text: str, space: dict[str, object]) -> str:
