@@ -19,7 +19,7 @@ from typing import Any
 from .inside.codec import shorten
 from .inside.supervisor import PROTOCOL_EXIT
 from .program import ERROR_KINDS, Limits, Program, Status, Verdict
-from .split import Plan, plan
+from .split import Plan, modules_named, plan
 from .worker import Worker
 
 _HEADER = struct.Struct("!I")
@@ -52,6 +52,7 @@ class ProgramRun:
         self, program: Program, limits: Limits, worker: Worker, judge: Worker, numpy: bool = False, beside: str = ""
     ) -> None:
         self.program, self.limits, self.worker, self.judge = program, limits, worker, judge
+        self.numpy = numpy
         self.plan: Plan = plan(program.tests, numpy)
         self.beside = beside or self.plan.reason
         self.said: Any = None
@@ -78,7 +79,7 @@ class ProgramRun:
             return job | {"setup": given.setup, "names": self.plan.names}
         asserts = [source.strip() for source in given.asserts]
         tests: dict[str, Any] = {"setup": given.setup, "asserts": asserts, "check": given.check}
-        tests |= {"entry_point": given.entry_point, "modules": self.plan.modules}
+        tests |= {"entry_point": given.entry_point, "modules": modules_named(given, self.numpy)}
         return job | {"tests": tests}
 
     @property

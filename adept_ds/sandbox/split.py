@@ -58,12 +58,11 @@ class Plan:
     """How to judge a program.
 
     `judge` is the job of the judge's process, `names` what the program's process compares; both are None if the tests
-    run beside the program, for the `reason`. `modules` are at hand for the tests under these names, imported or not.
+    run beside the program, for the `reason`.
     """
 
     judge: dict[str, Any] | None
     names: dict[str, Any] | None
-    modules: dict[str, str]
     sources: tuple[str, ...]
     reason: str = ""
 
@@ -333,18 +332,13 @@ def _statements(tests: Tests) -> list[ast.stmt]:
     return statements
 
 
-def _shared_names(tests: Tests) -> set[str]:
-    """Return the names that the tests bind beside the program's; those of a check stay apart."""
-    return _all_bound(node for source in tests.asserts for node in ast.parse(textwrap.dedent(source).strip()).body)
-
-
 def _modules_at_hand(numpy: bool) -> dict[str, str]:
     """Return the modules that tests may use, by the names that they have without an import."""
     return {name: name for name in (*MODULES, *(_NUMPY if numpy else ()))} | ({"np": "numpy"} if numpy else {})
 
 
-def _modules_named(tests: Tests, numpy: bool) -> dict[str, str]:
-    """Return the modules at hand that the tests name."""
+def modules_named(tests: Tests, numpy: bool) -> dict[str, str]:
+    """Return the modules that are at hand for tests beside a program, imported or not, by the names that they use."""
     sources = (tests.setup, tests.check, *tests.asserts)
     named = {name for source in sources for name in _loads(ast.parse(textwrap.dedent(source).strip()))}
     return {name: module for name, module in _modules_at_hand(numpy).items() if name in named}
@@ -379,12 +373,13 @@ def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
         "lines": lines,
         "kinds": list(ERROR_KINDS),
     }
+    shared = rewriter.bound if tests.asserts else set()  # those of a check stay apart from the program's
     names = {
         "builtins": sorted(rewriter.assumed),
         "modules": rewriter.assumed_modules,
-        "bound": sorted((_shared_names(tests) - rewriter.imported) | rewriter.drawn),
+        "bound": sorted((shared - rewriter.imported) | rewriter.drawn),
     }
-    return Plan(judge, names, _modules_named(tests, numpy), tests.asserts)
+    return Plan(judge, names, tests.asserts)
 
 
 @lru_cache(maxsize=8192)
@@ -395,7 +390,7 @@ def plan(tests: Tests, numpy: bool = False) -> Plan:
             warnings.simplefilter("ignore")  # about other people's escape sequences
             return _build(_statements(tests), tests, numpy)
     except NotSplittable as reason:
-        return Plan(None, None, _modules_named(tests, numpy), tests.asserts, str(reason))
+        return Plan(None, None, tests.asserts, str(reason))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = shorten((getattr(error, "text", None) or "").strip(), 100)
         raise UserError(
