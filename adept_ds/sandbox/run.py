@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .inside.channel import HEADER
 from .inside.codec import shorten
 from .inside.supervisor import PROTOCOL_EXIT
 from .program import ERROR_KINDS, Limits, Program, Status, Verdict
 from .split import Plan, modules_named, plan
 from .worker import Worker
 
-_HEADER = struct.Struct("!I")
 _MOST = 1 << 16
 _SHOWN = 200
 _JUDGE_SECONDS = 5.0
@@ -197,7 +197,7 @@ def last_message(desk: socket.socket) -> Any:
         while len(data) < _MOST and (part := desk.recv(_MOST)):
             data += part
     try:
-        (length,) = _HEADER.unpack_from(data)
-        return json.loads(data[_HEADER.size : _HEADER.size + length])
+        (length,) = HEADER.unpack_from(data)
+        return json.loads(data[HEADER.size : HEADER.size + length])
     except (struct.error, ValueError, RecursionError):
         return None

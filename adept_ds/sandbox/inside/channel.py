@@ -10,7 +10,8 @@ from typing import Any
 from . import codec
 
 _read, _write = os.read, os.write
-_pack, _unpack = struct.Struct("!I").pack, struct.Struct("!I").unpack
+HEADER = struct.Struct("!I")
+_pack, _unpack = HEADER.pack, HEADER.unpack
 _dumps, _loads = codec.dumps, codec.loads
 
 
