@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, GenerationConfig
 from adept_ds.contexts import attribute_set
+from adept_ds.data.continuation import ContinuationDecoder
 from adept_ds.data.problems import load_problems
 from adept_ds.distributed import World
 from adept_ds.evaluation.generate import SeededSampling, StopStrings, StopWhenComplete, generate_samples, sample_seed
@@ -78,18 +79,18 @@ def test_sample_seeds_are_fixed_for_good():
 )
 def test_stop_strings_are_looked_for_at_the_end(tokenizer: PreTrainedTokenizerFast, text, done):
     ids = torch.tensor([tokenizer("def" + text)["input_ids"]])
-    assert StopStrings(tokenizer, ["STOP", "#"], start=3)(ids, ids).tolist() == [done]
+    assert StopStrings(ContinuationDecoder(tokenizer), ["STOP", "#"], start=3)(ids, ids).tolist() == [done]
 
 
 def test_stop_strings_in_what_was_read_do_not_count(tokenizer: PreTrainedTokenizerFast):
     ids = torch.tensor([tokenizer("a#b")["input_ids"]])
-    assert StopStrings(tokenizer, ["#"], start=2)(ids, ids).tolist() == [False]
-    assert StopStrings(tokenizer, ["#b"], start=2)(ids, ids).tolist() == [False]
+    assert StopStrings(ContinuationDecoder(tokenizer), ["#"], start=2)(ids, ids).tolist() == [False]
+    assert StopStrings(ContinuationDecoder(tokenizer), ["#b"], start=2)(ids, ids).tolist() == [False]
 
 
 def test_stop_strings_are_found_as_soon_as_they_are_written(tokenizer: PreTrainedTokenizerFast):
     rows = torch.tensor([tokenizer(text)["input_ids"] for text in ("ab##", "a#b#", "####")])
-    criteria = StopStrings(tokenizer, ["##"], start=1)
+    criteria = StopStrings(ContinuationDecoder(tokenizer), ["##"], start=1)
     assert criteria(rows[:, :3], rows).tolist() == [False, False, True]
     assert criteria(rows, rows).tolist() == [True, False, True]
 
@@ -185,8 +186,8 @@ def test_a_row_ends_with_the_fence_that_closes_its_program(tiny_tokenizer: PreTr
     ids = torch.tensor([read + tiny_tokenizer(text, add_special_tokens=False)["input_ids"]])
     assert tiny_tokenizer.decode(ids[0]).endswith(text)
     is_complete = [lambda text: find_program(text, ["f"]).is_complete]
-    assert StopWhenComplete(tiny_tokenizer, is_complete, len(read))(ids, ids).tolist() == [done]
-    assert StopWhenComplete(tiny_tokenizer, [None], len(read))(ids, ids).tolist() == [False]
+    assert StopWhenComplete(ContinuationDecoder(tiny_tokenizer), is_complete, len(read))(ids, ids).tolist() == [done]
+    assert StopWhenComplete(ContinuationDecoder(tiny_tokenizer), [None], len(read))(ids, ids).tolist() == [False]
 
 
 def test_thinking_that_the_template_begins_is_in_the_completion(make_backbone: Make, tokenizer, world: World):

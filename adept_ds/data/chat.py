@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from adept_ds.data.continuation import tokenise, tokenise_continuation
 from adept_ds.errors import UserError
 from adept_ds.formats import ASSISTANT, Message
 
@@ -153,7 +154,7 @@ def tokenise_learnt(
         else:
             cuts = [0, *edges, len(text)]
             yield [
-                (tokenizer(text[first:last], add_special_tokens=False)["input_ids"], number % 2 == 1)
+                ((tokenise_continuation if first else tokenise)(tokenizer, [text[first:last]])[0], number % 2 == 1)
                 for number, (first, last) in enumerate(pairwise(cuts))
                 if first < last
             ]

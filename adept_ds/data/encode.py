@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from adept_ds.config.run import DataConfig
 from adept_ds.data.chat import ChatTemplate, tokenise_learnt
+from adept_ds.data.continuation import tokenise, tokenise_continuation
 from adept_ds.data.own import OwnExamples
 from adept_ds.data.tasks import TaskExample, TaskExamples, longest_lengths
 from adept_ds.errors import UserError, did_you_mean
@@ -49,6 +50,35 @@ class Encoded:
     encoder_decoder: bool
     task_id: int | None = None
     """Which of the tasks with a soft prompt of their own it is of; None where one prompt serves all."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """What completions are generated from."""
+
+    ids: list[list[int]]
+    """Token ids of each example's prompt."""
+    truncated: int
+    """How many of them were cut."""
+
+    def note(self, cfg: DataConfig) -> str | None:
+        """Say how many prompts were cut, and by which setting; nothing where none was."""
+        if not self.truncated:
+            return None
+        key = "data.max_source_length" if FORMATS[cfg.format].has_tasks else "data.max_prompt_length"
+        return f"truncated: {self.truncated} of {len(self.ids)} prompts are longer than {key} allows and were cut"
+
+
+def encode_prompts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DataConfig,
+    num_virtual_tokens: int,
+    encoder_decoder: bool,
+) -> EncodedPrompts:
+    """Encode the prompts of examples, each as `encode_prompt`."""
+    encoded = list(_encode_prompts(examples, tokenizer, cfg, num_virtual_tokens, encoder_decoder))
+    return EncodedPrompts([ids for ids, _ in encoded], sum(is_cut for _, is_cut in encoded))
 
 
 def encode_prompt(
@@ -167,7 +197,9 @@ def _pair_pieces(
     if not examples:
         return
     prompts = _encode_prompts(examples, tokenizer, cfg, num_virtual_tokens, encoder_decoder)
-    targets = _tokenise(tokenizer, [example.target for example in examples])
+    # What an encoder-decoder model writes begins with nothing before it.
+    tokenise_targets = tokenise if encoder_decoder else tokenise_continuation
+    targets = tokenise_targets(tokenizer, [example.target for example in examples])
     eos = _eos(tokenizer)
     for example, (prompt, prompt_truncated), target in zip(examples, prompts, targets, strict=True):
         if not target:
@@ -192,13 +224,15 @@ def _encode_prompts(
     bos = [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
     eos = [_eos(tokenizer)] if encoder_decoder else []
     # Without EOS, a line break tells a causal model where the source ends.
-    end = eos or _tokenise(tokenizer, ["\n"])[0]
-    for example, rendered, ids in zip(examples, is_rendered, _tokenise(tokenizer, texts), strict=True):
+    end = eos or tokenise_continuation(tokenizer, ["\n"])[0]
+    for example, rendered, ids in zip(examples, is_rendered, tokenise(tokenizer, texts), strict=True):
         # A chat template writes the special tokens itself.
         head = [] if rendered or ids[: len(bos)] == bos else bos
         if example.limits:
-            room = example.limits.prompt - len(head) - len(end)
-            yield [*head, *ids[:room], *end], len(ids) > room
+            # At the least a token of the text itself: a limit below that makes room by leaving out what is around it.
+            around = (head, end) if example.limits.prompt > len(head) + len(end) else ([], [])
+            room = example.limits.prompt - sum(map(len, around))
+            yield [*around[0], *ids[:room], *around[1]], len(ids) > room or around != (head, end)
             continue
         ids = [*head, *ids, *eos]
         limit = cfg.max_prompt_length - num_virtual_tokens
@@ -207,14 +241,6 @@ def _encode_prompts(
         else:
             head = [id for id in ids[:1] if id == tokenizer.bos_token_id]
             yield head + ids[len(ids) - limit + len(head) :], True
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each text without special tokens. A text that is there often (a label) is tokenised once."""
-    distinct = list(dict.fromkeys(texts))
-    ids = tokenizer(distinct, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    by_text = dict(zip(distinct, ids, strict=True))
-    return [by_text[text] for text in texts]
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -332,6 +358,15 @@ class EncodedDataset:
             self._encoder_decoder,
             self._task_ids[row],
         )
+
+    def highest_id(self) -> int:
+        """Return the highest token id of all examples."""
+        return int(max(self._inputs.max(initial=0), self._labels.max(initial=0)))
+
+    def longest(self) -> tuple[int, int]:
+        """Return the most tokens that are read of an example, and the most labels."""
+        source, target = np.diff(self._ends, axis=0)[self._positions].max(0).tolist()
+        return source, target
 
     def summary(self) -> str:
         """Return a line on size, lengths and truncation, and what else is to be known of the data a line each."""

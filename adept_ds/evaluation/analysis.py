@@ -116,7 +116,7 @@ def samples_per_second(
     Everything that an evaluation does up to the texts is timed: tokenising, padding, decoding.
     """
     task = examples[0].task
-    decoding = greedy(task, tokenizer, run.eval.generation)
+    decoding = greedy(task, tokenizer, run)
     rates = []
     for _ in range(1 + rounds):
         _synchronise(world.device)

@@ -24,7 +24,8 @@ from transformers import (
 
 from adept_ds.config import run as settings
 from adept_ds.contexts import attribute_set
-from adept_ds.data.encode import Encoded, collate, encode_prompt, task_number
+from adept_ds.data.continuation import CONTEXT_TOKENS, ContinuationDecoder, end_tokens, until_end
+from adept_ds.data.encode import Encoded, collate, encode_prompts, task_number
 from adept_ds.data.tasks import TaskExample
 from adept_ds.distributed import World, gather_objects
 from adept_ds.formats import Example, Problem, Sample, stop_at
@@ -57,21 +58,21 @@ class StopStrings(StoppingCriteria):
     """Ends a row once its generated text contains a stop string.
 
     Args:
-        tokenizer: Decodes the end of each row; a token has at least one character, so as many tokens as the longest
+        decode: Gives the end of each row; a token has at least one character, so as many tokens as the longest
             stop string has characters are enough, and a few more for characters of several tokens.
         stop: The strings.
         start: Column of the first generated token, the soft prompt not counted.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], start: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decode: ContinuationDecoder, stop: Sequence[str], start: int) -> None:
+        self._decode = decode
         self._stop = stop
         self._start = start
         self._tail = max(map(len, stop)) + 4
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return whether each row is done [B]."""
-        tails = self._tokenizer.batch_decode(input_ids[:, max(self._start, input_ids.shape[1] - self._tail) :])
+        tails = _texts_from(self._decode, input_ids, max(self._start, input_ids.shape[1] - self._tail))
         return torch.tensor([any(stop in tail for stop in self._stop) for tail in tails], device=input_ids.device)
 
 
@@ -79,29 +80,36 @@ class StopWhenComplete(StoppingCriteria):
     """Ends a row once its answer is complete.
 
     Args:
-        tokenizer: Decodes the rows.
+        decode: Gives the rows' texts.
         is_complete: For each row, whether its text is a complete answer; None if that is not asked. It is asked only
             when a fence has been written, which alone can close a program.
         start: Column of the first generated token, the soft prompt not counted.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, is_complete: Sequence[Callable[[str], bool] | None], start: int
+        self, decode: ContinuationDecoder, is_complete: Sequence[Callable[[str], bool] | None], start: int
     ) -> None:
-        self._tokenizer = tokenizer
+        self._decode = decode
         self._is_complete = is_complete
         self._start = start
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return whether each row is done [B]."""
-        tails = self._tokenizer.batch_decode(input_ids[:, max(self._start, input_ids.shape[1] - FENCE_TOKENS) :])
+        tails = _texts_from(self._decode, input_ids, max(self._start, input_ids.shape[1] - FENCE_TOKENS))
         done = [
             is_complete is not None
             and any(fence in tail for fence in FENCES)
-            and is_complete(self._tokenizer.batch_decode(row[None, self._start :], skip_special_tokens=True)[0])
+            and is_complete(_texts_from(self._decode, row[None], self._start)[0])
             for tail, row, is_complete in zip(tails, input_ids, self._is_complete, strict=True)
         ]
         return torch.tensor(done, device=input_ids.device)
+
+
+def _texts_from(decode: ContinuationDecoder, ids: Tensor, start: int) -> list[str]:
+    """Texts of the ids [B, S] from column `start` on, as they go on with those before it."""
+    rows = ids[:, max(0, start - CONTEXT_TOKENS) :].tolist()
+    before = min(start, CONTEXT_TOKENS)
+    return [decode(row[:before], row[before:]) for row in rows]
 
 
 class StepProgress(StoppingCriteria):
@@ -138,10 +146,8 @@ def generate_samples(
     own_stop = problems[0].stop if isinstance(problems[0], Problem | TaskExample) else ()
     stop = own_stop if config.stop is None else config.stop
     by_id = {problem.task_id: problem for problem in problems}
-    prompts = {
-        problem.task_id: encode_prompt(problem, tokenizer, data, model.num_virtual_tokens, model.is_encoder_decoder)[0]
-        for problem in problems
-    }
+    encoded = encode_prompts(problems, tokenizer, data, model.num_virtual_tokens, model.is_encoder_decoder)
+    prompts = {problem.task_id: ids for problem, ids in zip(problems, encoded.ids, strict=True)}
     task_ids = {problem.task_id: task_number(problem, model.prompt_tasks) for problem in problems}
     jobs = [(problem.task_id, index) for problem in problems for index in range(config.num_samples)]
     by_length = sorted(jobs, key=lambda job: -len(prompts[job[0]]))
@@ -180,22 +186,25 @@ def _complete(
     bar: tqdm,
 ) -> list[str]:
     """Decode one batch."""
-    batch = collate(rows, tokenizer.pad_token_id, padding_side="left")
+    # As in training, for encoders whose positions count padding, too.
+    batch = collate(rows, tokenizer.pad_token_id, padding_side="right" if model.is_encoder_decoder else "left")
     del batch["labels"]
+    decode = ContinuationDecoder(tokenizer)
     read = 1 if model.is_encoder_decoder else batch["input_ids"].shape[1]
     openings = [_begun_answer(example, row, tokenizer) for example, row in zip(examples, rows, strict=True)]
     criteria: list[StoppingCriteria] = [StepProgress(bar)]
     if stop:
-        criteria.append(StopStrings(tokenizer, stop, read))
+        criteria.append(StopStrings(decode, stop, read))
     if config.stop is None:
         is_complete = [_completeness(example, opening) for example, opening in zip(examples, openings, strict=True)]
         if any(is_complete):
-            criteria.append(StopWhenComplete(tokenizer, is_complete, read))
+            criteria.append(StopWhenComplete(decode, is_complete, read))
     theirs = model.backbone.generation_config
+    ends = end_tokens(tokenizer, theirs)
     greedy = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
-        eos_token_id=theirs.eos_token_id,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=theirs.decoder_start_token_id,
     )
@@ -207,7 +216,9 @@ def _complete(
             logits_processor=_sampling(config, jobs),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
-    texts = tokenizer.batch_decode(sequences[:, read:], skip_special_tokens=True)
+    written = [until_end(ids, ends, tokenizer.pad_token_id) for ids in sequences[:, read:].tolist()]
+    before = [[] if model.is_encoder_decoder else row.input_ids for row in rows]
+    texts = [decode(*pair) for pair in zip(before, written, strict=True)]
     return [opening + stop_at(text, stop) for opening, text in zip(openings, texts, strict=True)]
 
 

@@ -25,7 +25,7 @@ from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME
 from adept_ds.evaluation.scoring import Score, score_samples, write_score
 from adept_ds.evaluation.statistics import Estimate
-from adept_ds.evaluation.tuned import load_tuned, request_facts, tuned_facts
+from adept_ds.evaluation.tuned import open_tuned, request_facts, tuned_facts
 from adept_ds.files import atomic_write, read_json, write_json
 from adept_ds.formats import Problem, Sample, names_with_tests, read_samples, repair_indentation
 from adept_ds.rank_environment import is_main_rank
@@ -85,9 +85,11 @@ def evaluate(
         if is_main_rank():
             print(f"{out} holds this evaluation; nothing to do")
         return
+    tuned = open_tuned(run.model, adapter)
+    truncated = tuned.check_prompts(problems, run.data, run.eval.generation.max_new_tokens)
     world = init_world()
-    model, tokenizer = load_tuned(run.model, adapter, world)
-    samples = generate_samples(model, tokenizer, problems, run.eval.generation, run.data, world)
+    model = tuned.load(world)
+    samples = generate_samples(model, tuned.tokenizer, problems, run.eval.generation, run.data, world)
 
     def write() -> None:
         (out / SUMMARY_NAME).unlink(missing_ok=True)  # of samples that were here before
@@ -96,7 +98,8 @@ def evaluate(
             lines = ({"task_id": sample.task_id, "completion": sample.completion} for sample in samples)
             file.writelines(json.dumps(line) + "\n" for line in lines)
         digest = hashlib.sha256(samples_path.read_bytes()).hexdigest()
-        facts = {**request["facts"], **tuned_facts(run, model, adapter), "samples_sha256": digest}
+        facts = {**request["facts"], **tuned_facts(run, model, adapter), "truncated_prompts": truncated}
+        facts["samples_sha256"] = digest
         write_json(out / GENERATION_NAME, {**request, "facts": facts})
         if not samples_only:
             score_generation(out)

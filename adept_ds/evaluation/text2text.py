@@ -22,7 +22,7 @@ from adept_ds.distributed import World, init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.results import PREDICTIONS_NAME, SUMMARY_NAME
-from adept_ds.evaluation.tuned import load_tuned, tuned_facts
+from adept_ds.evaluation.tuned import open_tuned, tuned_facts
 from adept_ds.files import atomic_write, write_json
 from adept_ds.model.adapted_model import AdaptedModel
 
@@ -43,13 +43,19 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
     Raises:
         UserError: The adapter does not belong to the backbone, or a task or its data is not there.
     """
-    examples = {name: _examples(run, name, part) for name in run.data.tasks}
+    examples = [_examples(run, name, part) for name in run.data.tasks]
+    tuned = open_tuned(run.model, adapter)
+    tokenizer = tuned.tokenizer
+    decodings = [greedy(of_task[0].task, tokenizer, run) for of_task in examples]
+    truncated = [
+        tuned.check_prompts(of_task, run.data, decoding.max_new_tokens)
+        for of_task, decoding in zip(examples, decodings, strict=True)
+    ]
     world = init_world()
-    model, tokenizer = load_tuned(run.model, adapter, world)
+    model = tuned.load(world)
     facts = {"name": out.name, **tuned_facts(run, model, adapter)}
-    for of_task in examples.values():
+    for of_task, decoding, cut in zip(examples, decodings, truncated, strict=True):
         task = of_task[0].task
-        decoding = greedy(task, tokenizer, run.eval.generation)
         samples = generate_samples(model, tokenizer, of_task, decoding, run.data, world)
         generated = [sample.completion for sample in samples]
         protocol = {
@@ -60,7 +66,7 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
             "split_seed": run.data.split_seed,
             "max_new_tokens": decoding.max_new_tokens,
         }
-        about = {**facts, "protocol": protocol}
+        about = {**facts, "protocol": protocol, "truncated_prompts": cut}
         on_main_rank(partial(score_to_folder, of_task, generated, tokenizer, out / task.name, about), world)
 
 
@@ -80,9 +86,7 @@ def validation_metrics(
     chosen_by = []
     for of_task in examples.by_task():
         task = of_task[0].task
-        samples = generate_samples(
-            model, tokenizer, of_task, greedy(task, tokenizer, run.eval.generation), run.data, world
-        )
+        samples = generate_samples(model, tokenizer, of_task, greedy(task, tokenizer, run), run.data, world)
         measure = partial(_measure, of_task, [sample.completion for sample in samples], tokenizer)
         # One rank computes: a last bit that differs between machines would make ranks disagree about the best.
         metrics = on_main_rank(measure, world)
@@ -100,10 +104,11 @@ def _measure(examples: TaskExamples, generated: list[str], tokenizer: PreTrained
     return evaluate(task, generated, references, tuple(dict.fromkeys((*task.metrics, task.chosen_by))))
 
 
-def greedy(task: Task, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> GenerationConfig:
-    """Return the decoding of a task's answers: greedy, one sample, as many tokens as an answer may have."""
-    changes = {"do_sample": False, "num_samples": 1, "max_new_tokens": task.max_answer_tokens(tokenizer)}
-    return GenerationConfig.model_validate({**config.model_dump(), **changes})
+def greedy(task: Task, tokenizer: PreTrainedTokenizerBase, run: RunConfig) -> GenerationConfig:
+    """Return the decoding of a task's answers: greedy, one sample, as many tokens as a target may have in training."""
+    longest = task.max_answer_tokens(tokenizer, run.data.max_target_length)
+    changes = {"do_sample": False, "num_samples": 1, "max_new_tokens": longest}
+    return GenerationConfig.model_validate({**run.eval.generation.model_dump(), **changes})
 
 
 def score_to_folder(

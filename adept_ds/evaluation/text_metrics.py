@@ -97,10 +97,10 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """SQuAD's F1 over the tokens of the normalised texts; where one of them has none, 1 if both have none, else 0."""
+    """SQuAD's F1 over the tokens of the normalised texts; 0 where they have none in common, even if neither has any."""
     tokens, expected = normalize_answer(answer).split(), normalize_answer(reference).split()
     if not tokens or not expected:
-        return float(tokens == expected)
+        return 0.0
     common = (Counter(tokens) & Counter(expected)).total()
     # 2 PR / (P + R) with P = common / len(tokens) and R = common / len(expected).
     return 2 * common / (len(tokens) + len(expected))

@@ -2,47 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from adept_ds.backbone.load import load_backbone, load_tokenizer
+from adept_ds.backbone.load import load_architecture, load_backbone, load_tokenizer
 from adept_ds.config.loader import config_hash
-from adept_ds.config.run import ModelConfig, RunConfig
+from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
+from adept_ds.data.encode import encode_prompts
+from adept_ds.data.fit import check_prompts, fit_padding
 from adept_ds.distributed import World
+from adept_ds.formats import Example
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel
-from adept_ds.storage.adapter_folder import load_adapter
+from adept_ds.rank_environment import is_main_rank
+from adept_ds.storage.adapter_folder import Adapter, load_adapter
 from adept_ds.storage.model_folder import is_model_folder
 
 
-def load_tuned(config: ModelConfig, result: Path | None, world: World) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
-    """Return what a run left (its `best`, for example), whole on every rank, with its tokenizer. Collective.
+@dataclass(frozen=True)
+class Tuned:
+    """What a run left, all but its weights."""
+
+    config: ModelConfig
+    """Where the backbone is."""
+    adapter: Adapter | None
+    """What is put into it; None for a fully tuned model, and for the backbone alone."""
+    tokenizer: PreTrainedTokenizerBase
+    architecture: PreTrainedConfig
+
+    def check_prompts(self, examples: Sequence[Example], data: DataConfig, max_new_tokens: int) -> int:
+        """Return how many prompts have to be cut, which is told.
+
+        Raises:
+            UserError: The backbone cannot read one of them, or go on from it by so many tokens.
+        """
+        length = self.adapter.method.num_virtual_tokens if self.adapter else 0
+        prompts = encode_prompts(examples, self.tokenizer, data, length, self.architecture.is_encoder_decoder)
+        check_prompts(prompts, self.tokenizer, self.architecture, length, max_new_tokens)
+        if (note := prompts.note(data)) and is_main_rank():
+            print(note)
+        return prompts.truncated
+
+    def load(self, world: World) -> AdaptedModel:
+        """Return the model, whole on every rank. Collective.
+
+        Raises:
+            UserError: The adapter belongs to another backbone, or the weights cannot be loaded.
+        """
+        backbone = load_backbone(self.config, world.device, show_progress=world.is_main)
+        if self.adapter:
+            return AdaptedModel.from_pretrained(backbone, self.adapter.folder)
+        return AdaptedModel(backbone, Untuned()).eval()
+
+
+def open_tuned(config: ModelConfig, result: Path | None) -> Tuned:
+    """Return what a run left (its `best`, for example), without loading weights.
 
     Args:
         config: The backbone of the run.
         result: An adapter folder, or a model folder, whose weights and tokenizer then take the backbone's place; None
             for the backbone alone.
-        world: This rank.
 
     Raises:
-        UserError: The adapter is damaged or belongs to another backbone, or a model cannot be loaded.
+        UserError: The adapter is damaged, or there is no such backbone.
     """
     adapter = None
     if result and is_model_folder(result):
         config = config.model_copy(update={"name_or_path": str(result), "revision": None})
     elif result:
-        adapter = load_adapter(result)  # A damaged adapter is told before the weights are loaded.
-    tokenizer = load_tokenizer(config)
-    backbone = load_backbone(config, world.device, show_progress=world.is_main)
-    if adapter:
-        return AdaptedModel.from_pretrained(backbone, adapter.folder), tokenizer
-    return AdaptedModel(backbone, Untuned()), tokenizer
+        adapter = load_adapter(result)
+    tokenizer, architecture = load_tokenizer(config), load_architecture(config)
+    if (note := fit_padding(tokenizer, architecture)) and is_main_rank():
+        print(note)
+    return Tuned(config, adapter, tokenizer, architecture)
+
+
+def load_tuned(config: ModelConfig, result: Path | None, world: World) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
+    """Return `open_tuned(config, result)` with its weights, and the tokenizer. Collective."""
+    tuned = open_tuned(config, result)
+    return tuned.load(world), tuned.tokenizer
 
 
 def request_facts(run: RunConfig, result: Path | None) -> dict[str, Any]:
-    """What a summary says about what was to be evaluated; `result` as in `load_tuned`. No weights are loaded.
+    """What a summary says about what was to be evaluated; `result` as in `open_tuned`. No weights are loaded.
 
     Raises:
         UserError: The adapter is damaged.
@@ -56,7 +102,7 @@ def request_facts(run: RunConfig, result: Path | None) -> dict[str, Any]:
 
 
 def tuned_facts(run: RunConfig, model: AdaptedModel, result: Path | None) -> dict[str, Any]:
-    """What a summary says about the model that it is of; `model` and `result` as in `load_tuned`."""
+    """What a summary says about the model that it is of; `result` as in `open_tuned`."""
     return {
         **request_facts(run, result),
         "method": model.method.config.model_dump(mode="json") if model.method.config else None,

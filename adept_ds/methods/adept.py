@@ -75,16 +75,17 @@ class AdeptEmbedding(PromptedEmbedding):
 
     @torch.no_grad()
     def folded_weight(self, rows: int = 8_192) -> Tensor:
-        """Return the table E + f(E) [V, d] in the table's dtype, computed `rows` rows at a time.
+        """Return E + f(E) [V, d], what this embedding gives for each token, computed `rows` rows at a time.
 
-        The offset depends on the token alone, so with this table as the embedding a tuned model costs what the
-        backbone costs with l more tokens. The table must not be sharded.
+        E is what the backbone's embedding layer returns, which may scale its weight. The offset depends on the token
+        alone, so with these rows as the embedding a tuned model costs what the backbone costs with l more tokens. The
+        table must not be sharded.
         """
-        weight = self.table.weight
+        ids = torch.arange(self.num_embeddings, device=self.table.weight.device)
         parts = []
-        for part in weight.split(rows):
-            tokens = part.float()
-            parts.append((tokens + self.network(tokens)).to(weight.dtype))
+        for part in ids.split(rows):
+            tokens = self.table(part)
+            parts.append((tokens.float() + self.network(tokens.float())).to(tokens.dtype))
         return torch.cat(parts)
 
 

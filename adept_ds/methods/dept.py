@@ -90,8 +90,12 @@ class Dept(PromptedMethod):
 
     def _note_positions(self, reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the embedding where the tokens of this call stand: an id alone does not say it."""
-        positions = kwargs.get("position_ids")
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if positions is None:
+            ids, cache = args[0] if args else kwargs["input_ids"], kwargs.get("past_key_values")
+            read = cache.get_seq_length() if cache is not None else 0
+            if mask is None:  # as `generate` has it for rows without padding, where the architecture allows
+                mask = ids.new_ones(ids.shape[0], read + ids.shape[1])
             # The mask covers what is in the cache too.
-            positions = (kwargs["attention_mask"].cumsum(1) - 1)[:, -kwargs["input_ids"].shape[1] :]
+            positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
         self.embedding.positions = positions - self.num_virtual_tokens

@@ -78,6 +78,7 @@ class PrefixTuning(MethodDefaults):
                 f"method.name is 'prefix', which puts its vectors into the cache that a decoder takes as {CACHE}; "
                 f"{type(decoder).__name__} of {backbone.config.name_or_path!r} does not; expected another method"
             )
+        self._window: int | None = _sliding_window(decoder)
         decoder.register_forward_pre_hook(self._put_before, with_kwargs=True)
         decoder.register_forward_hook(self._take_back, with_kwargs=True)
 
@@ -90,7 +91,8 @@ class PrefixTuning(MethodDefaults):
         ids = args[0] if args else kwargs["input_ids"]
         length, cache = self.config.prefix_length, kwargs.get(CACHE)
         kwargs = dict(kwargs)
-        if cache is None:
+        if cache is None or (self._window and cache.get_seq_length() == 0):
+            # Not one that drops what the window has passed: it would count padding, and drop the prefix.
             cache = DynamicCache()
             if self._is_encoder_decoder:
                 cache = EncoderDecoderCache(cache, DynamicCache())
@@ -99,10 +101,37 @@ class PrefixTuning(MethodDefaults):
             self._fill(cache, ids)
         mask = kwargs.get("attention_mask")
         if mask is not None:
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
+            mask = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
+            kwargs["attention_mask"] = self._by_position(decoder, mask, ids.shape[1]) if self._window else mask
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + length
         return args, kwargs
+
+    def _by_position(self, decoder: nn.Module, mask: Tensor, columns: int) -> Tensor | dict[str, Tensor]:
+        """Return the masks by which the last so many columns attend under a sliding window, in the decoder's form.
+
+        A window counts columns, and left padding, which stands behind the prefix, would push it out: what a row reads
+        would depend on the rows beside it. So it is told here what each token may see, by positions in the row.
+        """
+        attention = decoder.config._attn_implementation
+        if attention not in ("eager", "sdpa"):
+            raise UserError(
+                f"method.name is 'prefix' on a backbone with a sliding window, which works with attention eager and "
+                f"sdpa; model.attn_implementation is {attention!r}"
+            )
+        positions = mask.cumsum(1) - 1
+        distance = positions[:, -columns:, None] - positions[:, None]
+        # Padding has the position of the last token before it, so that it sees something.
+        is_seen = (distance >= 0) & mask[:, None].bool()
+        lowest = torch.finfo(self._dtype).min
+
+        def additive(seen: Tensor) -> Tensor:
+            return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, lowest)[:, None]
+
+        within = additive(is_seen & (distance < self._window))
+        if "causal_mask_mapping" not in inspect.unwrap(type(decoder).forward).__code__.co_varnames:
+            return within
+        return {"full_attention": additive(is_seen), "sliding_attention": within}
 
     def _take_back(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Give out no cache where none is wanted: `generate` would hand it to the next call, which reads all again."""
@@ -130,6 +159,16 @@ class PrefixTuning(MethodDefaults):
     @override
     def disabled(self) -> AbstractContextManager[None]:
         return attribute_set(self, "enabled", False)
+
+
+def _sliding_window(decoder: nn.Module) -> int | None:
+    """How far back the layers see that do not see everything; None if all do."""
+    config: Any = decoder.config
+    window: int | None = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    # Configs keep settings that their models do not know.
+    is_used = "create_sliding_window_causal_mask" in inspect.unwrap(type(decoder).forward).__globals__
+    return window if is_used and (types is None or "sliding_attention" in types) else None
 
 
 def _key_heads(architecture: PreTrainedConfig, heads: int) -> int:

@@ -77,7 +77,9 @@ def initial_prompt(
     tokenizer: PreTrainedTokenizerBase | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the fp32 start of P [l, d] on the CPU; the table must be whole.
+    """Return the fp32 start of P [l, d] on the CPU, of what the table's layer returns; the table must be whole.
+
+    That is not the weight where the layer scales its rows, as Gemma's does by sqrt(d).
 
     Raises:
         UserError: `prompt_init: text` without a tokenizer, or with a text that has no token.
@@ -87,13 +89,13 @@ def initial_prompt(
     if weight.is_meta or generator is None:
         return torch.zeros(length, width)
     if config.prompt_init == "normal":
-        std = config.prompt_init_std or float(weight.float().std())
+        std = config.prompt_init_std or float(table(torch.arange(table.num_embeddings).to(weight.device)).float().std())
         return torch.randn(length, width, generator=generator) * std
     if config.prompt_init == "text":
         ids = _text_ids(config, tokenizer)
     else:
         ids = torch.randint(min(SAMPLED_VOCABULARY, table.num_embeddings), (length,), generator=generator)
-    return F.embedding(ids.to(weight.device), weight).float().cpu()
+    return table(ids.to(weight.device)).detach().float().cpu()
 
 
 def _text_ids(config: PromptSettings, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:

@@ -288,7 +288,7 @@ class AdaptedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, backbone: PreTrainedModel, folder: str | Path, **changed: Any) -> AdaptedModel:
-        """Inject the method of a saved adapter into `backbone` and load its values.
+        """Inject the method of a saved adapter into `backbone` and load its values: a model in evaluation mode.
 
         Args:
             backbone: The backbone it was trained on.
@@ -304,7 +304,7 @@ class AdaptedModel(nn.Module):
         settings = type(adapter.method).model_validate(adapter.method.model_dump() | changed)
         model = cls(backbone, create_method(settings), seed=None)
         model.load_trained(adapter.tensors)
-        return model
+        return model.eval()
 
     @torch.no_grad()
     def load_trained(self, values: dict[str, Tensor]) -> None:

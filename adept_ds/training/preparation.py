@@ -13,7 +13,8 @@ from adept_ds.backbone.load import check_attention, load_architecture, load_toke
 from adept_ds.config.batch import BatchArithmetic, count_steps, learning_rates
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.run import RunConfig
-from adept_ds.data.encode import EncodedDataset
+from adept_ds.data.encode import EncodedDataset, encode_prompts
+from adept_ds.data.fit import check_examples, check_prompts, fit_padding
 from adept_ds.data.problems import load_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
@@ -71,6 +72,8 @@ def prepare_data(run: RunConfig) -> RunData:
     tokenizer = load_tokenizer(run.model)
     architecture = load_architecture(run.model)
     check_attention(run.model, architecture)
+    if (note := fit_padding(tokenizer, architecture)) and is_main_rank():
+        print(note)
     encode = partial(
         EncodedDataset,
         tokenizer=tokenizer,
@@ -87,7 +90,14 @@ def prepare_data(run: RunConfig) -> RunData:
             "train.early_stopping_patience needs validation examples, and there are none; hold some out by "
             "data.validation_fraction, or leave it out"
         )
-    return RunData(tokenizer, architecture, train, encode(validation) if validation else None)
+    data = RunData(tokenizer, architecture, train, encode(validation) if validation else None)
+    length = run.method.num_virtual_tokens
+    for dataset in filter(None, (data.train, data.validation)):
+        check_examples(dataset, tokenizer, architecture, length, run.data)
+    if run.eval.metric == "pass@1" and validation:
+        prompts = encode_prompts(validation, tokenizer, run.data, length, architecture.is_encoder_decoder)
+        check_prompts(prompts, tokenizer, architecture, length, run.eval.generation.max_new_tokens)
+    return data
 
 
 def plan_steps(run: RunConfig, data: RunData, world: World) -> StepPlan:

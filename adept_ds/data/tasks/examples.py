@@ -153,7 +153,7 @@ def load_part(task: Task, part: Part, cfg: DataConfig) -> TaskPart:
         rows, answers = rows[drawn], None if answers is None else answers[drawn]
     limits = TokenLimits(
         prompt=cfg.max_source_length or task.max_source_length,
-        target=None if task.labels else cfg.max_target_length or task.max_target_length,
+        target=task.max_target_tokens(cfg.max_target_length),
     )
     return TaskPart(task, part, raw, rows, answers, limits)
 

@@ -75,10 +75,13 @@ def padded_question(row: Row) -> dict[str, Any]:
     }
 
 
+_MULTIRC = ("question", "answer", "paragraph")
+
+
 def without_html(row: Row) -> dict[str, Any]:
-    """Remove the marks of MultiRC's paragraphs: a line break becomes a space, bold marks go."""
-    paragraph = re.sub(r"<br\s*/?>", " ", text(row, "paragraph"))
-    return {"paragraph": re.sub(r"</?b>", "", paragraph)}
+    """Remove the marks of MultiRC's texts: a line break becomes a space, bold marks go."""
+    texts = {column: re.sub(r"<br\s*/?>", " ", text(row, column)) for column in _MULTIRC}
+    return {column: re.sub(r"</?b>", "", value) for column, value in texts.items()}
 
 
 def record_passage(row: Row) -> dict[str, Any]:
@@ -141,7 +144,7 @@ SPANS = ("text", "span1_text", "span1_index", "span2_text", "span2_index")
 
 PREPARE = {
     "padded_question": Prepare(padded_question, QUESTION, (*QUESTION, "padded_answers")),
-    "without_html": Prepare(without_html, ("paragraph",), ("paragraph",)),
+    "without_html": Prepare(without_html, _MULTIRC, _MULTIRC),
     "record_passage": Prepare(record_passage, RECORD, RECORD),
     "marked_spans": Prepare(marked_spans, SPANS, ("text",)),
     "similarity_in_fifths": Prepare(similarity_in_fifths, ("label",), ("label",)),

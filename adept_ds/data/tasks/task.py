@@ -178,10 +178,19 @@ class Task(Section):
         stripped = generated.strip()
         return stripped.partition("\n")[0].rstrip() if self.postprocess == "first_line" else stripped
 
-    def max_answer_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return how many tokens an answer may have, EOS included: for labels those of the longest label word."""
-        if not self.labels:
-            return self.max_target_length
+    def max_target_tokens(self, configured: int | None) -> int | None:
+        """Return how many tokens a target may have, EOS included; None for label words, which are never cut.
+
+        `configured` is `data.max_target_length`, which goes before the task's own.
+        """
+        return None if self.labels else configured or self.max_target_length
+
+    def max_answer_tokens(self, tokenizer: PreTrainedTokenizerBase, configured: int | None = None) -> int:
+        """Return how many tokens an answer may have, EOS included: as many as a target, or as the longest label
+        word."""
+        longest = self.max_target_tokens(configured)
+        if longest is not None:
+            return longest
         return 1 + max(len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in self.label_words)
 
     def _template_columns(self) -> list[str]:
