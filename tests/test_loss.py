@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+)
 
 from adept_ds.config.method import AdeptConfig
 from adept_ds.errors import UserError
 from adept_ds.model import loss as loss_module
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.model.loss import IGNORE_INDEX, LossHead, SoftTargets, shift_labels
-from tests.models import EOS, PAD, VOCABULARY, llama_config
+from tests.models import EOS, PAD, START, VOCABULARY, WIDTH, llama_config
 from tests.tolerances import assert_equal_up_to_rounding
 
 
@@ -40,7 +54,7 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    loss_head = LossHead(head)
+    loss_head = LossHead(head, None)
     with loss_head.summing(targets):
         return loss_head(hidden).sum()
 
@@ -112,7 +126,7 @@ def test_soft_targets_add_the_divergence_from_a_teacher(bias):
     head.requires_grad_(False)
     labelled, weight, temperature = targets != IGNORE_INDEX, 0.3, 1.7
     rows = torch.randn(int(labelled.sum()), 16)
-    loss_head = LossHead(head)
+    loss_head = LossHead(head, None)
     with loss_head.summing(targets, SoftTargets(rows, weight, temperature)):
         actual = loss_head(hidden).sum()
     ours, theirs = (head(states) / temperature for states in (hidden[labelled], rows))
@@ -125,7 +139,7 @@ def test_soft_targets_add_the_divergence_from_a_teacher(bias):
 
 def test_a_recording_head_computes_nothing():
     head, hidden, targets = head_and_input(bias=False)
-    loss_head = LossHead(head)
+    loss_head = LossHead(head, None)
     with loss_head.recording(targets) as rows:
         assert loss_head(hidden).shape == (1, 1, 1)
     assert torch.equal(rows[0], hidden[targets != IGNORE_INDEX])
@@ -134,7 +148,7 @@ def test_a_recording_head_computes_nothing():
 
 def test_outside_of_summing_the_head_gives_logits():
     head, hidden, targets = head_and_input(bias=True)
-    loss_head = LossHead(head)
+    loss_head = LossHead(head, None)
     with loss_head.summing(targets):
         loss_head(hidden)
     torch.testing.assert_close(loss_head(hidden), head(hidden))
@@ -160,6 +174,23 @@ def model_and_batch(make_backbone, name: str) -> tuple[AdaptedModel, dict[str, T
         labels[0, :4] = IGNORE_INDEX
         labels[1, :2] = IGNORE_INDEX
     return model, {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def bart() -> PreTrainedModel:
+    """With a bias behind the head that is not zero."""
+    sides = ("encoder", "decoder")
+    sizes = {
+        f"{side}_{name}": value
+        for side in sides
+        for name, value in (("layers", 1), ("ffn_dim", 48), ("attention_heads", 4))
+    }
+    tokens = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": START, "decoder_start_token_id": EOS}
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, max_position_embeddings=64, dropout=0.0, **sizes, **tokens
+    )
+    model = BartForConditionalGeneration(config)
+    nn.init.normal_(model.final_logits_bias)
+    return model
 
 
 def loss_by_whole_logits(model: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:
@@ -228,16 +259,63 @@ def test_a_batch_without_labels_has_zero_loss_and_gradients(make_backbone, name)
         assert not any(gradient.any() for gradient in gradients(loss, *model.trainable_parameters().values()))
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: CohereForCausalLM(llama_config(CohereConfig, logit_scale=0.0625)),
-        lambda: GraniteForCausalLM(llama_config(GraniteConfig, logits_scaling=8.0)),
-    ],
-    ids=["cohere", "granite"],
-)
-def test_a_backbone_that_changes_its_logits_is_refused(build):
-    model = get_adept_model(build(), AdeptConfig())
+BEHIND_THE_HEAD = {
+    "scale of Cohere": lambda: CohereForCausalLM(llama_config(CohereConfig, logit_scale=0.0625)),
+    "scale of Granite": lambda: GraniteForCausalLM(llama_config(GraniteConfig, logits_scaling=8.0)),
+    "cap of Gemma 2": lambda: Gemma2ForCausalLM(llama_config(Gemma2Config, head_dim=8, final_logit_softcapping=2.0)),
+    "bias of BART": bart,
+}
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("build", BEHIND_THE_HEAD.values(), ids=BEHIND_THE_HEAD)
+def test_what_a_backbone_does_to_its_logits_is_in_the_loss(build):
+    model, batch = model_and_batch(lambda _: build(), "")
+    parameters = list(model.trainable_parameters().values())
+    actual, expected = model(**batch).loss, loss_by_whole_logits(model, batch)
+    assert_equal_up_to_rounding(actual, expected)
+    for a, b in zip(gradients(actual, *parameters), gradients(expected, *parameters), strict=True):
+        assert b.any()
+        assert_equal_up_to_rounding(a, b)
+
+
+def test_a_buffer_behind_the_head_counts_with_the_values_that_it_has_in_the_end():
+    model, batch = model_and_batch(lambda _: bart(), "")
+    before = model(**batch).loss
+    model.backbone.final_logits_bias = 3 * torch.randn(1, VOCABULARY)
+    assert_equal_up_to_rounding(model(**batch).loss, loss_by_whole_logits(model, batch))
+    assert model(**batch).loss != before
+
+
+class Normalising(LlamaForCausalLM):
+    """Does to its logits what is more than logits in, logits out."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits - output.logits.numpy(force=True).mean()
+        output.logits = torch.cat([output.logits, output.logits], -1)
+        return output
+
+
+def test_a_backbone_that_does_more_to_its_logits_is_refused():
+    model = get_adept_model(Normalising(llama_config()), AdeptConfig())
     ids = torch.tensor([[5, 6, 7]])
-    with pytest.raises(UserError, match="changes its logits behind the LM head"):
+    with pytest.raises(UserError, match="does something to its logits behind the LM head"):
+        model(ids, labels=ids)
+
+
+def test_a_head_that_reads_several_states_a_token_is_refused():
+    sizes = {
+        "hidden_size": 32,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+    }
+    config = ProphetNetConfig(
+        vocab_size=VOCABULARY, num_encoder_attention_heads=4, num_decoder_attention_heads=4, **sizes
+    )
+    model = get_adept_model(ProphetNetForConditionalGeneration(config), AdeptConfig())
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(UserError, match="not one for each of the"):
         model(ids, labels=ids)

@@ -102,18 +102,21 @@ class PrefixTuning(MethodDefaults):
         mask = kwargs.get("attention_mask")
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
-            kwargs["attention_mask"] = self._by_position(decoder, mask, ids.shape[1]) if self._window else mask
+            kwargs["attention_mask"] = mask
+            if self._window:
+                kwargs["attention_mask"] = self._by_position(decoder, mask, ids.shape[1], self._window)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + length
         return args, kwargs
 
-    def _by_position(self, decoder: nn.Module, mask: Tensor, columns: int) -> Tensor | dict[str, Tensor]:
+    def _by_position(self, decoder: nn.Module, mask: Tensor, columns: int, window: int) -> Tensor | dict[str, Tensor]:
         """Return the masks by which the last so many columns attend under a sliding window, in the decoder's form.
 
         A window counts columns, and left padding, which stands behind the prefix, would push it out: what a row reads
         would depend on the rows beside it. So it is told here what each token may see, by positions in the row.
         """
-        attention = decoder.config._attn_implementation
+        config: Any = decoder.config
+        attention = config._attn_implementation
         if attention not in ("eager", "sdpa"):
             raise UserError(
                 f"method.name is 'prefix' on a backbone with a sliding window, which works with attention eager and "
@@ -128,7 +131,7 @@ class PrefixTuning(MethodDefaults):
         def additive(seen: Tensor) -> Tensor:
             return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, lowest)[:, None]
 
-        within = additive(is_seen & (distance < self._window))
+        within = additive(is_seen & (distance < window))
         if "causal_mask_mapping" not in inspect.unwrap(type(decoder).forward).__code__.co_varnames:
             return within
         return {"full_attention": additive(is_seen), "sliding_attention": within}

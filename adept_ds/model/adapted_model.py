@@ -34,6 +34,7 @@ from adept_ds.errors import UserError
 from adept_ds.methods import Method, create_method
 from adept_ds.methods.soft_prompt import inserted
 from adept_ds.model.distillation import last_hidden_states, teacher_states
+from adept_ds.model.logits_tail import trace_tail
 from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
 from adept_ds.model.prompt_hiding import plain_ids, prompt_hidden
 from adept_ds.storage import adapter_folder, model_folder
@@ -73,7 +74,7 @@ class AdaptedModel(nn.Module):
         self.vocabulary_size: int = self.backbone_facts["vocab_size"]
         backbone.requires_grad_(False)
         method.inject(backbone, tokenizer, None if seed is None else torch.Generator().manual_seed(seed))
-        backbone.set_output_embeddings(LossHead(backbone.get_output_embeddings()))
+        backbone.set_output_embeddings(LossHead(backbone.get_output_embeddings(), trace_tail(backbone)))
         replace_frozen_linears(backbone)
         self._enabled = True
 
@@ -191,7 +192,8 @@ class AdaptedModel(nn.Module):
             positions only, see `adept_ds.model.loss`.
 
         Raises:
-            UserError: With labels, a backbone that computes something of its head's logits. Or `task_ids` are missing.
+            UserError: With labels, a backbone that does to its logits what `trace_tail` does not see. Or `task_ids` are
+                missing.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -226,8 +228,8 @@ class AdaptedModel(nn.Module):
             if not head.returned(output.logits):
                 raise UserError(
                     f"model.name_or_path is {self.backbone.config.name_or_path!r}: {type(self.backbone).__name__} "
-                    "changes its logits behind the LM head (a scale, a cap, a bias), where the loss has been computed "
-                    "already; such models cannot be trained here"
+                    "does something to its logits behind the LM head that cannot be repeated in the loss; such models "
+                    "cannot be trained here"
                 )
         loss = output.logits.sum()
         if teacher:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adept_ds.backbone.frozen_linear import matmul
+from adept_ds.errors import UserError
+from adept_ds.model.logits_tail import LogitsTail, shares_memory, untouched
 
 IGNORE_INDEX = -100
 """Label of a position that has none."""
@@ -38,10 +40,10 @@ class SoftTargets:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(h W^T + b)[target] over the rows, with gradients computed along the forward pass.
+    """Sum of -log softmax(t(h W^T + b))[target] over the rows, with gradients computed along the forward pass.
 
-    With soft targets each row has w KL(q || p) besides, where p = softmax(z / T) of its logits z, and q of the
-    teacher's.
+    The tail t is what the backbone does to its logits, mostly nothing. With soft targets each row has w KL(q || p)
+    besides, where p = softmax(z / T) of its logits z, and q of the teacher's.
 
     d loss / d h = (softmax - onehot) W needs the logits, which are at hand in the forward pass only. A frozen head is
     therefore not needed again in the backward pass.
@@ -49,11 +51,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, soft: SoftTargets | None
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        soft: SoftTargets | None,
+        tail: LogitsTail | None,
     ) -> Tensor:
         """Take hidden [N, d], targets [N], weight [V, d], bias [V]; return the summed loss, an fp32 scalar."""
         loss = hidden.new_zeros((), dtype=torch.float32)
-        wants_hidden, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
@@ -61,8 +69,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows, None]
             logits = _logits(part, weight, bias)
+            if tail:
+                with torch.enable_grad():
+                    of_head = logits.requires_grad_()
+                    of_backbone = tail(of_head)
+                logits = of_backbone.detach().clone()
             if soft is not None:
                 teacher = _logits(soft.hidden[start : start + rows], weight, bias)
+                teacher = tail(teacher) if tail else teacher
                 divergence, grad_divergence = _divergence(logits, teacher, soft.temperature)
                 loss += soft.weight * divergence
             normaliser = logits.logsumexp(-1, keepdim=True)
@@ -73,6 +87,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
             if soft is not None:
                 grad_logits.add_(grad_divergence, alpha=soft.weight)
+            if tail:
+                (grad_logits,) = torch.autograd.grad(of_backbone, of_head, grad_logits)
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = matmul(grad_logits, weight)
@@ -88,7 +104,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the stored gradients."""
         (grad,) = grads
         hidden, weight, bias = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, None, weight, bias, None
+        return hidden, None, weight, bias, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,11 +128,15 @@ class LossHead(nn.Module):
     It shares the replaced head's parameters. Inside `summing(targets)` its forward maps hidden states [B, S, d] to the
     loss summed over the positions with a target, as fp32 [1, 1, 1]; everywhere else to the logits [B, S, V]. The
     backbone passes on whatever its head returns, so its own scaling of the hidden states needs no repetition here, and
-    ZeRO-3 gathers the head once, around this forward, however many chunks it takes.
+    ZeRO-3 gathers the head once, around this forward, however many chunks it takes. What it would do to logits behind
+    the head, its `tail`, is done here to each chunk, and then not to the loss.
+
+    `tail` is None where it is not known; see `trace_tail`.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, tail: LogitsTail | None) -> None:
         super().__init__()
+        self.tail = tail
         self.weight = head.weight
         self.bias = head.bias
         self._targets: Tensor | None = None
@@ -129,13 +149,14 @@ class LossHead(nn.Module):
         """Within the block return the loss at `targets` [B, S], `IGNORE_INDEX` where there is none."""
         self._targets, self._soft = targets, soft
         try:
-            yield
+            with untouched(self.tail, lambda: self._loss):
+                yield
         finally:
             self._targets = self._soft = self._loss = None
 
     @contextmanager
     def recording(self, targets: Tensor) -> Iterator[list[Tensor]]:
-        """Within the block compute nothing: append the hidden states at `targets` [N, d] to the list that is yielded,
+        """Within the block compute no loss: append the hidden states at `targets` [N, d] to the list that is yielded,
         and return [1, 1, 1]."""
         self._targets, self._recorded = targets, []
         try:
@@ -146,20 +167,26 @@ class LossHead(nn.Module):
     def returned(self, logits: Tensor) -> bool:
         """Within `summing`: whether `logits` is what forward returned, untouched."""
         # By memory: hooks wrap outputs in new tensors of the same storage.
-        return self._loss is not None and logits.data_ptr() == self._loss.data_ptr()
+        return self._loss is not None and shares_memory(logits, self._loss)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits or summed loss, see the class."""
         if self._targets is None:
             logits = matmul(hidden, self.weight.t())
             return logits if self.bias is None else (logits + self.bias).to(logits.dtype)
+        if hidden.shape[:-1] != self._targets.shape:
+            raise UserError(
+                f"the backbone's LM head reads hidden states {list(hidden.shape)}, which are not one for each of the "
+                f"{list(self._targets.shape)} tokens; such models cannot be trained here"
+            )
         labelled = self._targets != IGNORE_INDEX
         rows = hidden[labelled]
         if self._recorded is not None:
             self._recorded.append(rows)
             return rows.new_zeros(1, 1, 1)
         targets = self._targets[labelled]
-        loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, self.bias, self._soft).view(1, 1, 1)
+        loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, self.bias, self._soft, self.tail)
+        loss = loss.view(1, 1, 1)
         self._loss = loss.detach()
         return loss
 

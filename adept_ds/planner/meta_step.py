@@ -83,7 +83,11 @@ class StepTrace:
 
 
 def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
-    """Return the adapted model as it is trained, every parameter on the meta device: shapes, no values."""
+    """Return the adapted model as it is trained, every parameter on the meta device: shapes, no values.
+
+    Raises:
+        UserError: The method cannot be put into the backbone, or the backbone cannot be trained.
+    """
     auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
     attention, scheme = run.model.attn_implementation, Scheme.of(run.model)
     if attention not in ("eager", "sdpa"):
@@ -93,6 +97,8 @@ def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
         if scheme:
             quantize_linears(backbone, scheme)
         model = AdaptedModel(backbone, create_method(run.method), seed=None).train()
+    if model.backbone.get_output_embeddings().tail is None:
+        trace_step(model, StepShape(1, model.num_virtual_tokens + 2, 2))  # which tells whether it can be trained
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
     return model
