@@ -2,8 +2,9 @@
 
     y = layer(x) + b      b zero at the start
 
-A layer that has a bias keeps it, and b is added to it, which is the same as training the bias. T5 and Llama have no
-biases: there b is put behind all linear layers, the LM head included, and behind the layer norms of the blocks, as in
+A layer that has a bias keeps it, and b is added to it, which is the same as training the bias; so it is with every bias
+of the backbone, those of the last norm and of the LM head included. T5 and Llama have no biases: there b is put behind
+all linear layers, the LM head included, and behind the layer norms of the blocks, as in
 Karimi Mahabadi et al. 2021 (https://arxiv.org/abs/2106.04647), whose figure for T5-base the paper quotes.
 """
 
@@ -51,31 +52,33 @@ class BitFit(WrappedLayersMethod):
         head = cast(nn.Linear, backbone.get_output_embeddings())
         device = embedding_table(backbone).weight.device
         block_norms = {name: norm for name, norm in norms(backbone).items() if layer_index(name) is not None}
-        layers = linear_layers(backbone) | block_norms
-        biased = {name: layer for name, layer in layers.items() if getattr(layer, "bias", None) is not None}
-        self._backbone, self._has_head = backbone, not biased and head.bias is None
+        layers = linear_layers(backbone) | norms(backbone)
+        chosen = {name: layer for name, layer in layers.items() if getattr(layer, "bias", None) is not None}
+        self._backbone, self._has_head = backbone, getattr(head, "bias", None) is not None or not chosen
         if self._has_head:
-            # Not a `BiasedLayer`: the loss reads the head's weight and bias, see `adept_ds.model.loss.LossHead`.
-            head.bias = nn.Parameter(torch.zeros(head.out_features, device=device))
-        return {name: BiasedLayer(layer, _output_width(layer), device) for name, layer in (biased or layers).items()}
+            # Not a `BiasedLayer`: the loss reads the head's weight and biases, see `adept_ds.model.loss.LossHead`.
+            head.added_bias = nn.Parameter(torch.zeros(full_shape(head.weight)[0], device=device))
+        chosen = chosen or linear_layers(backbone) | block_norms
+        return {name: BiasedLayer(layer, _output_width(layer), device) for name, layer in chosen.items()}
 
     @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        head = {HEAD: self._backbone.get_output_embeddings().bias} if self._has_head else {}
+        head = {HEAD: self._backbone.get_output_embeddings().added_bias} if self._has_head else {}
         return super().trained_parameters() | head
 
     @contextmanager
     @override
     def disabled(self) -> Iterator[None]:
         head = self._backbone.get_output_embeddings()
-        bias = head.bias
+        bias = head.added_bias if self._has_head else None
         if self._has_head:
-            head.bias = None
+            head.added_bias = None
         try:
             with super().disabled():
                 yield
         finally:
-            head.bias = bias
+            if self._has_head:
+                head.added_bias = bias
 
 
 def _output_width(layer: nn.Module) -> int:

@@ -137,6 +137,11 @@ class AdaptedModel(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if input_ids.device.type == "cpu" and input_ids.max() >= self.vocabulary_size:
+            raise UserError(
+                f"id {int(input_ids.max())} is none of the {self.vocabulary_size} of the backbone's table; is the tokenizer "
+                "that of another model, or has it tokens that the model lacks?"
+            )
         length = self.num_virtual_tokens
         ids = self.vocabulary_size + torch.arange(length, device=input_ids.device)[None]
         if prompts is not None:
@@ -197,6 +202,7 @@ class AdaptedModel(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        _refuse_embeddings(kwargs)
         prompts = self._row_prompts(input_ids, task_ids)
         ids, mask = self.add_prompt(input_ids, attention_mask, prompts)
         if not self.is_encoder_decoder:
@@ -251,7 +257,11 @@ class AdaptedModel(nn.Module):
         Takes plain ids [B, S] (left-padded for causal models), `task_ids` as `forward`, and any argument of the
         backbone's `generate`; returns the sequences that it would: for causal models what was read and generated,
         without the prompt.
+
+        Raises:
+            UserError: `inputs_embeds` are given, which would be read in the ids' place, without prompt and offsets.
         """
+        _refuse_embeddings(kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         ids, mask = self.add_prompt(input_ids, attention_mask, self._row_prompts(input_ids, task_ids))
@@ -319,6 +329,11 @@ class AdaptedModel(nn.Module):
         adapter_folder.check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
+
+
+def _refuse_embeddings(given: Mapping[str, Any]) -> None:
+    if given.get("inputs_embeds") is not None:
+        raise UserError("inputs_embeds would be read without soft prompt and offsets; expected input_ids")
 
 
 def get_adept_model(

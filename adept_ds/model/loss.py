@@ -139,6 +139,8 @@ class LossHead(nn.Module):
         self.tail = tail
         self.weight = head.weight
         self.bias = head.bias
+        # Trained in fp32 beside the head's own by a method.
+        self.added_bias: Tensor | None = getattr(head, "added_bias", None)
         self._targets: Tensor | None = None
         self._soft: SoftTargets | None = None
         self._loss: Tensor | None = None
@@ -169,11 +171,16 @@ class LossHead(nn.Module):
         # By memory: hooks wrap outputs in new tensors of the same storage.
         return self._loss is not None and shares_memory(logits, self._loss)
 
+    def _whole_bias(self) -> Tensor | None:
+        if self.bias is None or self.added_bias is None:
+            return self.bias if self.added_bias is None else self.added_bias
+        return self.bias.float() + self.added_bias
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits or summed loss, see the class."""
         if self._targets is None:
-            logits = matmul(hidden, self.weight.t())
-            return logits if self.bias is None else (logits + self.bias).to(logits.dtype)
+            logits, bias = matmul(hidden, self.weight.t()), self._whole_bias()
+            return logits if bias is None else (logits + bias).to(logits.dtype)
         if hidden.shape[:-1] != self._targets.shape:
             raise UserError(
                 f"the backbone's LM head reads hidden states {list(hidden.shape)}, which are not one for each of the "
@@ -185,7 +192,7 @@ class LossHead(nn.Module):
             self._recorded.append(rows)
             return rows.new_zeros(1, 1, 1)
         targets = self._targets[labelled]
-        loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, self.bias, self._soft, self.tail)
+        loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, self._whole_bias(), self._soft, self.tail)
         loss = loss.view(1, 1, 1)
         self._loss = loss.detach()
         return loss

@@ -5,11 +5,11 @@ Rows stay in Arrow tables, memory-mapped where they are from the hub.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
@@ -89,13 +89,21 @@ def _read_file(path: Path, task: Task) -> RawSplit:
     rows = iterate_rows(path, lambda row: [row.get(column, object) for column in columns])
     try:
         while chunk := list(islice(rows, CHUNK)):
-            chunks.append(pyarrow.table(dict(zip(columns, map(list, zip(*chunk, strict=True)), strict=True))))
+            chunks.append(pyarrow.table(dict(zip(columns, map(_of_one_type, zip(*chunk, strict=True)), strict=True))))
         table = pyarrow.concat_tables(chunks, promote_options="permissive") if chunks else pyarrow.table({})
     except pyarrow.ArrowException as error:
         raise UserError(f"task {task.name}: {path} cannot be read ({error})") from error
     if not len(table):
         raise UserError(f"task {task.name}: {path} holds no records")
     return RawSplit(datasets.Dataset(table), str(path))
+
+
+def _of_one_type(cells: Sequence[Any]) -> list[Any]:
+    """A column's cells; numbers among texts as the texts that they are read as anyway."""
+    if not any(isinstance(cell, str) for cell in cells):
+        return list(cells)
+    is_number = [isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells]
+    return [str(cell) if number else cell for cell, number in zip(cells, is_number, strict=True)]
 
 
 def _read_hub(task: Task, split: str, hub_ids: Mapping[str, str]) -> RawSplit:
