@@ -135,6 +135,21 @@ def byte_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
     return _tokenizer(core, clean_up_tokenization_spaces=False)
 
 
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As SentencePiece's of Llama 2 and Mistral: a space stands in front of a text, a run of spaces is one token."""
+    vocabulary = {"<unk>": 0, "</s>": EOS, "<s>": START, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    spaces = [2**power * "\u2581" for power in range(4)]
+    for token in [*spaces, *map(chr, range(33, 127))]:
+        vocabulary.setdefault(token, len(vocabulary))
+    merges = list(zip(spaces[:-1], spaces[:-1], strict=True))
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    space_again, first_off = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([space_again, decoders.ByteFallback(), decoders.Fuse(), first_off])
+    names = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names, clean_up_tokenization_spaces=False)
+
+
 def _tokenizer(core: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
     names = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **names, **options)

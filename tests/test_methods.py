@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, RwkvConfig, RwkvForCausalLM
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast, RwkvConfig, RwkvForCausalLM
 
 from adept_ds.backbone import frozen_linear
 from adept_ds.backbone.frozen_linear import FrozenLinear
@@ -540,3 +540,101 @@ def test_a_prefix_and_recomputed_layers_exclude_one_another() -> None:
             method=PrefixTuningConfig(),
             train=TrainConfig(max_steps=1, warmup_steps=0, activation_checkpointing=True),
         )
+
+
+# Backbones of other builds
+
+
+def trained(backbone: PreTrainedModel, config: MethodConfig) -> AdaptedModel:
+    return far_from_start(get_adept_model(backbone, config)).eval()
+
+
+WINDOW = {"sliding_window": 6, "num_key_value_heads": 2}
+WINDOWED = {
+    "mistral": causal("mistral", **WINDOW),  # one mask for all layers
+    "gemma3": causal("gemma3_text", **WINDOW, head_dim=8),  # a mask for each kind of layer
+    "phi3": causal("phi3", **WINDOW),
+}
+
+
+@pytest.mark.parametrize("build", WINDOWED.values(), ids=WINDOWED)
+def test_padding_does_not_push_a_prefix_out_of_a_sliding_window(build: Callable[[], PreTrainedModel]) -> None:
+    model = trained(seeded(build), PrefixTuningConfig(prefix_length=3))
+    ids = torch.arange(5, 9)[None]
+    padded, mask = nn.functional.pad(ids, (8, 0)), nn.functional.pad(torch.ones_like(ids), (8, 0))
+    alone = model(ids).logits[0, -1]
+    assert_equal_up_to_rounding(model(padded, mask).logits[0, -1], alone)
+    written = greedy(model, ids, torch.ones_like(ids))[:, 4:]
+    assert torch.equal(greedy(model, padded, mask)[:, 12:], written)
+    assert torch.equal(greedy(model, padded, mask, use_cache=False)[:, 12:], written)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_dept_generates_on_a_backbone_without_position_ids(model_type: str) -> None:
+    sizes = {"n_layer": 2, "n_head": 4} if model_type == "bloom" else {"d_model": WIDTH, "n_layers": 2, "n_heads": 4}
+    model = trained(seeded(causal(model_type, **sizes)), DeptConfig(num_virtual_tokens=3, rank=2, max_positions=20))
+    ids = torch.randint(3, VOCABULARY, (1, 6))
+    read = ids
+    for _ in range(5):
+        read = torch.cat([read, model(read).logits[:, -1:].argmax(-1)], 1)
+    written = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=PAD, eos_token_id=None)
+    assert torch.equal(written, read)
+    with model.disable_adapter():
+        assert_equal_up_to_rounding(model(ids).logits, seeded(causal(model_type, **sizes))(ids).logits)
+
+
+@pytest.mark.parametrize("model_type", ["codegen", "phi", "gpt2"])
+def test_bitfit_trains_every_bias(model_type: str) -> None:
+    backbone = seeded(causal(model_type, n_positions=64, rotary_dim=4))
+    biases = {name for name, _ in backbone.named_parameters() if name.endswith(".bias")}
+    model = trained(backbone, BitFitConfig())
+    assert set(model.trainable_parameters()) == biases
+    ids = torch.randint(3, VOCABULARY, (1, 6))
+    with model.disable_adapter():
+        plain = seeded(causal(model_type, n_positions=64, rotary_dim=4))
+        assert_equal_up_to_rounding(model(ids).logits, plain(ids).logits)
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters().items():
+            plain.get_parameter(name).add_(parameter)
+    assert_equal_up_to_rounding(model(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("method", [PromptTuningConfig, AdeptConfig])
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "gemma3_text"])
+def test_a_prompt_starts_as_what_the_backbone_reads_for_its_text(
+    tokenizer: PreTrainedTokenizerFast, method: type[AdeptConfig], model_type: str
+) -> None:
+    build = causal(model_type, head_dim=8, num_key_value_heads=4)
+    text = torch.tensor([tokenizer("solve", add_special_tokens=False)["input_ids"]])
+    config = method(num_virtual_tokens=5, prompt_init="text", prompt_init_text="solve")
+    model = get_adept_model(seeded(build), config, tokenizer).eval()
+    ids = torch.randint(3, VOCABULARY, (1, 9))
+    expected = seeded(build)(torch.cat([text, ids], 1)).logits
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_folded_table_is_what_the_embedding_gives_where_the_backbone_scales_it() -> None:
+    model = trained(seeded(causal("gemma3_text", head_dim=8)), AdeptConfig(num_virtual_tokens=2, bottleneck=2))
+    embedding = model.backbone.get_input_embeddings()
+    torch.testing.assert_close(embedding.folded_weight(), embedding(torch.arange(VOCABULARY)[None])[0])
+
+
+@pytest.mark.parametrize("config", [LoraConfig(dropout=0.5), AdeptConfig(dropout=0.5)], ids=["lora", "adept"])
+def test_an_adapter_that_is_loaded_is_in_evaluation_mode(
+    make_backbone: Make, tmp_path: Path, config: MethodConfig
+) -> None:
+    trained(make_backbone("llama"), config).save_pretrained(tmp_path)
+    model = AdaptedModel.from_pretrained(make_backbone("llama"), tmp_path)
+    ids = torch.randint(3, VOCABULARY, (1, 6))
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert not any(module.training for module in model.modules())
+
+
+def test_ids_and_embeddings_that_would_be_misread_are_refused(make_backbone: Make) -> None:
+    model = get_adept_model(make_backbone("llama"), AdeptConfig())
+    with pytest.raises(UserError, match=f"id {VOCABULARY} is none of the {VOCABULARY}"):
+        model(torch.tensor([[5, VOCABULARY]]))
+    embeddings = torch.zeros(1, 2, WIDTH)
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match="inputs_embeds would be read without soft prompt"):
+            call(torch.tensor([[5, 6]]), inputs_embeds=embeddings)

@@ -145,6 +145,8 @@ def test_longest_answer_of_a_classification_is_its_longest_label(shared_dir):
     tokenizer = AutoTokenizer.from_pretrained(shared_dir / "data/t5")
     assert {TASKS[name].max_answer_tokens(tokenizer) for name in ("rte", "mnli", "cb")} == {3}  # "_", "0", EOS
     assert TASKS["nq"].max_answer_tokens(tokenizer) == 20
+    assert TASKS["nq"].max_answer_tokens(tokenizer, 60) == 60  # data.max_target_length, as in training
+    assert TASKS["rte"].max_answer_tokens(tokenizer, 60) == 3
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adept_ds.cli.text2text import main, with_tasks
 from adept_ds.config.method import AdeptConfig
-from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
+from adept_ds.config.run import DataConfig, RunConfig
 from adept_ds.data.tasks import TaskExamples, load_task_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
@@ -43,7 +43,7 @@ def test_answers_are_decoded_for_either_kind_of_model(
     world: World,
 ) -> None:
     model = get_adept_model(make_backbone(name), AdeptConfig(num_virtual_tokens=3, bottleneck=2))
-    decoding = greedy(examples[0].task, tokenizer, GenerationConfig(batch_size=3))
+    decoding = greedy(examples[0].task, tokenizer, run_config(**cfg.model_dump()))
     assert (decoding.do_sample, decoding.max_new_tokens) == (False, 2)
     samples = generate_samples(model, tokenizer, examples, decoding, cfg, world)
     assert [sample.task_id for sample in samples] == [example.task_id for example in examples]

@@ -139,8 +139,8 @@ class AdaptedModel(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         if input_ids.device.type == "cpu" and input_ids.max() >= self.vocabulary_size:
             raise UserError(
-                f"id {int(input_ids.max())} is none of the {self.vocabulary_size} of the backbone's table; is the tokenizer "
-                "that of another model, or has it tokens that the model lacks?"
+                f"id {int(input_ids.max())} is none of the {self.vocabulary_size} of the backbone's table; is the "
+                "tokenizer that of another model, or has it tokens that the model lacks?"
             )
         length = self.num_virtual_tokens
         ids = self.vocabulary_size + torch.arange(length, device=input_ids.device)[None]
