@@ -50,6 +50,14 @@ def test_an_example_longer_than_the_positions_is_refused_with_the_prompt_counted
         check_examples(data, character_tokenizer(), gpt2(63), 3, CFG)
 
 
+def test_more_positions_than_were_trained_on_are_told_where_they_can_be_computed() -> None:
+    data, tokenizer = encoded([Example("1", "x" * 40, "y" * 20)]), character_tokenizer()
+    long, short = (LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=count) for count in (64, 63))
+    assert check_examples(data, tokenizer, long, 3, CFG) is None
+    note = check_examples(data, tokenizer, short, 3, CFG)
+    assert note == "the longest example has 64 tokens, and the backbone was trained to read at most 63"
+
+
 def test_prompts_must_leave_positions_to_go_on() -> None:
     prompts = encode_prompts([Example("1", "x" * 40, "y")], character_tokenizer(), CFG, 3, False)
     check_prompts(prompts, character_tokenizer(), gpt2(64), 3, 21)

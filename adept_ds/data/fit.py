@@ -56,8 +56,8 @@ def check_examples(
     architecture: PreTrainedConfig,
     num_virtual_tokens: int,
     cfg: DataConfig,
-) -> None:
-    """Refuse examples that the backbone cannot read.
+) -> str | None:
+    """Refuse examples that the backbone cannot read; return what is to be said of their length, if anything.
 
     Raises:
         UserError: A token without a row in the table, or more positions than there are.
@@ -66,18 +66,24 @@ def check_examples(
     limit = most_positions(architecture)
     source, target = dataset.longest()
     longest = max(source + num_virtual_tokens, target if architecture.is_encoder_decoder else 0)
-    if limit is not None and longest > limit:
-        key = "data.max_source_length" if FORMATS[cfg.format].has_tasks else "data.max_length"
-        prompt = f", {num_virtual_tokens} of them the soft prompt's" if num_virtual_tokens else ""
-        raise UserError(
-            f"the longest example has {longest} tokens{prompt}, and model.name_or_path {architecture.name_or_path!r} "
-            f"has {limit} positions; expected {key} of at most {limit}"
-            + (
-                f" with data.max_target_length (now {cfg.max_source_length} and {cfg.max_target_length})"
-                if FORMATS[cfg.format].has_tasks
-                else f" (now {cfg.max_length})"
-            )
+    if limit is None:
+        trained = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+        if trained is None or longest <= trained:
+            return None
+        return (
+            f"the longest example has {longest} tokens, more than the {trained} that the backbone was trained to read"
         )
+    if longest <= limit:
+        return None
+    prompt = f", {num_virtual_tokens} of them the soft prompt's" if num_virtual_tokens else ""
+    if FORMATS[cfg.format].has_tasks:
+        expected = "shorter data.max_source_length and data.max_target_length"
+    else:
+        expected = f"data.max_length of at most {limit} (now {cfg.max_length})"
+    raise UserError(
+        f"the longest example has {longest} tokens{prompt}, and model.name_or_path {architecture.name_or_path!r} has "
+        f"{limit} positions; expected {expected}"
+    )
 
 
 def check_prompts(

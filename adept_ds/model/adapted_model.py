@@ -73,8 +73,9 @@ class AdaptedModel(nn.Module):
         self.backbone_facts = adapter_folder.backbone_facts(backbone)
         self.vocabulary_size: int = self.backbone_facts["vocab_size"]
         backbone.requires_grad_(False)
+        tail = trace_tail(backbone)
         method.inject(backbone, tokenizer, None if seed is None else torch.Generator().manual_seed(seed))
-        backbone.set_output_embeddings(LossHead(backbone.get_output_embeddings(), trace_tail(backbone)))
+        backbone.set_output_embeddings(LossHead(backbone.get_output_embeddings(), tail))
         replace_frozen_linears(backbone)
         self._enabled = True
 

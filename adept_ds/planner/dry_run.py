@@ -11,12 +11,15 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from transformers import PreTrainedConfig
 
 from adept_ds.backbone.load import DTYPES, resolve_architecture
 from adept_ds.config.batch import count_steps, learning_rates, warmup_steps
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.loader import LoadedConfig, config_hash, flatten
 from adept_ds.config.run import DataConfig, RunConfig, TrainConfig
+from adept_ds.data.encode import longest_example
+from adept_ds.data.fit import most_positions
 from adept_ds.data.own import OwnExamples
 from adept_ds.data.problems import load_examples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
@@ -89,6 +92,7 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
         f"{batch.gradient_accumulation_steps} (accumulation) x {batch.world_size} (ranks)",
         f"examples       {plan.data_note}",
         f"steps          {_steps_text(plan, train)}",
+        *_positions_lines(run, architecture),
         f"warm-up        {_warmup_text(plan, train)}, then {_schedule_text(train)}",
         f"DeepSpeed      zero_optimization.stage = {zero.get('stage', 0)}",
     ]
@@ -155,6 +159,15 @@ def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
     notes = examples.notes if isinstance(examples, OwnExamples) else ()
     note = f"{len(examples):,} for training in {config.path or 'the bundled problems'}"
     return len(examples), "\n               ".join([note, *notes])
+
+
+def _positions_lines(run: RunConfig, architecture: PreTrainedConfig) -> list[str]:
+    """A line where the settings allow more positions than the backbone has."""
+    limit = most_positions(architecture)
+    longest = max(longest_example(run.data, run.method.num_virtual_tokens, architecture.is_encoder_decoder))
+    if limit is None or longest <= limit:
+        return []
+    return [f"positions      {limit}; the settings allow {longest}, and an example that long would be refused"]
 
 
 def _steps_text(plan: Plan, train: TrainConfig) -> str:
