@@ -7,7 +7,7 @@ whose name is `q_proj` or ends in `.q_proj`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -29,7 +29,7 @@ class Family:
     keys_values: tuple[str, ...]
     """Projections to keys and values; where one makes queries too, it is that one."""
     attention_output: tuple[str]
-    """Last projection of the self-attention. It is what tells the families apart."""
+    """Last projection of the self-attention."""
     feed_forward_output: tuple[str]
     """Last projection of the feed-forward part."""
 
@@ -40,12 +40,33 @@ FAMILIES = {
     "CodeGen": Family(("qkv_proj",), ("qkv_proj",), ("attn.out_proj",), ("mlp.fc_out",)),
     "GPT-2": Family(("c_attn",), ("c_attn",), ("attn.c_proj",), ("mlp.c_proj",)),
 }
-"""By the best-known member. Another may lack some of the layers, as Mixtral has Llama's in the attention alone."""
+"""Those of the paper, by the best-known member. Another may lack some of the layers, as Mixtral has Llama's in the
+attention alone."""
+
+_QUERIES_VALUES, _KEYS_VALUES, _FUSED = ("q_proj", "v_proj"), ("k_proj", "v_proj"), ("query_key_value",)
+OTHER_FAMILIES = {
+    "Phi-3": Family(("qkv_proj",), ("qkv_proj",), ("self_attn.o_proj",), ("mlp.down_proj",)),
+    "BART": Family(_QUERIES_VALUES, _KEYS_VALUES, ("self_attn.out_proj",), ("fc2",)),
+    "Phi": Family(_QUERIES_VALUES, _KEYS_VALUES, ("self_attn.dense",), ("mlp.fc2",)),
+    "StarCoder2": Family(_QUERIES_VALUES, _KEYS_VALUES, ("self_attn.o_proj",), ("mlp.c_proj",)),
+    "GPT-Neo": Family(_QUERIES_VALUES, _KEYS_VALUES, ("attn.attention.out_proj",), ("mlp.c_proj",)),
+    "GPT-NeoX": Family(_FUSED, _FUSED, ("attention.dense",), ("mlp.dense_4h_to_h",)),
+    "BLOOM": Family(_FUSED, _FUSED, ("self_attention.dense",), ("mlp.dense_4h_to_h",)),
+    "Persimmon": Family(_FUSED, _FUSED, ("self_attn.dense",), ("mlp.dense_4h_to_h",)),
+    "MPT": Family(("Wqkv",), ("Wqkv",), ("attn.out_proj",), ("ffn.down_proj",)),
+}
+"""The rest: where HF PEFT has chosen layers for a model type, its choice goes before these."""
 
 
-def family_of(backbone: PreTrainedModel) -> Family | None:
-    """Return the family that the backbone's self-attention is of; None if it is of none."""
-    return next((family for family in FAMILIES.values() if layers_named(backbone, family.attention_output)), None)
+def family_of(backbone: PreTrainedModel, families: Mapping[str, Family] | None = None) -> Family | None:
+    """Return the family that the backbone's self-attention is of, rather one whose feed-forward parts it has, too; None
+    if it is of none."""
+    alike = []
+    for family in (FAMILIES | OTHER_FAMILIES if families is None else families).values():
+        if not missing_ends(backbone, (*family.low_rank, *family.keys_values, *family.attention_output)):
+            alike.append(family)
+    whole = [family for family in alike if layers_named(backbone, family.feed_forward_output)]
+    return next(iter(whole or alike), None)
 
 
 def layers_named(backbone: PreTrainedModel, ends: Collection[str]) -> dict[str, nn.Module]:
@@ -71,8 +92,8 @@ def output_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
     if len({len(layers_named(backbone, ends)) for ends in parts}) != 1:
         raise UserError(
             "bottleneck adapters stand behind the attention and the feed-forward part of each layer, which are known "
-            f"by name in backbones built like {', '.join(FAMILIES)}; {described(backbone)}. Methods lora and ia3 can "
-            "be told by method.target_modules which layers to change"
+            f"by name in backbones built like {', '.join(FAMILIES | OTHER_FAMILIES)}; {described(backbone)}. Methods "
+            "lora and ia3 can be told by method.target_modules which layers to change"
         )
     return layers_named(backbone, [end for ends in parts for end in ends])
 

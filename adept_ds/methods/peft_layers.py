@@ -1,7 +1,8 @@
 """Methods whose layers HF PEFT makes and puts into the backbone: LoRA and (IA)3.
 
 `method.target_modules` says which layers they are. If it is not given, they are those of the paper's figures in a
-backbone of a family (see `adept_ds.methods.layers`), and in any other those that PEFT chooses for its model type.
+backbone of one of its families (see `adept_ds.methods.layers`), in any other those that PEFT chooses for its model
+type, and where it chooses none those of other families.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from typing_extensions import override
 from adept_ds.config.method import Ia3Config, LoraConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import MethodDefaults
-from adept_ds.methods.layers import described, family_of, linear_layers, missing_ends, seeded
+from adept_ds.methods.layers import (
+    FAMILIES,
+    OTHER_FAMILIES,
+    described,
+    family_of,
+    linear_layers,
+    missing_ends,
+    seeded,
+)
 
 _ADAPTER = "default"
 _REMEDIES = {
@@ -90,12 +99,13 @@ class PeftLayers(MethodDefaults):
 
     def known_layers(self, backbone: PreTrainedModel, part: str, theirs: list[str]) -> list[str]:
         """Return the layers of this part of the backbone's family, or PEFT's choice where the backbone lacks one of
-        them.
+        them, or those of another family.
 
         Raises:
             UserError: It lacks one of PEFT's too, or PEFT has made no choice.
         """
-        for ends in (getattr(family_of(backbone), part, ()), theirs):
+        own, other = (getattr(family_of(backbone, families), part, ()) for families in (FAMILIES, OTHER_FAMILIES))
+        for ends in (own, theirs, other):
             if ends and not missing_ends(backbone, ends):
                 return list(ends)
         raise UserError(

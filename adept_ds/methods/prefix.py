@@ -55,6 +55,11 @@ class PrefixTuning(MethodDefaults):
                 "method.name is 'prefix', which stands in front of the keys and values of attention layers; "
                 f"{architecture.name_or_path!r} (model type {architecture.model_type!r}) has none"
             )
+        if getattr(architecture, "kv_lora_rank", None):
+            raise UserError(
+                "method.name is 'prefix', whose keys and values are as wide as one another; those of latent attention "
+                f"are not, as {architecture.name_or_path!r} (model type {architecture.model_type!r}) has it"
+            )
         width = getattr(architecture, "d_kv", None) or getattr(architecture, "head_dim", None)
         self._head_width: int = width or architecture.hidden_size // heads
         self._heads = _key_heads(architecture, heads)

@@ -215,7 +215,7 @@ class AdaptedModel(nn.Module):
                 return self.backbone(input_ids=ids, **kwargs)
         if self.is_encoder_decoder:
             targets = labels
-            kwargs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+            kwargs["decoder_input_ids"] = decoder_inputs(self.backbone, labels)
         else:
             # Padding has no label, so this holds whichever side it is on.
             targets = shift_labels(F.pad(labels, (self.num_virtual_tokens, 0), value=IGNORE_INDEX))
@@ -330,6 +330,16 @@ class AdaptedModel(nn.Module):
         adapter_folder.check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
+
+
+def decoder_inputs(backbone: Any, labels: Tensor) -> Tensor:
+    """What a decoder behind an encoder reads to predict labels [B, T]: the labels before each, behind a start."""
+    if hasattr(backbone, "prepare_decoder_input_ids_from_labels"):
+        ids: Tensor = backbone.prepare_decoder_input_ids_from_labels(labels=labels)
+        return ids
+    start, padding = backbone.config.decoder_start_token_id, backbone.config.pad_token_id or 0
+    before = F.pad(labels[:, :-1], (1, 0), value=start)
+    return before.masked_fill(before == IGNORE_INDEX, padding)
 
 
 def _refuse_embeddings(given: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from adept_ds.backbone.load import DTYPES, unsharded_creation
 from adept_ds.backbone.quantization import Scheme, quantize_linears
 from adept_ds.config.run import RunConfig
 from adept_ds.contexts import attribute_set
+from adept_ds.errors import UserError
 from adept_ds.methods import create_method
 from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.model.loss import LossHead
@@ -98,7 +99,13 @@ def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
             quantize_linears(backbone, scheme)
         model = AdaptedModel(backbone, create_method(run.method), seed=None).train()
     if model.backbone.get_output_embeddings().tail is None:
-        trace_step(model, StepShape(1, model.num_virtual_tokens + 2, 2))  # which tells whether it can be trained
+        try:
+            trace_step(model, StepShape(1, model.num_virtual_tokens + 2, 2))
+        except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"model.name_or_path is {run.model.name_or_path!r}: {type(model.backbone).__name__} cannot take a "
+                f"training step here ({error})"
+            ) from error
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
     return model

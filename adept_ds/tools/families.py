@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import sys
 import tempfile
 import warnings
@@ -41,7 +42,7 @@ from adept_ds.config.run import ModelConfig
 from adept_ds.distributed import init_world
 from adept_ds.errors import UserError
 from adept_ds.files import atomic_write
-from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.model.adapted_model import AdaptedModel, decoder_inputs, get_adept_model
 
 VOCABULARY, WIDTH, END = 160, 32, 1
 TOLERANCE = 1e-4
@@ -200,7 +201,7 @@ def _trains(model_type: str) -> str:
     loss = model(ids, mask, labels=ids).loss
     gradients = torch.autograd.grad(loss, parameters)
     if model.is_encoder_decoder:
-        read = model.backbone.prepare_decoder_input_ids_from_labels(labels=ids)
+        read = decoder_inputs(model.backbone, ids)
         logits, targets = model(ids, mask, decoder_input_ids=read).logits, ids
     else:
         # The last token of the prompt predicts the first one.
@@ -263,15 +264,16 @@ def _saves(model_type: str, folder: Path) -> str:
     return "yes"
 
 
-def _has_method(config: MethodConfig) -> Callable[[str], str]:
-    def check(model_type: str) -> str:
-        model, ids = _adapted(model_type, config), _ids(2, 6)
+@dataclass(frozen=True)
+class _HasMethod:
+    config: MethodConfig
+
+    def __call__(self, model_type: str) -> str:
+        model, ids = _adapted(model_type, self.config), _ids(2, 6)
         model(ids, labels=ids).loss.backward()
         if not all(p.grad is not None and p.grad.any() for p in model.trainable_parameters().values()):
             raise Wrong("a trained parameter has no gradient")
         return "yes"
-
-    return check
 
 
 def _model(folder: Path, **changes: Any) -> ModelConfig:
@@ -291,12 +293,11 @@ COLUMNS: dict[str, Callable[..., str]] = {
     "shard": _shards,
     "nf4": _quantises,
     "adapter": _saves,
-    "prefix": _has_method(PrefixTuningConfig(prefix_length=3)),
-    "lora": _has_method(LoraConfig(rank=2)),
-    "ia3": _has_method(Ia3Config()),
-    "bottleneck": _has_method(AdapterConfig()),
+    "prefix": _HasMethod(PrefixTuningConfig(prefix_length=3)),
+    "lora": _HasMethod(LoraConfig(rank=2)),
+    "ia3": _HasMethod(Ia3Config()),
+    "bottleneck": _HasMethod(AdapterConfig()),
 }
-_NEEDS_FOLDER = {_shards, _quantises, _saves}
 
 
 def examine(model_type: str, notes: list[str]) -> Findings:
@@ -305,8 +306,13 @@ def examine(model_type: str, notes: list[str]) -> Findings:
     with tempfile.TemporaryDirectory() as name:
         build(model_type).save_pretrained(Path(name) / "model")
         for column, check in COLUMNS.items():
+            if findings.cells.get("train", "yes") != "yes" and isinstance(check, _HasMethod):
+                findings.cells[column] = "-"
+                continue
             try:
-                findings.cells[column] = check(model_type, Path(name)) if check in _NEEDS_FOLDER else check(model_type)
+                findings.cells[column] = (
+                    check(model_type, Path(name)) if check in (_shards, _quantises, _saves) else check(model_type)
+                )
             except UserError as error:
                 findings.cells[column] = _noted(f"refused: {_without(str(error), name)}", notes)
             except Wrong as error:
@@ -317,8 +323,10 @@ def examine(model_type: str, notes: list[str]) -> Findings:
 
 
 def _without(text: str, folder: str) -> str:
-    """A message without the place of the model, and with what every model of the kind has."""
-    return text.replace(f"'{folder}/model'", "it").replace("model.name_or_path is it", "it").splitlines()[0]
+    """A message without what is of this model alone: the place, the type, the names of its layers."""
+    text = re.sub(rf"(model.name_or_path is )?'({re.escape(folder)}/model)?'( \(model type '\w+'\))?", "it", text)
+    text = re.sub(r"has linear layers whose names end in [^;.]*", "has other layers", text)
+    return re.sub(r"\w+For\w+", "such a model", text).splitlines()[0]
 
 
 def _noted(reason: str, notes: list[str]) -> str:
