@@ -1,19 +1,27 @@
 """Takes a problem's tests apart: what the judge's process runs, and the calls that the program's process is asked for.
 
-Each call of the program in a test, with the attributes and calls that hang on it, becomes a *site*: its source goes to
+Each call of the program in a test, with the attributes and calls that hang on it, becomes a *site*: its code goes to
 the program's process and is evaluated there among the program's names, its value comes back. Expected values and
 comparisons stay with the judge. This is done only for tests that mean the same so, which a list of allowed forms and
 names decides; others are `NotSplittable`, run beside the program, and are stamped. What only shows when a program runs
 (a value that cannot be carried over unchanged) is found out by the judge.
+
+A second, narrower list decides after which tests the judge's process may serve the next program: after those that cannot
+have left anything behind in its interpreter.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import decimal
+import importlib
+import itertools
+import marshal
+import re
 import textwrap
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,14 +47,42 @@ license locals memoryview object open quit setattr super vars
 """
 _BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - set(_NO_BUILTINS.split())
 _NUMPY = ("numpy", "numpy.linalg", "numpy.random", "numpy.testing")
-_NO_ATTRIBUTES = """
-ctypes dump fromfile genfromtxt load loadtxt memmap save savetxt savez savez_compressed seed set_state setstate tofile
-"""
+_NO_ATTRIBUTES = set(
+    "ctypes dump fromfile genfromtxt load loadtxt memmap save savetxt savez savez_compressed seed set_state setstate "
+    "tofile".split()
+)
 _GENERATORS = {"Random", "SystemRandom", "default_rng", "Generator", "RandomState"}
 """What draws from a state of its own; the modules' functions draw from one that a program might have set."""
 _SYS = {"maxsize", "getsizeof", "float_info", "version_info"}
 _SETS_ONLY = {"len", "set", "frozenset", "isinstance", "type", "bool"}
 """Functions that give the same for a set whatever its order."""
+
+
+# What leaves nothing behind: functions that compute from their arguments, and constants. `random` is set back each time.
+_WHOLE_MODULES = ("bisect", "cmath", "heapq", "itertools", "math")
+_NAMES_OF_MODULES = {
+    "collections": "Counter OrderedDict defaultdict deque",
+    "copy": "copy deepcopy",
+    "functools": "cmp_to_key partial reduce",
+    "json": "dumps loads",
+    "numpy": "abs all allclose any arange array array_equal asarray full isclose isnan linspace ones pi zeros",
+    "operator": "add and_ contains eq floordiv ge gt itemgetter le lt mod mul ne neg not_ or_ sub truediv xor",
+    "random": "Random choice choices gauss randint random randrange sample shuffle uniform",
+    "re": "findall finditer fullmatch match search split sub",
+    "statistics": "fmean mean median mode multimode pstdev pvariance stdev variance",
+    "string": "ascii_letters ascii_lowercase ascii_uppercase digits hexdigits octdigits printable punctuation whitespace",
+    "sys": "float_info maxsize version_info",
+    "textwrap": "dedent fill indent shorten wrap",
+}
+_INERT_NAMES = {name: set(names.split()) for name, names in _NAMES_OF_MODULES.items()} | {
+    name: {public for public in dir(importlib.import_module(name)) if not public.startswith("_")}
+    for name in _WHOLE_MODULES
+}
+_INERT_BUILTINS = _BUILTINS - {"getattr", "print", "type"}
+_PLAIN = (str, bytes, bytearray, int, float, complex, range, list, tuple, dict, set, frozenset, slice, BaseException)
+_PLAIN += (*(Counter, defaultdict, deque, decimal.Decimal), re.Match, itertools.chain, type({}.keys()))
+_INERT_ATTRIBUTES = {name for kind in _PLAIN for name in dir(kind)} - {"encode", "decode"}
+"""Of plain values; the two import, and keep, what they need for an encoding."""
 
 
 class NotSplittable(Exception):
@@ -65,6 +101,8 @@ class Plan:
     names: dict[str, Any] | None
     sources: tuple[str, ...]
     reason: str = ""
+    leaves_nothing: bool = False
+    """The judge's interpreter is as before when the tests have run."""
 
 
 def _definitions(reference: str) -> dict[str, ast.stmt]:
@@ -118,6 +156,11 @@ class _Rewriter(ast.NodeTransformer):
         self.bound = _all_bound(statements)
         nodes = [node for statement in statements for node in ast.walk(statement)]
         self.imported = _all_bound(node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
+        aliases = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        self.module_names = self.modules | {alias.asname: alias.name for alias in aliases if alias.asname}
+        self.functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.leaves_nothing = True
         self.left = Counter(name for node in statements for name in _loads(node))
         self.parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
         calls = [node.func for node in nodes if isinstance(node, ast.Call)]
@@ -128,7 +171,6 @@ class _Rewriter(ast.NodeTransformer):
         self.assumed: set[str] = set()
         self.assumed_modules: dict[str, str] = {}
         self.drawn: set[str] = set()
-        self.sources: dict[ast.stmt, str] = {}
         self.deferred = 0
 
     def is_own(self, name: str) -> bool:
@@ -155,14 +197,13 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(node, ast.stmt):
             if not isinstance(node, _STATEMENTS):
                 raise NotSplittable(f"{type(node).__name__} in the tests")
-            source = ast.unparse(node)
-            rewritten = self._visit_inside(node)
-            self.sources[rewritten] = source
-            return rewritten
+            self.leaves_nothing &= not isinstance(node, ast.Try)
+            span = node.lineno, node.end_lineno or node.lineno
+            self.spans |= {str(line): span for line in range(span[0], span[1] + 1)}
         if isinstance(node, _NO_EXPRESSION):
             raise NotSplittable(f"{type(node).__name__} in the tests")
         if isinstance(node, ast.expr) and self.is_site(node):
-            site = {"call": self.call_source(node), "names": list(self.values), "moved": self.moved}
+            site = {"call": self.call_code(node), "names": list(self.values), "moved": self.moved}
             return self.site(site, node, list(self.values.values()))
         return self._visit_inside(node)
 
@@ -183,8 +224,8 @@ class _Rewriter(ast.NodeTransformer):
             node = node.func if isinstance(node, ast.Call) else node.value
         return called and isinstance(node, ast.Name) and self.is_own(node.id)
 
-    def call_source(self, node: ast.expr) -> str:
-        """Return the source of a function of the tests' own values that makes the call; sets `values` and `moved`."""
+    def call_code(self, node: ast.expr) -> str:
+        """Return the code of a function of the tests' own values that makes the call; sets `values` and `moved`."""
         if self.entry_point is not None:
             for part in ast.walk(node):
                 if isinstance(part, ast.Name) and part.id == "candidate":
@@ -194,8 +235,7 @@ class _Rewriter(ast.NodeTransformer):
                 raise NotSplittable(f"{getattr(part, 'id', type(part).__name__)} in a call")
         local = _all_bound([node])
         names = sorted({name for name in _loads(node) if name in self.bound - self.imported} - local)
-        functions = {part.name for part in self.sources if isinstance(part, ast.FunctionDef)}
-        if handed := functions & set(names):
+        if handed := self.functions & set(names):
             raise NotSplittable(f"the tests' function {min(handed)} in a call")
         # Not looked at any more, whatever the call does to it.
         self.moved = [name for name in names if self.left[name] == 1 and not self.deferred]
@@ -204,7 +244,9 @@ class _Rewriter(ast.NodeTransformer):
         self.values = {name: ast.Name(name, ast.Load()) for name in names if name in _loads(node)}
         self.values |= {name: self.visit(copy) for name, copy in copies.found.items()}
         self.moved += copies.found
-        return f"lambda {', '.join(self.values)}: ({ast.unparse(node)})"
+        arguments = ast.arguments([], [ast.arg(name) for name in self.values], None, [], [], None, [])
+        function = ast.copy_location(ast.Lambda(arguments, node), node)
+        return _code(ast.Expression(function), "<test>", "eval")
 
     def site(self, site: dict[str, Any], node: ast.AST, values: Sequence[ast.expr] = ()) -> ast.expr:
         """Return the judge's call of a site with values of the tests."""
@@ -213,12 +255,14 @@ class _Rewriter(ast.NodeTransformer):
         site["orderless"] = isinstance(parent, (ast.Compare, ast.Assert, ast.UnaryOp)) or called in _SETS_ONLY
         site["against"] = isinstance(parent, ast.Compare) and sum(map(self.has_site, ast.iter_child_nodes(parent))) == 1
         self.sites.append(site)
-        return ast.Call(ast.Name("__call__", ast.Load()), [ast.Constant(len(self.sites) - 1), *values], [])
+        call = ast.Call(ast.Name("__call__", ast.Load()), [ast.Constant(len(self.sites) - 1), *values], [])
+        return ast.copy_location(call, node)
 
     def visit_Import(self, node: ast.Import) -> ast.stmt:
         """Let an import happen in both processes, since the program may rely on it."""
         for alias in node.names:
             self.check_module(alias.name)
+            self.leaves_nothing &= alias.name in _INERT_NAMES
             if alias.name == "sys" and alias.asname:
                 raise NotSplittable(f"{ast.unparse(node)} in the tests")
         return self.both(node)
@@ -226,7 +270,9 @@ class _Rewriter(ast.NodeTransformer):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
         """Let an import happen in both processes, since the program may rely on it."""
         self.check_module(node.module or "")
-        if node.module == "sys" or any(alias.name in (*_NO_ATTRIBUTES.split(), "*") for alias in node.names):
+        inert = _INERT_NAMES.get(node.module or "", set())
+        self.leaves_nothing &= inert.issuperset(alias.name for alias in node.names)
+        if node.module == "sys" or any(alias.name in (*_NO_ATTRIBUTES, "*") for alias in node.names):
             raise NotSplittable(f"{ast.unparse(node)} in the tests")
         return self.both(node)
 
@@ -247,6 +293,8 @@ class _Rewriter(ast.NodeTransformer):
         name = node.id
         if name.startswith("__"):
             raise NotSplittable(f"name {name}")
+        if name in self.module_names or (hasattr(builtins, name) and name not in _INERT_BUILTINS):
+            self.leaves_nothing = False
         if name in self.bound:
             if name in self.imported and name in self.modules:  # it may be imported further down only
                 self.assumed_modules[name] = self.modules[name]
@@ -266,12 +314,18 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         """Refuse what leads to a state that processes do not share."""
-        of_sys = isinstance(node.value, ast.Name) and node.value.id == "sys"
-        if ast.unparse(node.value).rpartition(".")[2] == "random" and node.attr not in _GENERATORS:
+        owner = node.value.id if isinstance(node.value, ast.Name) else ""
+        of_random = (owner or getattr(node.value, "attr", "")) == "random"
+        if of_random and node.attr not in _GENERATORS:
             self.drawn.update(_loads(node.value))
-        if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES.split() or (of_sys and node.attr not in _SYS):
+        if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES or (owner == "sys" and node.attr not in _SYS):
             raise NotSplittable(f"attribute {node.attr} in the tests")
-        return self.generic_visit(node)
+        module = self.module_names.get(owner)
+        inert = _INERT_ATTRIBUTES if module is None else _INERT_NAMES.get(module, set())
+        was = self.leaves_nothing and node.attr in inert and isinstance(node.ctx, ast.Load)
+        visited = self.generic_visit(node)
+        self.leaves_nothing = was and (module is not None or self.leaves_nothing)
+        return visited
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Refuse to measure a returned value: a copy may have another size."""
@@ -301,12 +355,24 @@ class _Copies(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replace `copy.deepcopy(variable)`."""
-        is_copy = ast.unparse(node.func) in ("copy.deepcopy", "deepcopy") and len(node.args) == 1
+        is_copy = _is_deepcopy(node.func) and len(node.args) == 1
         if is_copy and self.variables.issuperset(_loads(node.args[0])):
             name = f"__copy_{len(self.found) + 1}__"
             self.found[name] = node
             return ast.Name(name, ast.Load())
         return self.generic_visit(node)
+
+
+def _is_deepcopy(node: ast.expr) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "deepcopy" and isinstance(node.value, ast.Name) and node.value.id == "copy"
+    return isinstance(node, ast.Name) and node.id == "deepcopy"
+
+
+def _code(node: ast.Module | ast.Expression, name: str, mode: str) -> str:
+    """Return compiled tests as they are sent: the interpreter inside is of the same version."""
+    code = compile(ast.fix_missing_locations(node), name, mode, 0, True, 0)
+    return marshal.dumps(code).hex()
 
 
 def _is_single(node: ast.expr) -> bool:
@@ -316,20 +382,22 @@ def _is_single(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and isinstance(getattr(builtins, node.id, None), type)
 
 
-def _statements(tests: Tests) -> list[ast.stmt]:
-    """Return the tests as one list of statements; raises SyntaxError for tests that do not parse."""
-    statements: list[ast.stmt] = []
+def _parsed(tests: Tests) -> tuple[str, list[ast.stmt]]:
+    """Return the tests as one text and as its statements; raises SyntaxError for tests that do not parse."""
     ast.parse(tests.setup)
+    text, statements = "", []
     for source in tests.asserts:
-        statements += ast.parse(textwrap.dedent(source).strip()).body
-    for node in ast.parse(tests.check).body:
+        source = textwrap.dedent(source).strip()
+        statements += ast.parse("\n" * text.count("\n") + source).body
+        text += "\n".join(re.split("\r\n?|\n", source)) + "\n"
+    for node in ast.parse("\n" * text.count("\n") + tests.check).body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
             if tests.entry_point is None or [arg.arg for arg in node.args.args] != ["candidate"]:
                 raise NotSplittable("check does not take one argument called candidate")
             statements += node.body
         else:
             statements.append(node)
-    return statements
+    return text + "\n".join(re.split("\r\n?|\n", tests.check)), statements
 
 
 def _modules_at_hand(numpy: bool) -> dict[str, str]:
@@ -344,34 +412,33 @@ def modules_named(tests: Tests, numpy: bool) -> dict[str, str]:
     return {name: module for name, module in _modules_at_hand(numpy).items() if name in named}
 
 
-def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
+def _build(tests: Tests, numpy: bool) -> Plan:
+    text, statements = _parsed(tests)
     rewriter = _Rewriter(tests, statements, numpy)
+    catches = any(isinstance(part, ast.Try) for node in statements for part in ast.walk(node))
     body = rewriter.visit_statements(statements)
     if not any("call" in site for site in rewriter.sites):
         raise NotSplittable("no call of the program in the tests")
-    module = ast.fix_missing_locations(ast.Module(body, []))
-    text = ast.unparse(module)
-    parsed = ast.parse(text)
-    if ast.dump(parsed) != ast.dump(module):
-        raise NotSplittable("tests that cannot be written down again")
-    lines = {}
-    for written, original in zip(ast.walk(parsed), ast.walk(module), strict=True):
-        if isinstance(written, ast.stmt) and isinstance(original, ast.stmt) and original in rewriter.sources:
-            for line in range(written.lineno, (written.end_lineno or written.lineno) + 1):
-                lines[str(line)] = rewriter.sources[original]
+    try:
+        code = _code(ast.Module(body, []), "<tests>", "exec")
+    except SyntaxError as error:
+        raise NotSplittable(f"tests that do not compile: {error.msg}") from None
     before = [tests.reference] if rewriter.helpers else []
     if rewriter.setup_names:
         before.append(tests.setup)
+    leaves_nothing = rewriter.leaves_nothing and not before
     judge = {
-        "source": text,
+        "code": code,
+        "text": text,
+        "spans": rewriter.spans,
         "sites": rewriter.sites,
         "before": before,
         "setup_names": sorted(rewriter.setup) if rewriter.setup_names else [],
         "modules": sorted(set(rewriter.modules.values())),
         "visible": rewriter.assumed_modules,
-        "catches": any(isinstance(node, ast.Try) for node in ast.walk(module)),
-        "lines": lines,
+        "catches": catches,
         "kinds": list(ERROR_KINDS),
+        "alone": not leaves_nothing,
     }
     shared = rewriter.bound if tests.asserts else set()  # those of a check stay apart from the program's
     names = {
@@ -379,7 +446,7 @@ def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
         "modules": rewriter.assumed_modules,
         "bound": sorted((shared - rewriter.imported) | rewriter.drawn),
     }
-    return Plan(judge, names, tests.asserts)
+    return Plan(judge, names, tests.asserts, leaves_nothing=leaves_nothing)
 
 
 @lru_cache(maxsize=8192)
@@ -388,7 +455,7 @@ def plan(tests: Tests, numpy: bool = False) -> Plan:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other people's escape sequences
-            return _build(_statements(tests), tests, numpy)
+            return _build(tests, numpy)
     except NotSplittable as reason:
         return Plan(None, None, tests.asserts, str(reason))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

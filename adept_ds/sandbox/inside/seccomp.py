@@ -1,7 +1,7 @@
 """The system calls that a program may make: two allow-lists, for x86-64 and aarch64, as a BPF filter set by prctl.
 
 `compute` is for a process that has no namespaces around it: memory, time, threads, pipes, and the descriptors it was
-given. `files` adds files and processes, for programs whose file system, process table and network are private. Both
+given; `judge` is the same for one that is given more of them as it goes. `files` adds files and processes, for programs whose file system, process table and network are private. Both
 refuse every socket but a pair of streams, and what changes another process's limits, priority or cores; unknown calls
 answer ENOSYS, so that the C library falls back to older ones.
 """
@@ -49,6 +49,7 @@ setpgid:109:154 setsid:112:157 setrlimit:160:164 timerfd_create:283:85 timerfd_s
 signalfd:282:- signalfd4:289:74 pidfd_open:434:434 mlock:149:228 munlock:150:229 mlock2:325:284 sendmsg:46:211
 recvmsg:47:212
 """
+_LEVELS = {"compute": _COMPUTE, "judge": _COMPUTE + "recvmsg:47:212", "files": _COMPUTE + _FILES}
 _CHECKED = {
     "clone": (56, 220),
     "clone3": (435, 435),
@@ -124,9 +125,9 @@ def program(level: str, pid: int, machine: str | None = None) -> bytes:
 
 @functools.cache
 def _program(level: str, machine: str) -> bytes:
-    """Return the BPF program for `level` ("compute" or "files"), with `_OWN_PID` for the process's own number.
+    """Return the BPF program for `level` ("compute", "judge" or "files"), with `_OWN_PID` for the process's own number.
 
-    Signals sent to process 1, to "everybody", or (level "compute") to any other process kill the sender: such a program
+    Signals sent to process 1, to "everybody", or (but for level "files") to any other process kill the sender: such a program
     tries to end the grader, and a plain refusal would let it go on unnoticed.
     """
     audit, column = _ARCHITECTURES[machine]
@@ -136,7 +137,7 @@ def _program(level: str, machine: str) -> bytes:
     code = [_statement(_LOAD, _ARCH), _statement(_JEQ, audit, 1, 0), kill, _statement(_LOAD, _NR)]
     if column == 0:  # the x32 numbers would pass the comparisons of another table
         code += [_statement(_JGE, 0x40000000, 0, 1), refuse]
-    for entry in (_COMPUTE + (_FILES if level == "files" else "")).split():
+    for entry in _LEVELS[level].split():
         value = entry.split(":")[1 + column]
         if value != "-":
             code += [_statement(_JEQ, int(value), 0, 1), allow]
