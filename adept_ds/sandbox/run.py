@@ -181,9 +181,7 @@ class ProgramRun:
         return "error", "exit", f"exit status {code} before the last test"
 
 
-def start(
-    worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any], alone: bool = True
-) -> None:
+def start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any], alone: bool = True) -> None:
     """Start a process with, as the first of its descriptors, its job in a file of no name; see `Worker.start`."""
     with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
         file.write(json.dumps(job).encode("ascii"))

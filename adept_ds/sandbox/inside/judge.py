@@ -1,10 +1,10 @@
 """Runs the tests of problems, in a process that is isolated like a program's, and asks the programs' for calls.
 
-It serves program after program as long as their tests can leave nothing behind; the caller says after which one it is to
-be replaced. The tests are plain Python here, but for the calls of the program: each has become `__call__(number, ...)`, which sends
-the call's source and waits for the value. Whatever value comes, and whatever a test does with it, costs this process
-alone. If something is met that would not be exactly what one interpreter would give, the verdict is only that, and the
-tests run beside the program instead.
+It serves program after program as long as their tests can leave nothing behind; the caller says after which one it is
+to be replaced. The tests are plain Python here, but for the calls of the program: each has become
+`__call__(number, ...)`, which sends the call's code and waits for the value. Whatever value comes, and whatever a test
+does with it, costs this process alone. If something is met that would not be exactly what one interpreter would give,
+the verdict is only that, and the tests run beside the program instead.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Judge:
         self.passed_on: BaseException | None = None
 
     def end(self, verdict: dict[str, Any]) -> NoReturn:
-        """Send the verdict and end; the process, too, where more than plain tests ran, which might catch an exception."""
+        """Send the verdict and end; with the process, if what ran might catch an exception."""
         channel.send(self.desk, verdict)
         if self.job["alone"]:
             os._exit(0)
@@ -284,6 +284,19 @@ def _peak_kb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def _judge_one(given: list[int]) -> None:
+    """Judge a program with the state that a fresh interpreter has."""
+    job_file, desk, talk = given
+    random.seed(0)
+    decimal.setcontext(decimal.Context())
+    judge = Judge(talk, desk, channel.read_job(job_file))
+    with contextlib.suppress(Ended):
+        judge.run()
+    judge.space.clear()  # else functions of the tests would keep it
+    os.close(desk)
+    os.close(talk)
+
+
 def serve(descriptors: list[int]) -> None:
     """Judge programs until the socket that brings them is closed; ends the process, never returns.
 
@@ -292,19 +305,9 @@ def serve(descriptors: list[int]) -> None:
     """
     usual = _peak_kb()
     with socket.socket(fileno=descriptors[0]) as station:
-        while True:
-            _, given, _, _ = socket.recv_fds(station, 1, 3)
-            if not given:
-                os._exit(0)
-            job_file, desk, talk = given
-            random.seed(0)
-            decimal.setcontext(decimal.Context())
-            judge = Judge(talk, desk, channel.read_job(job_file))
-            with contextlib.suppress(Ended):
-                judge.run()
-            judge.space.clear()  # else functions of the tests would keep it
-            os.close(desk)
-            os.close(talk)
+        while given := socket.recv_fds(station, 1, 3)[1]:
+            _judge_one(given)
             if _peak_kb() - usual > _GROWN_KB:
-                os._exit(0)
+                break
             station.send(b".")
+    os._exit(0)

@@ -1,9 +1,10 @@
 """The system calls that a program may make: two allow-lists, for x86-64 and aarch64, as a BPF filter set by prctl.
 
 `compute` is for a process that has no namespaces around it: memory, time, threads, pipes, and the descriptors it was
-given; `judge` is the same for one that is given more of them as it goes. `files` adds files and processes, for programs whose file system, process table and network are private. Both
-refuse every socket but a pair of streams, and what changes another process's limits, priority or cores; unknown calls
-answer ENOSYS, so that the C library falls back to older ones.
+given; `judge` is the same for one that is given more of them as it goes. `files` adds files and processes, for programs
+whose file system, process table and network are private. All refuse every socket but a pair of streams, and what
+changes another process's limits, priority or cores; unknown calls answer ENOSYS, so that the C library falls back to
+older ones.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def program(level: str, pid: int, machine: str | None = None) -> bytes:
 def _program(level: str, machine: str) -> bytes:
     """Return the BPF program for `level` ("compute", "judge" or "files"), with `_OWN_PID` for the process's own number.
 
-    Signals sent to process 1, to "everybody", or (but for level "files") to any other process kill the sender: such a program
-    tries to end the grader, and a plain refusal would let it go on unnoticed.
+    Signals sent to process 1, to "everybody", or (but for level "files") to any other process kill the sender: such a
+    program tries to end the grader, and a plain refusal would let it go on unnoticed.
     """
     audit, column = _ARCHITECTURES[machine]
     number = {name: numbers[column] for name, numbers in _CHECKED.items()}

@@ -267,8 +267,8 @@ class Supervisor:
     def run(self, given: list[int], limits: dict[str, Any], serve: Callable[[list[int]], None]) -> dict[str, Any]:
         """Run one program in a new process, in which `serve(descriptors)` is called; returns the report.
 
-        `given` are the descriptors that it gets, under other numbers; they are closed here. It has namespaces of its own
-        where the tier has any.
+        `given` are the descriptors that it gets, under other numbers; they are closed here. It has namespaces of its
+        own where the tier has any.
 
         The report has `reason` (None, "timeout", "memory", "output", "violation" or "stopped"), `status` (as from
         waitpid, or None), `seconds`, `cpu_seconds`, `peak_mb`; it is only a `failure` if the isolation could not be
@@ -312,7 +312,7 @@ class Supervisor:
         serve: Callable[[list[int]], None],
         station: socket.socket | None = None,
     ) -> _Process:
-        """Start a process in which `serve(descriptors)` is called, fresh unless it is one that gets jobs by `station`."""
+        """Start a process in which `serve(descriptors)` is called, a fresh one unless it gets jobs from `station`."""
         pids = self.pids if station is None else None
         process = _Process(limits, pids.open() if pids is not None else None, station)
         pid = os.fork()
