@@ -58,7 +58,7 @@ _SETS_ONLY = {"len", "set", "frozenset", "isinstance", "type", "bool"}
 """Functions that give the same for a set whatever its order."""
 
 
-# What leaves nothing behind: constants, and functions that compute from their arguments; `random` is set back each time.
+# What leaves nothing behind: constants, functions that compute from their arguments, and `random`, which is set back.
 _WHOLE_MODULES = ("bisect", "cmath", "heapq", "itertools", "math")
 _NAMES_OF_MODULES = {
     "collections": "Counter OrderedDict defaultdict deque",
