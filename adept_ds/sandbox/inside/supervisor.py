@@ -42,11 +42,11 @@ class Stopped(Exception):
 class _Process:
     """A process that was started: pipes for its output and for trouble with its setup, process 1 of its namespace.
 
-    `station` is where it takes more jobs, if it does; `limits` are those that it was started with.
+    `station` is where it takes jobs, if it takes more than one.
     """
 
-    def __init__(self, limits: dict[str, Any], init: int | None, station: socket.socket | None) -> None:
-        self.limits, self.init, self.station = limits, init, station
+    def __init__(self, init: int | None, station: socket.socket | None) -> None:
+        self.init, self.station = init, station
         self.output, self.writer = os.pipe()
         self.trouble, self.teller = os.pipe()
         self.pid = 0
@@ -287,12 +287,10 @@ class Supervisor:
 
         `serve([station])` is to take descriptors (`given`) from the socket `station`, time after time, and to write a
         byte there when it is done with them, or to end. It lives in the server's namespaces, as nobody and under the
-        filter that allows only computing: no files, no new processes. Limits are those of one job. It is ended by the
-        first job that breaks them or that is to be its last (`alone`); the next job gets a new one.
+        filter that allows only computing: no files, no new processes. Limits, the same each time, are those of one job.
+        It is ended by the first job that breaks them or that is to be its last (`alone`); the next job gets a new one.
         """
         started = time.monotonic()
-        if self.standing is not None and self.standing.limits != limits:
-            self.end(self.standing, _Watch(limits, self.standing))
         if self.standing is None:
             ours, theirs = socket.socketpair()
             with theirs:
@@ -314,7 +312,7 @@ class Supervisor:
     ) -> _Process:
         """Start a process in which `serve(descriptors)` is called, a fresh one unless it gets jobs from `station`."""
         pids = self.pids if station is None else None
-        process = _Process(limits, pids.open() if pids is not None else None, station)
+        process = _Process(pids.open() if pids is not None else None, station)
         pid = os.fork()
         if pid == 0:
             try:
