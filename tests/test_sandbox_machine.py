@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from adept_ds.errors import UserError
-from adept_ds.sandbox import Program, Sandbox, SandboxUnavailable, Tests, isolation
+from adept_ds.sandbox import Limits, Program, Sandbox, SandboxUnavailable, Tests, isolation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -113,6 +113,12 @@ def test_the_seccomp_tier_says_what_it_refuses() -> None:
     with Sandbox("seccomp", workers=1) as sandbox:
         verdict = judge(sandbox, "def f(): open('/etc/passwd')", "assert f() is None")
     assert verdict.endswith("(the seccomp tier refuses files and processes)")
+
+
+def test_a_program_that_leaves_its_judge_ends_no_run() -> None:
+    source = "import os, time\ndef f():\n    os.closerange(3, 128)\n    time.sleep(9)"
+    with Sandbox("seccomp", Limits(wall_seconds=1), workers=1) as sandbox:
+        assert judge(sandbox, source, "assert f() == 1").startswith("timeout")
 
 
 def test_no_isolation_has_to_be_asked_for() -> None:

@@ -93,7 +93,9 @@ class ProgramRun:
         self.running.discard(worker)
         if worker is self.judge or self.beside:
             self.said = last_message(self.desk)
-        if worker is self.judge and self.said != {"passed": True} and self.worker in self.running:
+        # After these it ends by itself, or by its limits, and how it ends is part of the verdict.
+        awaited = self.said in ({"passed": True}, {"gone": True})
+        if worker is self.judge and not awaited and self.worker in self.running:
             self.worker.stop_program()
 
     def close(self) -> None:
