@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ import pytest
 
 from adept_ds.errors import UserError
 from adept_ds.sandbox import Limits, Program, Sandbox, Tests, Verdict
-from adept_ds.sandbox.inside import codec
+from adept_ds.sandbox.inside import channel, codec
+from adept_ds.sandbox.inside import judge as inside_judge
 from adept_ds.sandbox.split import plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -241,12 +243,29 @@ def test_tests_leave_nothing_to_those_of_the_next_program() -> None:
     assert {verdict.id for verdict in verdicts if verdict.status != "passed" or verdict.in_process} == set()
 
 
-def test_a_judge_that_has_grown_is_replaced() -> None:
-    source = "def f(n): return [0] * n"
-    programs = [Program(str(n), source, Tests((f"assert len(f({n}) * 1000) == {n * 1000}",))) for n in (1, 20000, 2)]
-    large = Program("large", source, Tests(("assert sum(f(9)) + len([0] * 11 * 10**6) > 0",)))
-    with Sandbox(limits=Limits(memory_mb=256), workers=1) as sandbox:
-        assert {verdict.status for verdict in sandbox.run([*programs, *[large] * 4])} == {"passed"}
+@pytest.mark.parametrize(("length", "goes_on"), [(1, True), (10**7, False)])
+def test_a_judge_that_has_grown_ends(length: int, goes_on: bool) -> None:
+    job = {**(plan(Tests((f"assert len([f()] * {length}) == {length}",))).judge or {}), "answer_bytes": 1000}
+    pairs = [socket.socketpair() for _ in range(3)]
+    (station, at_station), (desk, at_desk), (talk, at_talk) = pairs
+    with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
+        file.write(json.dumps(job).encode())
+        socket.send_fds(station, [b"."], [file.fileno(), at_desk.fileno(), at_talk.fileno()])
+    pid = os.fork()
+    if pid == 0:
+        for ours, _ in pairs:
+            ours.close()
+        inside_judge.serve([at_station.detach()])
+    for _, theirs in pairs:
+        theirs.close()
+    for answer in ({"loaded": []}, {"value": 1}):
+        channel.send(talk.fileno(), answer)
+    assert channel.receive(desk.fileno()) == {"passed": True}
+    assert station.recv(1) == (b"." if goes_on else b"")
+    station.close()
+    os.waitpid(pid, 0)
+    desk.close()
+    talk.close()
 
 
 def test_tests_beside_the_program_are_stamped(sandbox: Sandbox) -> None:

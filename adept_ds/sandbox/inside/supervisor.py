@@ -316,11 +316,13 @@ class Supervisor:
         pid = os.fork()
         if pid == 0:
             try:
-                homes = self.become_candidate(given, process.writer, process.teller, limits, station is None)
+                try:
+                    homes = self.become_candidate(given, process.writer, process.teller, limits, station is None)
+                except BaseException as error:
+                    os.write(process.teller, f"{type(error).__name__}: {error}".encode())
+                    raise
                 os.close(process.teller)  # from here on the program could write to it
                 serve(homes)
-            except BaseException as error:
-                os.write(process.teller, f"{type(error).__name__}: {error}".encode())
             finally:
                 os._exit(1)
         if pids is not None:
