@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ import pytest
 
 from adept_ds.errors import UserError
 from adept_ds.sandbox import Limits, Program, Sandbox, Tests, Verdict
-from adept_ds.sandbox.inside import codec
+from adept_ds.sandbox.inside import channel, codec
+from adept_ds.sandbox.inside import judge as inside_judge
 from adept_ds.sandbox.split import plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -181,6 +183,89 @@ def test_tests_that_are_judged_apart(name: str) -> None:
 @pytest.mark.parametrize("name", NOT_SPLIT)
 def test_tests_that_must_run_beside_the_program(name: str) -> None:
     assert plan(NOT_SPLIT[name]).judge is None
+
+
+LEAVING = [
+    "math.pi = 3",
+    "import math as m\nm.pi = 3",
+    "a = math\na.pi = 3",
+    "(lambda: math)().pi = 3",
+    "def g(m=math):\n    m.pi = 3\ng()",
+    "for math.pi in [3]:\n    pass",
+    "[0 for math.pi in [3]]",
+    "getattr(math, '__dict__').update(pi=3)",
+    "operator.attrgetter('__dict__')(math).update(pi=3)",
+    "string.Formatter().get_field('0.__dict__', [math], {})[0].update(pi=3)",
+    "from operator import attrgetter as a\na('__dict__')(math)['pi'] = 3",
+    "import operator as o, math as o\nimport operator as o\no.attrgetter('__dict__')(math)['pi'] = 3",
+    "(x for x in [1]).gi_frame.f_builtins.update(len=max)",
+    "def g(getattr): pass\ngetattr(math, '__dict__').update(pi=3)",
+    "functools.update_wrapper(json.dumps, len)",
+    "functools.reduce(getattr, ['__dict__'], math).update(pi=3)",
+    "json.decoder.scanner.make_scanner = json.decoder.JSONDecoder.scan_once = None",
+    "json.encoder.encode_basestring_ascii = json.JSONEncoder.encode = len",
+    "numbers.Number.register(str)",
+    "collections.abc.Sequence.register(dict)",
+    "collections.Counter.most_common = len",
+    "type('X', (numbers.Number,), {}).register(str)",
+    "string.digits = ''",
+    "random.random()\nrandom.gauss(0, 1)",
+    "random.Random.random = max",
+    "print('x' * 10000)",
+    "re.compile('a').pattern.join('b')\nre.purge()",
+    "typing.no_type_check(collections.Counter)",
+    "x = f('decimal.Decimal(1)')\nassert x / 3 < 1",
+    "try:\n    len = max\n    f('1 / 0')\nexcept BaseException:\n    pass",
+    "sum = len = max\ndef f2(sorted=max): return sorted",
+    "x = [[]]\nx[0].append(x)",
+    "'a'.encode('idna')",
+]
+PRISTINE = (
+    "assert f('1') == 1 and math.pi > 3.1 and math.floor(math.pi) == 3",
+    "assert len([f('5'), 6]) == 2 and sum([f('5'), 6]) == 11",
+    "assert json.dumps([f('1')]) == '[1]' and json.loads('[1]') == [f('1')] and 'dumps' in str(json.dumps)",
+    "assert not isinstance('a', numbers.Number) and not isinstance({}, collections.abc.Sequence) and f('1')",
+    "assert collections.Counter('aab').most_common(1) == [('a', f('2'))] and string.digits == '0123456789'",
+    "assert random.random() == 0.8444218515250481 and random.Random(0).random() == 0.8444218515250481 and f('1')",
+    "x = f('decimal.Decimal(1)')",
+    "assert (lambda y: f('1'))(x) == 1 and f('repr')(x) == \"Decimal('1')\"",
+)
+
+
+def test_tests_leave_nothing_to_those_of_the_next_program() -> None:
+    programs = []
+    for number, attempt in enumerate(LEAVING):
+        programs.append(Program(f"leaves {number}", VALUES, Tests((attempt, "assert f('1') == 1"), reference=VALUES)))
+        programs.append(Program(f"sees {attempt}", VALUES, Tests(PRISTINE, reference=VALUES)))
+    with Sandbox(workers=1) as sandbox:
+        verdicts = [verdict for verdict in sandbox.run(programs) if verdict.id.startswith("sees")]
+    assert len(verdicts) == len(LEAVING)
+    assert {verdict.id for verdict in verdicts if verdict.status != "passed" or verdict.in_process} == set()
+
+
+@pytest.mark.parametrize(("length", "goes_on"), [(1, True), (10**7, False)])
+def test_a_judge_that_has_grown_ends(length: int, goes_on: bool) -> None:
+    job = {**(plan(Tests((f"assert len([f()] * {length}) == {length}",))).judge or {}), "answer_bytes": 1000}
+    pairs = [socket.socketpair() for _ in range(3)]
+    (station, at_station), (desk, at_desk), (talk, at_talk) = pairs
+    with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
+        file.write(json.dumps(job).encode())
+        socket.send_fds(station, [b"."], [file.fileno(), at_desk.fileno(), at_talk.fileno()])
+    pid = os.fork()
+    if pid == 0:
+        for ours, _ in pairs:
+            ours.close()
+        inside_judge.serve([at_station.detach()])
+    for _, theirs in pairs:
+        theirs.close()
+    for answer in ({"loaded": []}, {"value": 1}):
+        channel.send(talk.fileno(), answer)
+    assert channel.receive(desk.fileno()) == {"passed": True}
+    assert station.recv(1) == (b"." if goes_on else b"")
+    station.close()
+    os.waitpid(pid, 0)
+    desk.close()
+    talk.close()
 
 
 def test_tests_beside_the_program_are_stamped(sandbox: Sandbox) -> None:
@@ -365,6 +450,25 @@ def test_mbpp_reference_solutions(sandbox: Sandbox, shared_dir: Path) -> None:
     verdicts = list(sandbox.run(programs))
     assert [verdict for verdict in verdicts if verdict.status != "passed"] == []
     assert {verdict.id for verdict in verdicts if verdict.in_process} == {"40", "88", "653", "902"}
+
+
+@pytest.mark.slow
+def test_one_judge_says_the_same_in_any_order(shared_dir: Path) -> None:
+    records = [json.loads(line) for line in (shared_dir / "data/mbpp.jsonl").read_text().splitlines()]
+    programs = []
+    for record, other in zip(records, records[1:] + records[:1], strict=True):
+        name = record["test_list"][0].replace("assert", "").strip(" (").split("(")[0]
+        wrong = f"{other['code']}\ndef {name}(*values): return values[0]"  # now and then right
+        for kind, source in (("right", record["code"]), ("wrong", wrong)):
+            tests = Tests(tuple(record["test_list"]), record["test_setup_code"], reference=record["code"])
+            programs.append(Program(f"{record['task_id']} {kind}", source, tests))
+    programs = [program for program in programs if program.id != "123 right"][::3]  # 123 takes seconds
+    with Sandbox(workers=1) as sandbox:
+        forth, back = (
+            {verdict.id: dataclasses.replace(verdict, seconds=0) for verdict in sandbox.run(order)}
+            for order in (programs, programs[::-1])
+        )
+    assert forth == back
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from adept_ds.errors import UserError
-from adept_ds.sandbox import Program, Sandbox, SandboxUnavailable, Tests, isolation
+from adept_ds.sandbox import Limits, Program, Sandbox, SandboxUnavailable, Tests, isolation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def test_the_self_test_finds_a_missing_filter(flags: tuple[str, ...]) -> None:
     assert {"gain privileges", "make a user namespace", "slow other processes down"} <= set(found.split(", "))
 
 
-NOT_FRESH = """
+STANDING = """
 import json, os, socket
 from dataclasses import asdict
 from adept_ds.sandbox import Limits, isolation
@@ -91,15 +91,20 @@ def serve(descriptors):
     os.write(descriptors[0], json.dumps([os.getuid() == 65534, *(refused(*call) for call in calls)]).encode())
     held = [bytearray(os.urandom(1 << 20)) for _ in range(10**4)]
 
-for fresh in (True, False):
+def serve_next(descriptors):
+    serve(socket.recv_fds(socket.socket(fileno=descriptors[0]), 1, 1)[1])
+
+limits = asdict(Limits(memory_mb=100))
+for run in (lambda given: running.run(given, limits, serve),
+            lambda given: running.run_in_standing(given, limits, serve_next, alone=False)):
     mine, candidates = socket.socketpair()
-    report = running.run([candidates.detach()], asdict(Limits(memory_mb=100)), serve, fresh)
+    report = run([candidates.detach()])
     print(mine.recv(1000).decode(), report["reason"])
 """
 
 
-def test_a_process_without_fresh_namespaces_has_its_limits_and_can_only_compute() -> None:
-    fresh, plain = python(NOT_FRESH).splitlines()
+def test_the_standing_process_has_its_limits_and_can_only_compute() -> None:
+    fresh, plain = python(STANDING).splitlines()
     assert fresh == "[true, false, false, false, false] memory"
     assert plain == "[true, true, true, true, false] memory"
 
@@ -108,6 +113,12 @@ def test_the_seccomp_tier_says_what_it_refuses() -> None:
     with Sandbox("seccomp", workers=1) as sandbox:
         verdict = judge(sandbox, "def f(): open('/etc/passwd')", "assert f() is None")
     assert verdict.endswith("(the seccomp tier refuses files and processes)")
+
+
+def test_a_program_that_leaves_its_judge_ends_no_run() -> None:
+    source = "import os, time\ndef f():\n    os.closerange(3, 128)\n    time.sleep(9)"
+    with Sandbox("seccomp", Limits(wall_seconds=1), workers=1) as sandbox:
+        assert judge(sandbox, source, "assert f() == 1").startswith("timeout")
 
 
 def test_no_isolation_has_to_be_asked_for() -> None:

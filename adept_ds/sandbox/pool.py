@@ -111,7 +111,7 @@ class Pool:
 
     def _wait(self, busy: list[_Slot]) -> None:
         """Wait for processes that end, and take their reports."""
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:
             for slot in busy:
                 for worker in slot.run.running if slot.run is not None else ():
                     selector.register(worker.control, selectors.EVENT_READ, (slot, worker))

@@ -69,7 +69,7 @@ class ProgramRun:
             job = {**(self.plan.judge or {}), "answer_bytes": limits.answer_bytes}
             start(worker, limits, [ends[0].fileno()], self._job())
             patient = replace(limits, wall_seconds=limits.wall_seconds + _JUDGE_SECONDS)
-            start(judge, patient, [theirs.fileno(), ends[1].fileno()], job)
+            start(judge, patient, [theirs.fileno(), ends[1].fileno()], job, alone=not self.plan.leaves_nothing)
 
     def _job(self) -> dict[str, Any]:
         """Return the program's job; it holds tests only if they have to run there."""
@@ -93,7 +93,9 @@ class ProgramRun:
         self.running.discard(worker)
         if worker is self.judge or self.beside:
             self.said = last_message(self.desk)
-        if worker is self.judge and self.said != {"passed": True} and self.worker in self.running:
+        # After these it ends by itself, or by its limits, and how it ends is part of the verdict.
+        awaited = self.said in ({"passed": True}, {"gone": True})
+        if worker is self.judge and not awaited and self.worker in self.running:
             self.worker.stop_program()
 
     def close(self) -> None:
@@ -181,12 +183,12 @@ class ProgramRun:
         return "error", "exit", f"exit status {code} before the last test"
 
 
-def start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any]) -> None:
-    """Start a process with, as the first of its descriptors, its job in a file of no name."""
+def start(worker: Worker, limits: Limits, descriptors: Sequence[int], job: dict[str, Any], alone: bool = True) -> None:
+    """Start a process with, as the first of its descriptors, its job in a file of no name; see `Worker.start`."""
     with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
         file.write(json.dumps(job).encode("ascii"))
         file.seek(0)
-        worker.start(limits, [file.fileno(), *descriptors])
+        worker.start(limits, [file.fileno(), *descriptors], alone)
 
 
 def last_message(desk: socket.socket) -> Any:

@@ -1,19 +1,27 @@
 """Takes a problem's tests apart: what the judge's process runs, and the calls that the program's process is asked for.
 
-Each call of the program in a test, with the attributes and calls that hang on it, becomes a *site*: its source goes to
+Each call of the program in a test, with the attributes and calls that hang on it, becomes a *site*: its code goes to
 the program's process and is evaluated there among the program's names, its value comes back. Expected values and
 comparisons stay with the judge. This is done only for tests that mean the same so, which a list of allowed forms and
 names decides; others are `NotSplittable`, run beside the program, and are stamped. What only shows when a program runs
 (a value that cannot be carried over unchanged) is found out by the judge.
+
+A second, narrower list decides after which tests the judge's process may serve the next program: after those that
+cannot have left anything behind in its interpreter.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import decimal
+import importlib
+import itertools
+import marshal
+import re
 import textwrap
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,14 +47,44 @@ license locals memoryview object open quit setattr super vars
 """
 _BUILTINS = {name for name in dir(builtins) if not name.startswith("_")} - set(_NO_BUILTINS.split())
 _NUMPY = ("numpy", "numpy.linalg", "numpy.random", "numpy.testing")
-_NO_ATTRIBUTES = """
-ctypes dump fromfile genfromtxt load loadtxt memmap save savetxt savez savez_compressed seed set_state setstate tofile
-"""
+_NO_ATTRIBUTES = {
+    *("ctypes", "dump", "fromfile", "genfromtxt", "load", "loadtxt", "memmap", "save", "savetxt", "savez"),
+    *("savez_compressed", "seed", "set_state", "setstate", "tofile"),
+}
 _GENERATORS = {"Random", "SystemRandom", "default_rng", "Generator", "RandomState"}
 """What draws from a state of its own; the modules' functions draw from one that a program might have set."""
 _SYS = {"maxsize", "getsizeof", "float_info", "version_info"}
 _SETS_ONLY = {"len", "set", "frozenset", "isinstance", "type", "bool"}
 """Functions that give the same for a set whatever its order."""
+
+
+# What leaves nothing behind: constants, functions that compute from their arguments, and `random`, which is set back.
+_WHOLE_MODULES = ("bisect", "cmath", "heapq", "itertools", "math")
+_NAMES_OF_MODULES = {
+    "collections": "Counter OrderedDict defaultdict deque",
+    "copy": "copy deepcopy",
+    "functools": "cmp_to_key partial reduce",
+    "json": "dumps loads",
+    "numpy": "abs all allclose any arange array array_equal asarray full isclose isnan linspace ones pi zeros",
+    "operator": "add and_ contains eq floordiv ge gt itemgetter le lt mod mul ne neg not_ or_ sub truediv xor",
+    "random": "Random choice choices gauss randint random randrange sample shuffle uniform",
+    "re": "findall finditer fullmatch match search split sub",
+    "statistics": "fmean mean median mode multimode pstdev pvariance stdev variance",
+    "string": "ascii_letters ascii_lowercase ascii_uppercase digits hexdigits octdigits punctuation whitespace",
+    "sys": "float_info maxsize version_info",
+    "textwrap": "dedent fill indent shorten wrap",
+}
+_INERT_NAMES = {name: set(names.split()) for name, names in _NAMES_OF_MODULES.items()} | {
+    name: {public for public in dir(importlib.import_module(name)) if not public.startswith("_")}
+    for name in _WHOLE_MODULES
+}
+_INERT_BUILTINS = _BUILTINS - {"getattr", "print", "type"}
+_PLAIN: tuple[type, ...] = (
+    *(str, bytes, bytearray, int, float, complex, range, list, tuple, dict, set, frozenset, slice, BaseException),
+    *(Counter, defaultdict, deque, decimal.Decimal, re.Match, itertools.chain, type({}.keys())),
+)
+_INERT_ATTRIBUTES = {name for kind in _PLAIN for name in dir(kind)} - {"encode", "decode"}
+"""Of plain values; the two import, and keep, what they need for an encoding."""
 
 
 class NotSplittable(Exception):
@@ -65,6 +103,8 @@ class Plan:
     names: dict[str, Any] | None
     sources: tuple[str, ...]
     reason: str = ""
+    leaves_nothing: bool = False
+    """The judge's interpreter is as before when the tests have run."""
 
 
 def _definitions(reference: str) -> dict[str, ast.stmt]:
@@ -95,16 +135,31 @@ def _bound_names(node: ast.AST) -> list[str]:
     return []
 
 
-def _all_bound(nodes: Iterable[ast.AST]) -> set[str]:
-    return {name for node in nodes for part in ast.walk(node) for name in _bound_names(part)}
+def _parts(*nodes: ast.AST) -> list[ast.AST]:
+    """Return the nodes and all that is below them; without contexts, and faster than ast.walk."""
+    parts = list(nodes)
+    for part in parts:
+        for field in part._fields if type(part) is not ast.Constant else ():
+            value = getattr(part, field, None)
+            if type(value) is list:
+                parts += [item for item in value if isinstance(item, ast.AST)]
+            elif field != "ctx" and isinstance(value, ast.AST):
+                parts.append(value)
+    return parts
 
 
-def _loads(node: ast.AST) -> list[str]:
-    """Return the names whose values a node looks at; one that is augmented is looked at, too."""
-    parts = list(ast.walk(node))
-    names = [part for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)]
-    names += [part.target for part in parts if isinstance(part, ast.AugAssign) and isinstance(part.target, ast.Name)]
-    return [name.id for name in names]
+def _all_bound(parts: Iterable[ast.AST]) -> set[str]:
+    return {name for part in parts for name in _bound_names(part)}
+
+
+def _loads(parts: Iterable[ast.AST]) -> list[str]:
+    """Return the names whose values are looked at; one that is augmented is looked at, too."""
+    return [
+        name.id
+        for part in parts
+        for name in [part.target if isinstance(part, ast.AugAssign) else part]
+        if isinstance(name, ast.Name) and (name is not part or isinstance(name.ctx, ast.Load))
+    ]
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -114,12 +169,19 @@ class _Rewriter(ast.NodeTransformer):
         self.modules = _modules_at_hand(numpy)
         self.entry_point = tests.entry_point if tests.check else None
         self.defined = _definitions(tests.reference)
-        self.setup = _all_bound(ast.parse(tests.setup).body)
-        self.bound = _all_bound(statements)
-        nodes = [node for statement in statements for node in ast.walk(statement)]
+        self.setup = _all_bound(_parts(ast.parse(tests.setup)))
+        nodes = _parts(*statements)
+        self.bound = _all_bound(nodes)
         self.imported = _all_bound(node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
-        self.left = Counter(name for node in statements for name in _loads(node))
-        self.parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+        self.module_names, self.leaves_nothing = dict(self.modules), True
+        for alias in [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names if alias.asname]:
+            self.leaves_nothing &= self.module_names.setdefault(str(alias.asname), alias.name) == alias.name
+        self.functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        self.spans: dict[str, tuple[int, int]] = {}
+        self.catches = False
+        self.left = Counter(name for name in _loads(nodes) if name in self.bound)
+        self.above: list[ast.AST] = []
+        self.lone: set[ast.AST] = set()
         calls = [node.func for node in nodes if isinstance(node, ast.Call)]
         self.called = {function.id for function in calls if isinstance(function, ast.Name)}
         self.sites: list[dict[str, Any]] = []
@@ -128,7 +190,6 @@ class _Rewriter(ast.NodeTransformer):
         self.assumed: set[str] = set()
         self.assumed_modules: dict[str, str] = {}
         self.drawn: set[str] = set()
-        self.sources: dict[ast.stmt, str] = {}
         self.deferred = 0
 
     def is_own(self, name: str) -> bool:
@@ -145,9 +206,9 @@ class _Rewriter(ast.NodeTransformer):
         """Rewrite statements."""
         rewritten = []
         for node in statements:
-            loads = Counter(_loads(node))
+            loads = _loads(_parts(node)) if self.bound else []
             rewritten.append(cast(ast.stmt, self.visit(node)))
-            self.left -= loads
+            self.left.subtract(loads)
         return rewritten
 
     def visit(self, node: ast.AST) -> Any:
@@ -155,21 +216,22 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(node, ast.stmt):
             if not isinstance(node, _STATEMENTS):
                 raise NotSplittable(f"{type(node).__name__} in the tests")
-            source = ast.unparse(node)
-            rewritten = self._visit_inside(node)
-            self.sources[rewritten] = source
-            return rewritten
+            self.catches |= isinstance(node, ast.Try)
+            span = node.lineno, node.end_lineno or node.lineno
+            self.spans |= {str(line): span for line in range(span[0], span[1] + 1)}
         if isinstance(node, _NO_EXPRESSION):
             raise NotSplittable(f"{type(node).__name__} in the tests")
         if isinstance(node, ast.expr) and self.is_site(node):
-            site = {"call": self.call_source(node), "names": list(self.values), "moved": self.moved}
+            site = {"call": self.call_code(node), "names": list(self.values), "moved": self.moved}
             return self.site(site, node, list(self.values.values()))
         return self._visit_inside(node)
 
     def _visit_inside(self, node: ast.AST) -> Any:
         deferred = isinstance(node, _DEFERRED)
         self.deferred += deferred
+        self.above.append(node)
         rewritten = super().visit(node)
+        self.above.pop()
         self.deferred -= deferred
         return rewritten
 
@@ -183,42 +245,46 @@ class _Rewriter(ast.NodeTransformer):
             node = node.func if isinstance(node, ast.Call) else node.value
         return called and isinstance(node, ast.Name) and self.is_own(node.id)
 
-    def call_source(self, node: ast.expr) -> str:
-        """Return the source of a function of the tests' own values that makes the call; sets `values` and `moved`."""
-        if self.entry_point is not None:
-            for part in ast.walk(node):
-                if isinstance(part, ast.Name) and part.id == "candidate":
-                    part.id = self.entry_point
-        for part in ast.walk(node):
+    def call_code(self, node: ast.expr) -> str:
+        """Return the code of a function of the tests' own values that makes the call; sets `values` and `moved`."""
+        parts = _parts(node)
+        for part in parts:
+            if isinstance(part, ast.Name) and part.id == "candidate" and self.entry_point is not None:
+                part.id = self.entry_point
             if isinstance(part, _NO_EXPRESSION) or (isinstance(part, ast.Name) and part.id.startswith("__")):
                 raise NotSplittable(f"{getattr(part, 'id', type(part).__name__)} in a call")
-        local = _all_bound([node])
-        names = sorted({name for name in _loads(node) if name in self.bound - self.imported} - local)
-        functions = {part.name for part in self.sources if isinstance(part, ast.FunctionDef)}
-        if handed := functions & set(names):
+        loads = _loads(parts)
+        names = sorted(self.bound.difference(self.imported, _all_bound(parts)).intersection(loads))
+        if handed := self.functions.intersection(names):
             raise NotSplittable(f"the tests' function {min(handed)} in a call")
         # Not looked at any more, whatever the call does to it.
         self.moved = [name for name in names if self.left[name] == 1 and not self.deferred]
         copies = _Copies(set(names))
-        copies.visit(node)
-        self.values = {name: ast.Name(name, ast.Load()) for name in names if name in _loads(node)}
+        if any(map(_is_deepcopy, parts)):
+            copies.visit(node)
+            loads = _loads(_parts(node))
+        self.values = {name: _at(node, ast.Name(name, ast.Load())) for name in names if name in loads}
         self.values |= {name: self.visit(copy) for name, copy in copies.found.items()}
         self.moved += copies.found
-        return f"lambda {', '.join(self.values)}: ({ast.unparse(node)})"
+        names_only = [_at(node, ast.arg(name)) for name in self.values]
+        arguments = ast.arguments([], names_only, None, [], [], None, [])
+        return _code(ast.Expression(_at(node, ast.Lambda(arguments, node))), "<test>", "eval")
 
     def site(self, site: dict[str, Any], node: ast.AST, values: Sequence[ast.expr] = ()) -> ast.expr:
         """Return the judge's call of a site with values of the tests."""
-        parent = self.parents.get(node)
+        parent = self.above[-1]
         called = parent.func.id if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) else None
         site["orderless"] = isinstance(parent, (ast.Compare, ast.Assert, ast.UnaryOp)) or called in _SETS_ONLY
-        site["against"] = isinstance(parent, ast.Compare) and sum(map(self.has_site, ast.iter_child_nodes(parent))) == 1
+        site["against"] = parent in self.lone
         self.sites.append(site)
-        return ast.Call(ast.Name("__call__", ast.Load()), [ast.Constant(len(self.sites) - 1), *values], [])
+        function, number = ast.Name("__call__", ast.Load()), ast.Constant(len(self.sites) - 1)
+        return _at(node, ast.Call(_at(node, function), [_at(node, number), *values], []))
 
     def visit_Import(self, node: ast.Import) -> ast.stmt:
         """Let an import happen in both processes, since the program may rely on it."""
         for alias in node.names:
             self.check_module(alias.name)
+            self.leaves_nothing &= alias.name in _INERT_NAMES
             if alias.name == "sys" and alias.asname:
                 raise NotSplittable(f"{ast.unparse(node)} in the tests")
         return self.both(node)
@@ -226,7 +292,9 @@ class _Rewriter(ast.NodeTransformer):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
         """Let an import happen in both processes, since the program may rely on it."""
         self.check_module(node.module or "")
-        if node.module == "sys" or any(alias.name in (*_NO_ATTRIBUTES.split(), "*") for alias in node.names):
+        inert = _INERT_NAMES.get(node.module or "", set())
+        self.leaves_nothing &= inert.issuperset(alias.name for alias in node.names)
+        if node.module == "sys" or any(alias.name in (*_NO_ATTRIBUTES, "*") for alias in node.names):
             raise NotSplittable(f"{ast.unparse(node)} in the tests")
         return self.both(node)
 
@@ -239,14 +307,16 @@ class _Rewriter(ast.NodeTransformer):
         """Return a statement that the program's process and the judge execute."""
         if self.deferred:
             raise NotSplittable(f"{ast.unparse(node)} inside a function or loop of the tests")
-        run = ast.Expr(self.site({"run": ast.unparse(node)}, node))
-        return ast.If(ast.Constant(True), [run, node], [])
+        run = _at(node, ast.Expr(self.site({"run": ast.unparse(node)}, node)))
+        return _at(node, ast.If(_at(node, ast.Constant(True)), [run, node], []))
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         """Find out whose a name is."""
         name = node.id
         if name.startswith("__"):
             raise NotSplittable(f"name {name}")
+        if name in self.module_names or (hasattr(builtins, name) and name not in _INERT_BUILTINS):
+            self.leaves_nothing = False
         if name in self.bound:
             if name in self.imported and name in self.modules:  # it may be imported further down only
                 self.assumed_modules[name] = self.modules[name]
@@ -266,12 +336,18 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         """Refuse what leads to a state that processes do not share."""
-        of_sys = isinstance(node.value, ast.Name) and node.value.id == "sys"
-        if ast.unparse(node.value).rpartition(".")[2] == "random" and node.attr not in _GENERATORS:
-            self.drawn.update(_loads(node.value))
-        if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES.split() or (of_sys and node.attr not in _SYS):
+        owner = node.value.id if isinstance(node.value, ast.Name) else ""
+        of_random = (owner or getattr(node.value, "attr", "")) == "random"
+        if of_random and node.attr not in _GENERATORS:
+            self.drawn.update(_loads(_parts(node.value)))
+        if node.attr.startswith("_") or node.attr in _NO_ATTRIBUTES or (owner == "sys" and node.attr not in _SYS):
             raise NotSplittable(f"attribute {node.attr} in the tests")
-        return self.generic_visit(node)
+        module = self.module_names.get(owner)
+        inert = _INERT_ATTRIBUTES if module is None else _INERT_NAMES.get(module, set())
+        was = self.leaves_nothing and node.attr in inert and isinstance(node.ctx, ast.Load)
+        visited = self.generic_visit(node)
+        self.leaves_nothing = was and (module is not None or self.leaves_nothing)
+        return visited
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Refuse to measure a returned value: a copy may have another size."""
@@ -281,7 +357,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def has_site(self, node: ast.AST) -> bool:
         """Tell whether the program is asked for something in a node."""
-        return any(isinstance(part, ast.expr) and self.is_site(part) for part in ast.walk(node))
+        return any(isinstance(part, ast.expr) and self.is_site(part) for part in _parts(node))
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         """Allow identity only with what there is one of."""
@@ -289,6 +365,8 @@ class _Rewriter(ast.NodeTransformer):
         for operator, left, right in zip(node.ops, sides[:-1], sides[1:], strict=True):
             if isinstance(operator, (ast.Is, ast.IsNot)) and not (_is_single(left) or _is_single(right)):
                 raise NotSplittable("identity of values")
+        if sum(map(self.has_site, sides)) == 1:
+            self.lone.add(node)
         return self.generic_visit(node)
 
 
@@ -301,12 +379,28 @@ class _Copies(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         """Replace `copy.deepcopy(variable)`."""
-        is_copy = ast.unparse(node.func) in ("copy.deepcopy", "deepcopy") and len(node.args) == 1
-        if is_copy and self.variables.issuperset(_loads(node.args[0])):
+        is_copy = _is_deepcopy(node.func) and len(node.args) == 1
+        if is_copy and self.variables.issuperset(_loads(_parts(node.args[0]))):
             name = f"__copy_{len(self.found) + 1}__"
             self.found[name] = node
-            return ast.Name(name, ast.Load())
+            return _at(node, ast.Name(name, ast.Load()))
         return self.generic_visit(node)
+
+
+def _at(node: ast.AST, new: Any) -> Any:
+    """Return a new node, in the place of `node`."""
+    return ast.copy_location(new, node)
+
+
+def _is_deepcopy(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute):
+        return node.attr == "deepcopy" and isinstance(node.value, ast.Name) and node.value.id == "copy"
+    return isinstance(node, ast.Name) and node.id == "deepcopy"
+
+
+def _code(node: ast.Module | ast.Expression, name: str, mode: str) -> str:
+    """Return compiled tests as they are sent: the interpreter inside is of the same version."""
+    return marshal.dumps(compile(node, name, mode, 0, True, 0)).hex()
 
 
 def _is_single(node: ast.expr) -> bool:
@@ -316,20 +410,22 @@ def _is_single(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and isinstance(getattr(builtins, node.id, None), type)
 
 
-def _statements(tests: Tests) -> list[ast.stmt]:
-    """Return the tests as one list of statements; raises SyntaxError for tests that do not parse."""
-    statements: list[ast.stmt] = []
+def _parsed(tests: Tests) -> tuple[str, list[ast.stmt]]:
+    """Return the tests as one text and as its statements; raises SyntaxError for tests that do not parse."""
     ast.parse(tests.setup)
+    text, statements = "", []
     for source in tests.asserts:
-        statements += ast.parse(textwrap.dedent(source).strip()).body
-    for node in ast.parse(tests.check).body:
+        source = textwrap.dedent(source).strip()
+        statements += ast.parse("\n" * text.count("\n") + source).body
+        text += "\n".join(re.split("\r\n?|\n", source)) + "\n"
+    for node in ast.parse("\n" * text.count("\n") + tests.check).body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
             if tests.entry_point is None or [arg.arg for arg in node.args.args] != ["candidate"]:
                 raise NotSplittable("check does not take one argument called candidate")
             statements += node.body
         else:
             statements.append(node)
-    return statements
+    return text + "\n".join(re.split("\r\n?|\n", tests.check)), statements
 
 
 def _modules_at_hand(numpy: bool) -> dict[str, str]:
@@ -340,38 +436,36 @@ def _modules_at_hand(numpy: bool) -> dict[str, str]:
 def modules_named(tests: Tests, numpy: bool) -> dict[str, str]:
     """Return the modules that are at hand for tests beside a program, imported or not, by the names that they use."""
     sources = (tests.setup, tests.check, *tests.asserts)
-    named = {name for source in sources for name in _loads(ast.parse(textwrap.dedent(source).strip()))}
+    named = {name for source in sources for name in _loads(_parts(ast.parse(textwrap.dedent(source).strip())))}
     return {name: module for name, module in _modules_at_hand(numpy).items() if name in named}
 
 
-def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
+def _build(tests: Tests, numpy: bool) -> Plan:
+    text, statements = _parsed(tests)
     rewriter = _Rewriter(tests, statements, numpy)
     body = rewriter.visit_statements(statements)
     if not any("call" in site for site in rewriter.sites):
         raise NotSplittable("no call of the program in the tests")
-    module = ast.fix_missing_locations(ast.Module(body, []))
-    text = ast.unparse(module)
-    parsed = ast.parse(text)
-    if ast.dump(parsed) != ast.dump(module):
-        raise NotSplittable("tests that cannot be written down again")
-    lines = {}
-    for written, original in zip(ast.walk(parsed), ast.walk(module), strict=True):
-        if isinstance(written, ast.stmt) and isinstance(original, ast.stmt) and original in rewriter.sources:
-            for line in range(written.lineno, (written.end_lineno or written.lineno) + 1):
-                lines[str(line)] = rewriter.sources[original]
+    try:
+        code = _code(ast.Module(body, []), "<tests>", "exec")
+    except SyntaxError as error:
+        raise NotSplittable(f"tests that do not compile: {error.msg}") from None
     before = [tests.reference] if rewriter.helpers else []
     if rewriter.setup_names:
         before.append(tests.setup)
+    leaves_nothing = rewriter.leaves_nothing and not (rewriter.catches or before)
     judge = {
-        "source": text,
+        "code": code,
+        "text": text,
+        "spans": rewriter.spans,
         "sites": rewriter.sites,
         "before": before,
         "setup_names": sorted(rewriter.setup) if rewriter.setup_names else [],
         "modules": sorted(set(rewriter.modules.values())),
         "visible": rewriter.assumed_modules,
-        "catches": any(isinstance(node, ast.Try) for node in ast.walk(module)),
-        "lines": lines,
+        "catches": rewriter.catches,
         "kinds": list(ERROR_KINDS),
+        "alone": not leaves_nothing,
     }
     shared = rewriter.bound if tests.asserts else set()  # those of a check stay apart from the program's
     names = {
@@ -379,7 +473,7 @@ def _build(statements: list[ast.stmt], tests: Tests, numpy: bool) -> Plan:
         "modules": rewriter.assumed_modules,
         "bound": sorted((shared - rewriter.imported) | rewriter.drawn),
     }
-    return Plan(judge, names, tests.asserts)
+    return Plan(judge, names, tests.asserts, leaves_nothing=leaves_nothing)
 
 
 @lru_cache(maxsize=8192)
@@ -388,7 +482,7 @@ def plan(tests: Tests, numpy: bool = False) -> Plan:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other people's escape sequences
-            return _build(_statements(tests), tests, numpy)
+            return _build(tests, numpy)
     except NotSplittable as reason:
         return Plan(None, None, tests.asserts, str(reason))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

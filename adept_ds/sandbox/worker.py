@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,10 @@ class Worker:
         text = self._errors.read().decode("utf-8", "replace").strip()
         return text.splitlines()[-1][:500] if text else f"exit status {self.process.poll()}"
 
-    def start(self, limits: Limits, descriptors: list[int]) -> None:
-        """Start one process, which gets copies of the descriptors."""
-        socket.send_fds(self.control, [json.dumps(asdict(limits)).encode()], descriptors)
+    def start(self, limits: Limits, descriptors: list[int], alone: bool = True) -> None:
+        """Start one process, which gets copies of the descriptors; a judge that is not to be `alone` may get more."""
+        order = {"limits": vars(limits), "alone": alone}
+        socket.send_fds(self.control, [json.dumps(order).encode()], descriptors)
 
     def stop_program(self) -> None:
         """Ask for the end of the running program; its report follows as for any other end."""

@@ -1,7 +1,7 @@
 """Runs one program in the process that is already isolated, and answers the judge's calls of its functions.
 
-The tests' statements that call the program arrive as source, one call at a time, and are evaluated among the program's
-names, as plain Python would; each answer is a value or what was raised. What a value is compared with is never known
+The tests' calls of the program arrive as code, one at a time, and are evaluated among the program's names, as plain
+Python would; each answer is a value or what was raised. What a value is compared with is never known
 here, except in the stamped mode in which a problem's own tests have to run beside the program.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import dis
 import importlib
 import linecache
+import marshal
 import os
 import sys
 import types
@@ -46,6 +47,7 @@ _exit, _getpid = os._exit, os.getpid
 _receive, _send, _read_job = channel.receive, channel.send, channel.read_job
 _encode, _decode, _describe, _type_name = codec.encode, codec.decode, codec.describe, codec.type_name
 _Inexact, _suppress = codec.Inexact, contextlib.suppress
+_loads_code, _from_hex = marshal.loads, bytes.fromhex
 _settrace, _setprofile, _modules, _Module = sys.settrace, sys.setprofile, sys.modules, types.ModuleType
 _get_instructions, _import_module = dis.get_instructions, importlib.import_module
 _Code, _GENUINE = types.CodeType, dict(vars(builtins))
@@ -139,7 +141,7 @@ def _answer(module: Any, request: dict[str, Any]) -> dict[str, Any]:
         if "run" in request:
             _run(request["run"], "<test>", module.__dict__)
             return {"value": None}
-        function = eval(compile(request["call"], "<test>", "eval", 0, True), module.__dict__)
+        function = eval(_loads_code(_from_hex(request["call"])), module.__dict__)
         values = [_decode(form) for form in request["values"]]
         value = function(*values)
         _settrace(None)

@@ -47,8 +47,6 @@ def send(descriptor: int, message: Any) -> None:
 
 def read_job(descriptor: int) -> Any:
     """Return the message that a file holds, and close it."""
-    data = b""
-    while part := _read(descriptor, 1 << 20):
-        data += part
+    data = _exactly(descriptor, os.lseek(descriptor, 0, os.SEEK_END) - os.lseek(descriptor, 0, os.SEEK_SET))
     os.close(descriptor)
     return _loads(data.decode("ascii"))

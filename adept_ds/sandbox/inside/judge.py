@@ -1,17 +1,23 @@
-"""Runs the tests of one problem, in a process that is isolated like a program's, and asks the program's for calls.
+"""Runs the tests of problems, in a process that is isolated like a program's, and asks the programs' for calls.
 
-The tests are plain Python here, but for the calls of the program: each has become `__call__(number, ...)`, which sends
-the call's source and waits for the value. Whatever value comes, and whatever a test does with it, costs this process
-alone. If something is met that would not be exactly what one interpreter would give, the verdict is only that, and the
-tests run beside the program instead.
+It serves program after program as long as their tests can leave nothing behind; the caller says after which one it is
+to be replaced. The tests are plain Python here, but for the calls of the program: each has become
+`__call__(number, ...)`, which sends the call's code and waits for the value. Whatever value comes, and whatever a test
+does with it, costs this process alone. If something is met that would not be exactly what one interpreter would give,
+the verdict is only that, and the tests run beside the program instead.
 """
 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import decimal
 import importlib
+import marshal
 import os
+import random
+import resource
+import socket
 import sys
 import types
 from typing import Any, NoReturn
@@ -25,6 +31,8 @@ MODULES = (
     *("numbers", "operator", "random", "re", "statistics", "string", "sys", "textwrap", "typing"),
 )
 """Modules whose functions give the same in any process; `random` does so as long as nobody seeds it."""
+_GROWN_KB = 1 << 16
+"""A process that has grown by more is replaced, so that the memory limit means the same for the next program."""
 _GENUINE = dict(vars(builtins))
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, range, decimal.Decimal})
 
@@ -78,22 +86,30 @@ def _show(value: Any) -> str:
         return f"<{type(value).__name__} that cannot be shown>"
 
 
+class Ended(BaseException):
+    """The verdict is out."""
+
+
 class Judge:
-    """The tests of one program on their way to a verdict, which is sent on `desk`; every end of it ends the process."""
+    """The tests of one program on their way to a verdict, which is sent on `desk`; every way to it raises `Ended`."""
 
     def __init__(self, talk: int, desk: int, job: dict[str, Any]) -> None:
         self.talk, self.desk, self.job = talk, desk, job
         self.sites = job["sites"]
+        self.space: dict[str, Any] = {"__name__": "tests", "__call__": self.call}
         self.results: list[Any] = []
+        self.form: Any = None
         self.forms: list[Any] = []
         self.shown: list[str] = []
-        self.shown_at = 0
+        self.shown_at: Any = None
         self.passed_on: BaseException | None = None
 
     def end(self, verdict: dict[str, Any]) -> NoReturn:
-        """Send the verdict and end: an exception could be caught by the tests."""
+        """Send the verdict and end; with the process, if what ran might catch an exception."""
         channel.send(self.desk, verdict)
-        os._exit(0)
+        if self.job["alone"]:
+            os._exit(0)
+        raise Ended
 
     def inexact(self, reason: str, distrusted: bool = False) -> NoReturn:
         """End without a verdict: the tests have to run beside the program, where passing may prove nothing."""
@@ -150,16 +166,17 @@ class Judge:
             self.passed_on = error(*decode(answer["args"]))
             raise self.passed_on
         try:
-            return decode(answer["value"])
+            self.form = answer["value"]
+            return decode(self.form)
         except (Malformed, KeyError, RecursionError) as problem:
             self.violation(f"something that is not an answer ({problem})")
 
     def call(self, number: int, *values: Any) -> Any:
         """Make the call of site `number` with these values of the tests' own variables."""
         site = self.sites[number]
-        line = sys._getframe(1).f_lineno
-        if line != self.shown_at:
-            self.shown_at, self.shown = line, []
+        statement = self.statement(sys._getframe(1).f_lineno)
+        if statement != self.shown_at:
+            self.shown_at, self.shown = statement, []
         while self.results:
             if is_held(self.results, -1):
                 self.inexact("a returned value that is still in use at the next call, which might change it")
@@ -184,13 +201,20 @@ class Judge:
         self.shown.append(_show(value))
         if not is_frozen(value):
             self.results.append(value)
-            self.forms.append(encode(value))
+            # What arrived is what `encode` would make of it again, but for sets.
+            self.forms.append(encode(value) if has_order(value) else self.form)
         return value
+
+    def statement(self, line: int | None) -> Any:
+        """Return the first and the last line of the statement of the tests that a line belongs to."""
+        return self.job["spans"].get(str(line))
 
     def fail(self, kind: str | None, why: str, line: int | None) -> NoReturn:
         """End with a failed statement: its source, what came back for it, and why that is wrong."""
-        source = self.job["lines"].get(str(line), "tests")
-        got = ", ".join(self.shown) if self.shown_at == line else ""
+        statement = self.statement(line)
+        first, last = statement or (1, 0)
+        source = "\n".join(self.job["text"].split("\n")[first - 1 : last]).strip() or "tests"
+        got = ", ".join(self.shown) if statement is not None and self.shown_at == statement else ""
         got = got if got.startswith("raised") else f"got {got}" if got else ""
         detail = shorten(source, _SHOWN) + (f": {shorten(got)}" if got else "") + why
         self.end({"failed": kind, "detail": detail})
@@ -213,7 +237,7 @@ class Judge:
             self.violation("neither loaded nor failed")
         if answer["loaded"]:
             self.inexact(f"names that the program and the tests share: {shorten(str(answer['loaded']), _SHOWN)}")
-        space: dict[str, Any] = {"__name__": "tests", "__call__": self.call}
+        space = self.space
         space |= {name: importlib.import_module(module) for name, module in self.job["visible"].items()}
         try:
             for source in self.job["before"]:
@@ -223,9 +247,12 @@ class Judge:
         if changeable := [name for name in self.job["setup_names"] if not self.is_constant(space.get(name))]:
             self.inexact(f"{', '.join(changeable)} of the tests' setup, which the program might change")
         try:
-            exec(compile(self.job["source"], "<tests>", "exec", 0, True), space)
+            exec(marshal.loads(bytes.fromhex(self.job["code"])), space)
+        except Ended:
+            raise
         except MemoryError:
-            self.end({"failed": None, "detail": "a test of the returned value ran out of memory"})
+            channel.send(self.desk, {"failed": None, "detail": "a test of the returned value ran out of memory"})
+            os._exit(0)
         except BaseException as error:
             line = _line_of(error)
             if error is self.passed_on:
@@ -253,10 +280,34 @@ def _line_of(error: BaseException) -> int | None:
     return line
 
 
-def serve(descriptors: list[int]) -> None:
-    """Judge one program; ends the process, never returns.
+def _peak_kb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    `descriptors` are the job, the channel on which the verdict is sent, and that to the program's process.
+
+def _judge_one(given: list[int]) -> None:
+    """Judge a program with the state that a fresh interpreter has."""
+    job_file, desk, talk = given
+    random.seed(0)
+    decimal.setcontext(decimal.Context())
+    judge = Judge(talk, desk, channel.read_job(job_file))
+    with contextlib.suppress(Ended):
+        judge.run()
+    judge.space.clear()  # else functions of the tests would keep it
+    os.close(desk)
+    os.close(talk)
+
+
+def serve(descriptors: list[int]) -> None:
+    """Judge programs until the socket that brings them is closed; ends the process, never returns.
+
+    With each come the job, the channel on which the verdict is sent, and that to the program's process; a byte goes
+    back when it is done with and the next may come.
     """
-    job_file, desk, talk = descriptors
-    Judge(talk, desk, channel.read_job(job_file)).run()
+    usual = _peak_kb()
+    with socket.socket(fileno=descriptors[0]) as station:
+        while given := socket.recv_fds(station, 1, 3)[1]:
+            _judge_one(given)
+            if _peak_kb() - usual > _GROWN_KB:
+                break
+            station.send(b".")
+    os._exit(0)

@@ -1,9 +1,10 @@
 """The system calls that a program may make: two allow-lists, for x86-64 and aarch64, as a BPF filter set by prctl.
 
 `compute` is for a process that has no namespaces around it: memory, time, threads, pipes, and the descriptors it was
-given. `files` adds files and processes, for programs whose file system, process table and network are private. Both
-refuse every socket but a pair of streams, and what changes another process's limits, priority or cores; unknown calls
-answer ENOSYS, so that the C library falls back to older ones.
+given; `judge` is the same for one that is given more of them as it goes. `files` adds files and processes, for programs
+whose file system, process table and network are private. All refuse every socket but a pair of streams, and what
+changes another process's limits, priority or cores; unknown calls answer ENOSYS, so that the C library falls back to
+older ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import platform
 import struct
 from collections.abc import Callable
 
-# name:x86-64:aarch64, a dash where the architecture lacks the call; frequent calls first.
+# name:x86-64:aarch64, a dash where the architecture lacks the call.
 _COMPUTE = """
 read:0:63 write:1:64 mmap:9:222 munmap:11:215 brk:12:214 futex:202:98 rt_sigprocmask:14:135
 rt_sigreturn:15:139 close:3:57 lseek:8:62 fstat:5:80 readv:19:65 writev:20:66 pread64:17:67 pwrite64:18:68 dup:32:23
@@ -49,6 +50,7 @@ setpgid:109:154 setsid:112:157 setrlimit:160:164 timerfd_create:283:85 timerfd_s
 signalfd:282:- signalfd4:289:74 pidfd_open:434:434 mlock:149:228 munlock:150:229 mlock2:325:284 sendmsg:46:211
 recvmsg:47:212
 """
+_LEVELS = {"compute": _COMPUTE, "judge": _COMPUTE + "recvmsg:47:212", "files": _COMPUTE + _FILES}
 _CHECKED = {
     "clone": (56, 220),
     "clone3": (435, 435),
@@ -68,6 +70,7 @@ _CHECKED = {
     "socketpair": (53, 199),
 }
 _MMAP, _SECCOMP = (9, 222), (317, 277)
+_MACHINE = platform.machine()
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 ALLOW, KILL, ERRNO, _ASK = 0x7FFF0000, 0x80000000, 0x00050000, 0x7FC00000
@@ -93,7 +96,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def supported() -> bool:
     """Tell whether this machine's architecture has a filter."""
-    return platform.machine() in _ARCHITECTURES
+    return _MACHINE in _ARCHITECTURES
 
 
 def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
@@ -118,16 +121,16 @@ def _among(offset: int, values: tuple[int, ...], otherwise: int) -> list[bytes]:
 
 def program(level: str, pid: int, machine: str | None = None) -> bytes:
     """Return the filter for one process; see `_program`. Its long part is the same for all, and made once."""
-    marked = _program(level, machine or platform.machine())
+    marked = _program(level, machine or _MACHINE)
     return marked.replace(struct.pack("I", _OWN_PID), struct.pack("I", pid))
 
 
 @functools.cache
 def _program(level: str, machine: str) -> bytes:
-    """Return the BPF program for `level` ("compute" or "files"), with `_OWN_PID` for the process's own number.
+    """Return the BPF program for `level` ("compute", "judge" or "files"), with `_OWN_PID` for the process's own number.
 
-    Signals sent to process 1, to "everybody", or (level "compute") to any other process kill the sender: such a program
-    tries to end the grader, and a plain refusal would let it go on unnoticed.
+    Signals sent to process 1, to "everybody", or (but for level "files") to any other process kill the sender: such a
+    program tries to end the grader, and a plain refusal would let it go on unnoticed.
     """
     audit, column = _ARCHITECTURES[machine]
     number = {name: numbers[column] for name, numbers in _CHECKED.items()}
@@ -136,10 +139,6 @@ def _program(level: str, machine: str) -> bytes:
     code = [_statement(_LOAD, _ARCH), _statement(_JEQ, audit, 1, 0), kill, _statement(_LOAD, _NR)]
     if column == 0:  # the x32 numbers would pass the comparisons of another table
         code += [_statement(_JGE, 0x40000000, 0, 1), refuse]
-    for entry in (_COMPUTE + (_FILES if level == "files" else "")).split():
-        value = entry.split(":")[1 + column]
-        if value != "-":
-            code += [_statement(_JEQ, int(value), 0, 1), allow]
     clone = [_statement(_LOAD, _ARG0), _statement(_JSET, _NEW_NAMESPACES, 0, 1), refuse]
     if level == "files":
         signal = [_statement(_LOAD, _ARG0)]
@@ -182,10 +181,27 @@ def _program(level: str, machine: str) -> bytes:
         "rt_sigaction": action,
         "socketpair": [*_require(_ARG0, (1,), ERRNO | EACCES), *_among(_ARG1, _STREAM, ERRNO | EACCES)],
     }
-    for name, body in bodies.items():
-        code += _case(number[name], body)
-    code += [_statement(_JGE, _FIRST_UNKNOWN, 0, 1), _statement(_RET, ERRNO | ENOSYS), refuse]
-    return b"".join(code)
+    allowed = [entry.split(":")[1 + column] for entry in _LEVELS[level].split()]
+    answers = {int(value): [allow] for value in allowed if value != "-"}
+    answers |= {number[name]: body for name, body in bodies.items()}
+    parts: list[tuple[int, list[bytes]]] = []
+    for value in range(max(answers) + 2):
+        answer = answers.get(value, [refuse] if value < _FIRST_UNKNOWN else [_statement(_RET, ERRNO | ENOSYS)])
+        if not parts or parts[-1][1] != answer:
+            parts.append((value, answer))
+    return b"".join(code + _search(parts))
+
+
+def _search(parts: list[tuple[int, list[bytes]]]) -> list[bytes]:
+    """Return code that finds the part that a call's number is in: each begins with a number, and its code returns.
+
+    The kernel tries every number when a filter is installed, so going through them one by one would take long.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    middle = len(parts) // 2
+    below = _search(parts[:middle])
+    return [_statement(_JGE, parts[middle][0], len(below), 0), *below, *_search(parts[middle:])]
 
 
 class _Program(ctypes.Structure):
@@ -205,7 +221,7 @@ def ask_before_shared_mappings() -> int | None:
 
     For good. Returns the descriptor on which they ask, or None before Linux 5.5.
     """
-    column = _ARCHITECTURES[platform.machine()][1]
+    column = _ARCHITECTURES[_MACHINE][1]
     body = [_statement(_LOAD, _ARG3), _statement(_JSET, _MAP_SHARED, 0, 1), _statement(_RET, _ASK)]
     body.append(_statement(_RET, ALLOW))
     code = b"".join([_statement(_LOAD, _NR), *_case(_MMAP[column], body), _statement(_RET, ALLOW)])

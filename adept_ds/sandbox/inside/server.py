@@ -179,8 +179,6 @@ def main() -> None:
         return
     supervisor.watch_mappings()
     control.send(json.dumps({"ready": had}).encode())
-    judges = config["role"] == "judge"
-    serve = judge.serve if judges else candidate.serve
     while True:
         # A process that the grader forked may hold the other end open beyond the grader's own death.
         while not select.select([control], [], [], 1.0)[0]:
@@ -190,8 +188,12 @@ def main() -> None:
         if not message:
             return
         if descriptors:  # else it is a "stop" that crossed the report of the program it was meant for
+            order = json.loads(message)
             try:
-                report = supervisor.run(descriptors, json.loads(message), serve, fresh=not judges)
+                if config["role"] == "judge":
+                    report = supervisor.run_in_standing(descriptors, order["limits"], judge.serve, order["alone"])
+                else:
+                    report = supervisor.run(descriptors, order["limits"], candidate.serve)
             except OSError as error:
                 report = {"failure": str(error)}
             control.send(json.dumps(report).encode())

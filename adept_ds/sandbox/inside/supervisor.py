@@ -1,6 +1,7 @@
 """The parent of one program: sets its limits, watches the whole tree of its processes, and leaves nothing of it behind.
 
-Part of the fork server. Where the tier has namespaces every program has its own pid namespace, whose end ends every
+Part of the fork server. The judge's process is started here too, and may serve several programs, each under the same
+limits. Where the tier has namespaces every program has its own pid namespace, whose end ends every
 process in there, wherever it went; elsewhere the server is the child subreaper that all of them fall back to.
 """
 
@@ -38,12 +39,43 @@ class Stopped(Exception):
     """The program must end; the text is the reason."""
 
 
+class _Process:
+    """A process that was started: pipes for its output and for trouble with its setup, process 1 of its namespace.
+
+    `station` is where it takes jobs, if it takes more than one.
+    """
+
+    def __init__(self, init: int | None, station: socket.socket | None) -> None:
+        self.init, self.station = init, station
+        self.output, self.writer = os.pipe()
+        self.trouble, self.teller = os.pipe()
+        self.pid = 0
+        self.cpu_seconds = 0.0
+
+    def started(self, pid: int) -> None:
+        """Close the other ends."""
+        self.pid = pid
+        os.close(self.writer)
+        os.close(self.teller)
+        os.set_blocking(self.output, False)
+        os.set_blocking(self.trouble, False)
+
+    def close(self) -> str:
+        """Forget it, once it has ended; returns what it said of its setup, empty if it had no trouble."""
+        os.close(self.output)
+        if self.station is not None:
+            self.station.close()
+        return _told(self.trouble)
+
+
 class _Watch:
     """Memory, CPU time and number of the program's processes, read from /proc."""
 
-    def __init__(self, limits: dict[str, Any], init: int | None, scratch: str | None) -> None:
-        self.limits, self.init, self.scratch = limits, init, scratch
-        self.ended_before = _cpu_of_ended()
+    def __init__(self, limits: dict[str, Any], process: _Process) -> None:
+        self.limits, self.init = limits, process.init
+        self.scratch = f"/proc/{process.pid}/root/tmp" if process.init is not None else None
+        # What it has used for programs before this one is as if it were that of a process that has ended.
+        self.ended_before = _cpu_of_ended() + process.cpu_seconds
         self.shared: list[int] = []
         self.shared_bytes = 0
         self.peak_mb = 0.0
@@ -151,6 +183,11 @@ def _cpu_of_ended() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def _cpu_of(pid: int) -> float:
+    """Return the CPU seconds of a process that lives: the clock that clock_getcpuclockid(3) names."""
+    return time.clock_gettime(~pid << 3 | 2)
+
+
 def _sizes(path: str, names: tuple[bytes, ...]) -> int:
     """Return the sum, in bytes, of some sizes in a file of /proc; 0 if its process has ended."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -181,8 +218,6 @@ def _set_limit(kind: int, value: int) -> None:
 
 def _apply_limits(limits: dict[str, Any], own_user_namespace: bool) -> None:
     megabyte = 2**20
-    cpu = int(limits["cpu_seconds"]) + 2
-    _set_limit(resource.RLIMIT_CPU, cpu)
     # A backstop for one huge allocation; the tree's real use is watched from outside.
     _set_limit(resource.RLIMIT_AS, (limits["memory_mb"] + limits["address_space_extra_mb"]) * megabyte)
     _set_limit(resource.RLIMIT_FSIZE, limits["file_size_mb"] * megabyte)
@@ -212,12 +247,13 @@ class Supervisor:
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _nothing)
         if config["seccomp"] is not None:
-            for level in {config["seccomp"], "compute"}:
+            for level in (config["seccomp"], "judge"):
                 seccomp.program(level, 0)  # its long part is made here, once, not in every child
         self.pids = namespaces.PidNamespaces() if self.in_namespaces else None
         self.folders = namespaces.fixed_folders() if self.in_namespaces else []
         self.has_nobody = namespaces.has_two_users()
         self.mappings: int | None = None
+        self.standing: _Process | None = None
 
     def watch_mappings(self) -> None:
         """From now on be asked before any process maps shared memory, where the kernel can; this one must not."""
@@ -228,70 +264,118 @@ class Supervisor:
         """Tell whether the process that started this one is gone."""
         return os.getppid() != self.parent
 
-    def run(
-        self, given: list[int], limits: dict[str, Any], serve: Callable[[list[int]], None], fresh: bool = True
-    ) -> dict[str, Any]:
+    def run(self, given: list[int], limits: dict[str, Any], serve: Callable[[list[int]], None]) -> dict[str, Any]:
         """Run one program in a new process, in which `serve(descriptors)` is called; returns the report.
 
-        `given` are the descriptors that it gets, under other numbers; they are closed here.
-
-        With `fresh` it has namespaces of its own where the tier has any. Without, it lives in the server's, as nobody
-        and under the filter that allows only computing: it has no files and cannot start processes, so that nothing has
-        to be made or cleaned for it. Limits are the same.
+        `given` are the descriptors that it gets, under other numbers; they are closed here. It has namespaces of its
+        own where the tier has any.
 
         The report has `reason` (None, "timeout", "memory", "output", "violation" or "stopped"), `status` (as from
         waitpid, or None), `seconds`, `cpu_seconds`, `peak_mb`; it is only a `failure` if the isolation could not be
         had. No process of the program is left when this returns.
         """
-        output, writer = os.pipe()
-        trouble, teller = os.pipe()
-        pids = self.pids if fresh else None
-        init = pids.open() if pids is not None else None
         started = time.monotonic()
-        child = os.fork()
-        if child == 0:
+        process = self.start(given, limits, serve)
+        for descriptor in given:
+            os.close(descriptor)
+        return self.watch(process, limits, started, alone=True)
+
+    def run_in_standing(
+        self, given: list[int], limits: dict[str, Any], serve: Callable[[list[int]], None], alone: bool
+    ) -> dict[str, Any]:
+        """Give a job to the one process that serves many, and return the report on it as `run` does.
+
+        `serve([station])` is to take descriptors (`given`) from the socket `station`, time after time, and to write a
+        byte there when it is done with them, or to end. It lives in the server's namespaces, as nobody and under the
+        filter that allows only computing: no files, no new processes. Limits, the same each time, are those of one job.
+        It is ended by the first job that breaks them or that is to be its last (`alone`); the next job gets a new one.
+        """
+        started = time.monotonic()
+        if self.standing is None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self.standing = self.start([theirs.fileno()], limits, serve, ours)
+        process = self.standing
+        assert process.station is not None
+        process.cpu_seconds = _cpu_of(process.pid)
+        socket.send_fds(process.station, [b"."], given)
+        for descriptor in given:
+            os.close(descriptor)
+        return self.watch(process, limits, started, alone)
+
+    def start(
+        self,
+        given: list[int],
+        limits: dict[str, Any],
+        serve: Callable[[list[int]], None],
+        station: socket.socket | None = None,
+    ) -> _Process:
+        """Start a process in which `serve(descriptors)` is called, a fresh one unless it gets jobs from `station`."""
+        pids = self.pids if station is None else None
+        process = _Process(pids.open() if pids is not None else None, station)
+        pid = os.fork()
+        if pid == 0:
             try:
-                homes = self.become_candidate(given, writer, teller, limits, fresh)
-                os.close(teller)  # from here on the program could write to it
+                try:
+                    homes = self.become_candidate(given, process.writer, process.teller, limits, station is None)
+                except BaseException as error:
+                    os.write(process.teller, f"{type(error).__name__}: {error}".encode())
+                    raise
+                os.close(process.teller)  # from here on the program could write to it
                 serve(homes)
-            except BaseException as error:
-                os.write(teller, f"{type(error).__name__}: {error}".encode())
             finally:
                 os._exit(1)
         if pids is not None:
             pids.leave()
-        os.close(writer)
-        os.close(teller)
-        for descriptor in given:
-            os.close(descriptor)
-        os.set_blocking(output, False)
-        os.set_blocking(trouble, False)
-        watch = _Watch(limits, init, f"/proc/{child}/root/tmp" if init is not None else None)
+        process.started(pid)
+        return process
+
+    def watch(self, process: _Process, limits: dict[str, Any], started: float, alone: bool) -> dict[str, Any]:
+        """Look after a process until it ends, or is done with a job and may stay; returns the report."""
+        watch = _Watch(limits, process)
         reason = status = None
+        stays = False
         try:
-            status, usage = self.wait(child, output, watch, started + limits["wall_seconds"])
-            watch.peak_mb = max(watch.peak_mb, usage.ru_maxrss / 1024)
+            status, usage = self.wait(process, watch, started + limits["wall_seconds"])
+            if usage is not None:
+                watch.peak_mb = max(watch.peak_mb, usage.ru_maxrss / 1024)
+            stays = status is None and not alone
         except Stopped as stop:
             reason = str(stop)
         seconds = time.monotonic() - started
-        if pids is not None:
-            pids.end()
-        _end_children(watch)
-        try:
-            watch.ended()
-        except Stopped as stop:
-            reason = reason or str(stop)
-        os.close(output)
-        failure = _told(trouble)
+        failure = ""
+        if not stays:
+            try:
+                failure = self.end(process, watch)
+            except Stopped as stop:
+                reason = reason or str(stop)
         if failure:
             return {"failure": f"the isolation of a program could not be set up: {failure}"}
+        if status is None and reason is None:
+            status = 0
         cpu, peak = round(watch.cpu_seconds, 3), round(watch.peak_mb, 1)
         return {"reason": reason, "status": status, "seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak}
+
+    def end(self, process: _Process, watch: _Watch) -> str:
+        """End a process with all that it has started; returns what trouble it had with its setup.
+
+        Raises `Stopped` if the final figures are over the limit.
+        """
+        if process is self.standing:
+            self.standing = None
+        if process.init is not None and self.pids is not None:
+            self.pids.end()
+        _end_children(watch)
+        failure = process.close()
+        watch.ended()
+        return failure
 
     def become_candidate(
         self, given: list[int], output: int, teller: int, limits: dict[str, Any], fresh: bool
     ) -> list[int]:
         """Turn this process into the candidate's: descriptors, limits, rights, filter. Returns the numbers of `given`.
+
+        One that is not `fresh` is the judge's.
 
         Only the standard descriptors, these and `teller` stay open.
         """
@@ -311,16 +395,19 @@ class Supervisor:
         os.closerange(3, teller)
         os.closerange(teller + 1, first)
         os.closerange(first + len(given), 1 << 16)
-        level = self.config["seccomp"] if fresh or self.config["seccomp"] is None else "compute"
-        os.chdir("/" if level == "compute" else "/tmp")
+        level = self.config["seccomp"] if fresh or self.config["seccomp"] is None else "judge"
+        has_files = level in (None, "files")
+        os.chdir("/tmp" if has_files else "/")
         os.umask(0o077)
         _apply_limits(limits, self.in_namespaces)
+        if fresh:
+            _set_limit(resource.RLIMIT_CPU, int(limits["cpu_seconds"]) + 2)
         if self.config["tier"] != "none":
             namespaces.become_nobody(self.has_nobody)
         namespaces.libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # the server's end is this process's too
         namespaces.libc.prctl(4, 1, 0, 0, 0)  # dumpable again: a program may look at its own /proc entries
         seccomp.no_new_privs()
-        if level == "compute":
+        if not has_files:
             landlock.deny_everything()
         if level is not None:
             seccomp.install(seccomp.program(level, os.getpid()))
@@ -328,10 +415,16 @@ class Supervisor:
         gc.enable()
         return homes
 
-    def wait(self, child: int, output: int, watch: _Watch, deadline: float) -> tuple[int, resource.struct_rusage]:
-        """Wait for the child's end while reading away the output and looking after the limits; raises `Stopped`."""
-        poll = select.poll()
-        for descriptor in (self.wake, output, self.control, self.mappings):
+    def wait(
+        self, process: _Process, watch: _Watch, deadline: float
+    ) -> tuple[int | None, resource.struct_rusage | None]:
+        """Wait for the process's end while reading away its output and looking after the limits; raises `Stopped`.
+
+        Returns its status and what it used, or None for both if it is done with a job.
+        """
+        poll, output = select.poll(), process.output
+        station = process.station.fileno() if process.station is not None else None
+        for descriptor in (self.wake, output, self.control, self.mappings, station):
             if descriptor is not None:
                 poll.register(descriptor, select.POLLIN)
         left = watch.limits["output_bytes"]
@@ -346,12 +439,17 @@ class Supervisor:
                         poll.unregister(output)
                 elif descriptor == self.mappings:
                     seccomp.answer(descriptor, watch.map_shared)
+                elif descriptor == station:
+                    if os.read(station, 1):
+                        watch.cpu_seconds = _cpu_of(process.pid) - process.cpu_seconds
+                        return None, None
+                    poll.unregister(station)  # it has ended
                 elif descriptor == self.control:
                     os.read(self.control, 4096)  # "stop", or nothing at the grader's end
                     raise Stopped("stopped")
                 else:
                     os.read(self.wake, 4096)
-                    status, usage = _reap(child)
+                    status, usage = _reap(process.pid)
                     if status is not None:
                         _drain(output, left)
                         return status, usage
