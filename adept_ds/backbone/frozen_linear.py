@@ -10,10 +10,11 @@ again before the layer's backward pass.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 @cache
@@ -22,8 +23,8 @@ def has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """x [..., n] @ y [n, m] in the dtype of x, accumulated in fp32 on every device.
+def matmul(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., n] @ y [n, m] + bias [m] in the dtype of x, accumulated in fp32 on every device and rounded once.
 
     Leading dimensions are made one first: torch would else copy y once for each row of an x that is a slice, such as
     the last position of a prompt on its way into the head.
@@ -32,8 +33,10 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     operands are widened and the result is rounded once, which is what bf16 hardware computes.
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not has_fast_bf16():
-        return matmul(x.float(), y.float()).bfloat16()
-    return (x.reshape(-1, x.shape[-1]) @ y).unflatten(0, x.shape[:-1])
+        return matmul(x.float(), y.float(), None if bias is None else bias.float()).bfloat16()
+    rows = x.reshape(-1, x.shape[-1])
+    product = rows @ y if bias is None else torch.addmm(bias.to(x.dtype), rows, y)
+    return product.unflatten(0, x.shape[:-1])
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
@@ -41,8 +44,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         # The layer and not a saved tensor: ZeRO-3 exchanges the data of its parameters between the two passes.
         ctx.layer = layer
-        y = matmul(x, layer.dense_weight().t())
-        return y if layer.bias is None else y + layer.bias
+        return matmul(x, layer.dense_weight().t(), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -50,28 +52,41 @@ class _FrozenLinearFunction(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that shares a frozen one's parameters and saves a reference to the weight only."""
+    """A linear layer that shares a frozen one's parameters and saves a reference to the weight only.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Args:
+        linear: An `nn.Linear`, or a `Conv1D` of `transformers`, whose weight is [in_features, out_features].
+    """
+
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.is_transposed = isinstance(linear, Conv1D)
+        if isinstance(linear, Conv1D):
+            self.in_features, self.out_features = linear.nx, linear.nf
+        else:
+            self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] as it enters the product."""
-        return self.weight
+        return self.weight.t() if self.is_transposed else self.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         return _FrozenLinearFunction.apply(input, self)
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether the module is a linear layer and nothing more: no subclass, which may compute something else."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
 def replace_frozen_linears(model: nn.Module) -> int:
-    """Exchange every plain `nn.Linear` with frozen parameters in place; return how many there were."""
+    """Exchange every plain linear layer with frozen parameters in place; return how many there were."""
     replaced = 0
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and not any(parameter.requires_grad for parameter in child.parameters()):
+            if is_linear(child) and not any(parameter.requires_grad for parameter in child.parameters()):
                 setattr(module, name, FrozenLinear(child))
                 replaced += 1
     return replaced

@@ -21,8 +21,9 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from adept_ds.backbone.frozen_linear import FrozenLinear
+from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
 from adept_ds.config.run import ModelConfig
 
 _ALIGNMENT = 16
@@ -128,11 +129,12 @@ class QuantizedLinear(FrozenLinear):
         y = x W^T + b      dL/dx = dL/dy W      W = dequantize(storage)
 
     Args:
-        linear: The layer whose place it takes; its weight's values are not read.
+        linear: The layer whose place it takes; its weight's values are not read. That of a `Conv1D` is held as
+            [out_features, in_features] too, which is also how bitsandbytes' layers have it.
         scheme: How the weight is held.
     """
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, scheme: Scheme) -> None:
         super().__init__(linear)
         self.scheme = scheme
         numel, dtype = linear.weight.numel(), linear.weight.dtype
@@ -140,6 +142,10 @@ class QuantizedLinear(FrozenLinear):
         self.weight = nn.Parameter(storage, requires_grad=False)
         # For counts of parameters; DeepSpeed knows the storage's own length only.
         self.weight.dense_numel = numel  # type: ignore[attr-defined]
+
+    def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
+        """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
+        return self.scheme.quantize(weight.t() if self.is_transposed else weight, device, self.weight.dtype)
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features], expanded anew."""
@@ -159,7 +165,7 @@ def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, Qua
     head, replaced = backbone.get_output_embeddings(), {}
     for parent_name, parent in list(backbone.named_modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not head:
+            if is_linear(child) and child is not head:
                 layer = QuantizedLinear(child, scheme)
                 setattr(parent, name, layer)
                 replaced[f"{parent_name}.{name}.weight".lstrip(".")] = layer

@@ -151,8 +151,7 @@ class LossHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits or summed loss, see the class."""
         if self._targets is None:
-            logits = matmul(hidden, self.weight.t())
-            return logits if self.bias is None else (logits + self.bias).to(logits.dtype)
+            return matmul(hidden, self.weight.t(), self.bias)
         labelled = self._targets != IGNORE_INDEX
         rows = hidden[labelled]
         if self._recorded is not None:
