@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 
@@ -77,8 +78,8 @@ class FrozenLinear(nn.Linear):
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
-    """Whether the module is a linear layer and nothing more: no subclass, which may compute something else."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether the module is a linear layer and nothing more: of other subclasses one cannot know what they compute."""
+    return type(module) in (nn.Linear, Conv1D, FalconLinear)
 
 
 def replace_frozen_linears(model: nn.Module) -> int:

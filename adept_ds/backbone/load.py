@@ -33,6 +33,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
 from adept_ds.backbone.hub import cached_commit, is_local
+from adept_ds.backbone.quantization import unquantized_note
 from adept_ds.backbone.sharding import Partitioner
 from adept_ds.backbone.streaming import fill_backbone, fill_randomly
 from adept_ds.backbone.text_part import language_model, weight_transforms
@@ -225,6 +226,9 @@ def load_backbone(
             f"{len(unused)} tensors of {config.name_or_path!r} have no place in {type(backbone).__name__} and are left "
             f"out, the first is {unused[0]}"
         )
+    note = unquantized_note(backbone)
+    if note and show_progress:
+        print(f"model.quantization {config.quantization}: {note}")
     with suppress(OSError):  # not every checkpoint has one
         backbone.generation_config = GenerationConfig.from_pretrained(
             config.name_or_path, revision=config.revision or "main"

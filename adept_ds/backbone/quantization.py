@@ -24,13 +24,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
+from adept_ds.backbone.sharding import full_numel
 from adept_ds.config.run import ModelConfig
+from adept_ds.errors import UserError
 
 _ALIGNMENT = 16
 _SCALES_PER_NESTED_BLOCK = 256
 _BLOCK_SIZE = {"nf4": 64, "int8": 256}
 _PART_ELEMENTS = 2**20
 """A multiple of all block sizes."""
+_NOTED_SHARE = 0.05
+"""Of the parameters."""
 
 
 @cache
@@ -161,6 +165,9 @@ def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, Qua
 
     Returns:
         Name of the weight, as it was, to its new layer.
+
+    Raises:
+        UserError: There is no such layer.
     """
     head, replaced = backbone.get_output_embeddings(), {}
     for parent_name, parent in list(backbone.named_modules()):
@@ -169,4 +176,32 @@ def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, Qua
                 layer = QuantizedLinear(child, scheme)
                 setattr(parent, name, layer)
                 replaced[f"{parent_name}.{name}.weight".lstrip(".")] = layer
+    if not replaced:
+        raise UserError(
+            f"model.quantization is {scheme.name!r}, which converts linear layers, and {type(backbone).__name__} has "
+            "none but its head; expected null"
+        )
     return replaced
+
+
+def unquantized_note(backbone: PreTrainedModel) -> str | None:
+    """Say how much of a quantised backbone is still in its full precision, tables and head aside; None where
+    that is next to nothing. The experts of most mixtures are no linear layers but stacked into one parameter."""
+    quantized = {id(module.weight) for module in backbone.modules() if isinstance(module, QuantizedLinear)}
+    if not quantized:
+        return None
+    tables = [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
+    apart = {id(layer.weight) for layer in [*tables, backbone.get_output_embeddings()]}
+    plain = {
+        name: full_numel(parameter)
+        for name, parameter in backbone.named_parameters()
+        if id(parameter) not in quantized | apart and not parameter.requires_grad
+    }
+    count, total = sum(plain.values()), sum(full_numel(parameter) for parameter in backbone.parameters())
+    if count < _NOTED_SHARE * total:
+        return None
+    largest = max(plain, key=lambda name: plain[name])
+    return (
+        f"{count:,} of {total:,} parameters ({count / total:.0%}) are in no linear layer and stay in "
+        f"{str(backbone.dtype).removeprefix('torch.')}, such as {largest}"
+    )
