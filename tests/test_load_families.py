@@ -28,6 +28,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "eos_token_id": 1,
+    "bos_token_id": 2,
 }
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
 BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}

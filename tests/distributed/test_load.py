@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from tests.conftest import RunRanks
 from tests.ranks import REPOSITORY
+from tests.test_load_families import FAMILIES, saved
 
 pytestmark = pytest.mark.slow
 MB = 2**20
@@ -85,3 +86,13 @@ def test_four_bits_a_weight_and_a_half(tiny_llama: Path, run_ranks: RunRanks, tm
         assert rank["dense"] == 2 * 134_515_008
         linear = 134_515_008 - table - 61 * 576
         assert rank["own"] == pytest.approx((2 * table + 61 * 2 * 576 + linear * 4.5 / 8) / 2, rel=1e-3)
+
+
+def test_a_sharded_backbone_is_the_whole_one_to_the_bit(run_ranks: RunRanks, tmp_path: Path) -> None:
+    """Of families whose tensors have other names in the files, or are stacked or transposed on the way."""
+    folders = {name: str(saved(name, tmp_path / name, torch.float32)[0]) for name in FAMILIES}
+    result = run_ranks(2, "tests/distributed/load_families_rank.py", None, *folders.values())
+    assert result.returncode == 0, result.stdout[-4000:]
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('["')]
+    expected = [[folder, quantization, True, [], True] for folder in folders.values() for quantization in (None, "nf4")]
+    assert sorted(found, key=str) == sorted(2 * expected, key=str)
