@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from tests.conftest import RunRanks
 from tests.ranks import REPOSITORY
@@ -36,12 +37,13 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def write_checkpoint(config: LlamaConfig, folder: Path) -> Path:
+def write_checkpoint(config: PreTrainedConfig, folder: Path) -> Path:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(0)
     weight_map, pending = {}, {}
-    parameters = dict(model.named_parameters())  # tied ones once
+    # Tied ones once; experts apart, as the hub has them.
+    parameters = revert_weight_conversion(model, dict(model.named_parameters()))
     for name, tensor in parameters.items():
         row = torch.randn(tensor.shape[-1], dtype=torch.bfloat16)
         pending[name] = row.expand(tensor.shape).contiguous()
@@ -75,6 +77,18 @@ def test_a_rank_never_holds_more_than_its_part_and_one_layer(
         assert rank["own"] == pytest.approx(rank["whole"] / ranks, rel=1e-3)
         assert rank["peak"] < rank["own"] + layer, rank
         assert rank["peak"] < 0.6 * rank["whole"]
+
+
+def test_no_more_is_held_where_experts_are_stacked_than_two_layers(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    """The experts' tensors of one layer, and what they are stacked into."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 6, "num_local_experts": 8}
+    config = MixtralConfig(vocab_size=8000, **sizes, num_attention_heads=16, num_key_value_heads=4)
+    layer = 2 * 8 * 3 * 1024 * 3584
+    for rank in load_on(run_ranks, 2, write_checkpoint(config, tmp_path), "none", tiny_llama):
+        assert rank["own"] == pytest.approx(rank["whole"] / 2, rel=1e-3)
+        assert rank["peak"] < rank["own"] + 2 * layer, rank
 
 
 def test_four_bits_a_weight_and_a_half(tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
