@@ -29,27 +29,33 @@ def matmul(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Leading dimensions are made one first: torch would else copy y once for each row of an x that is a slice, such as
     the last position of a prompt on its way into the head.
+    """
+    return _matmul_rows(x.reshape(-1, x.shape[-1]), y, bias).unflatten(0, x.shape[:-1])
+
+
+def _matmul_rows(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`matmul` of x [N, n].
 
     On a CPU without bf16 instructions torch's bf16 products are up to 30 times slower than fp32 ones, so there the
     operands are widened and the result is rounded once, which is what bf16 hardware computes.
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not has_fast_bf16():
-        return matmul(x.float(), y.float(), None if bias is None else bias.float()).bfloat16()
-    rows = x.reshape(-1, x.shape[-1])
-    product = rows @ y if bias is None else torch.addmm(bias.to(x.dtype), rows, y)
-    return product.unflatten(0, x.shape[:-1])
+        return _matmul_rows(x.float(), y.float(), None if bias is None else bias.float()).bfloat16()
+    return x @ y if bias is None else torch.addmm(bias.to(x.dtype), x, y)
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
+    """Of rows [N, in_features] to [N, out_features]: models may add to what it returns in place, but not to a view."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         # The layer and not a saved tensor: ZeRO-3 exchanges the data of its parameters between the two passes.
         ctx.layer = layer
-        return matmul(x, layer.dense_weight().t(), layer.bias)
+        return _matmul_rows(x, layer.dense_weight().t(), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return matmul(grads[0], ctx.layer.dense_weight()), None
+        return _matmul_rows(grads[0], ctx.layer.dense_weight()), None
 
 
 class FrozenLinear(nn.Linear):
@@ -74,7 +80,8 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return _FrozenLinearFunction.apply(input, self)
+        rows = _FrozenLinearFunction.apply(input.reshape(-1, self.in_features), self)
+        return rows.unflatten(0, input.shape[:-1])
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

@@ -1,9 +1,9 @@
 """Filling a backbone weight by weight from safetensors: read a slice, convert, quantise, split, drop, go on.
 
-No rank ever holds more than its final part of the model and about one layer beside it. Plain weights are read from the
-mapped file by each rank for its own part only. Weights that are stacked or cut on the way, and quantised ones, are made
-in turns, each by one rank, and sent to the others; quantised ones may be read back from a cache of earlier conversions
-instead, again by each rank for its own part.
+No rank ever holds more than its final part of the model and one linear layer beside it, or two layers of experts. Plain
+weights are read from the mapped file by each rank for its own part only. Weights that are stacked or cut on the way,
+and quantised ones, are made in turns, each by one rank, and sent to the others; quantised ones may be read back from a
+cache of earlier conversions instead, again by each rank for its own part.
 """
 
 from __future__ import annotations
