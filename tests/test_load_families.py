@@ -115,6 +115,16 @@ def test_weights_and_buffers_are_those_of_transformers_to_the_bit(name: str, dty
     assert torch.equal(logits(ours), logits(theirs))
 
 
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_settings_of_generation_in_an_old_config_are_read(name: str, tmp_path: Path) -> None:
+    folder, auto = saved(name, tmp_path, torch.float32)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_beams": 3}))
+    assert load(folder).generation_config.num_beams == 3
+    assert load(folder).generation_config == auto.from_pretrained(folder).generation_config
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_quantised_model_is_the_plain_one_on_its_own_weights_quantised(name: str, tmp_path: Path) -> None:
     folder, auto = saved(name, tmp_path, torch.float32)

@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
-from adept_ds.backbone.hub import cached_commit, is_local
+from adept_ds.backbone.hub import CONFIG_NAME, cached_commit, is_local
 from adept_ds.backbone.quantization import unquantized_note
 from adept_ds.backbone.sharding import Partitioner
 from adept_ds.backbone.streaming import fill_backbone, fill_randomly
@@ -229,10 +229,7 @@ def load_backbone(
     note = unquantized_note(backbone)
     if note and show_progress:
         print(f"model.quantization {config.quantization}: {note}")
-    with suppress(OSError):  # not every checkpoint has one
-        backbone.generation_config = GenerationConfig.from_pretrained(
-            config.name_or_path, revision=config.revision or "main"
-        )
+    backbone.generation_config = _generation_config(config)
     backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     return backbone.requires_grad_(False).eval()
@@ -270,6 +267,16 @@ def _empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreT
         backbone = auto.from_config(architecture, **options)
     backbone.tie_weights()
     return backbone
+
+
+def _generation_config(config: ModelConfig) -> GenerationConfig:
+    """How the model generates; old checkpoints such as BART's have that among the fields of their config.json."""
+    options: dict[str, Any] = {"revision": config.revision or "main"}
+    try:
+        return GenerationConfig.from_pretrained(config.name_or_path, **options)
+    except OSError:
+        options |= {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+        return GenerationConfig.from_pretrained(config.name_or_path, **options)
 
 
 def _keep_in_fp32(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
