@@ -51,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": EXPERTS | {"layer_types": ["sliding_attention", "full_attention"]},
     "deepseek_v3": EXPERTS | LATENT | {"num_key_value_heads": 4},  # a router's persistent buffer
     "ernie4_5_moe": EXPERTS,  # weights that stay in fp32
+    "jamba": EXPERTS | {"mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     "bart": BART,  # a persistent buffer that old checkpoints lack
     "marian": BART,  # positions that no checkpoint has
@@ -218,7 +219,7 @@ def test_a_tensor_without_a_place_is_named(olmoe: Path, capsys) -> None:
 
 
 def test_a_model_without_layers_to_quantise_is_refused(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 0})
+    config = transformers.MambaConfig(**SIZES | {"state_size": 4})
     seeded(lambda: AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"model\.quantization is 'nf4', .* LlamaForCausalLM has none"):
+    with pytest.raises(UserError, match=r"model\.quantization is 'nf4', .* MambaForCausalLM has none"):
         load(tmp_path, quantization="nf4")

@@ -163,6 +163,9 @@ class QuantizedLinear(FrozenLinear):
 def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, QuantizedLinear]:
     """Exchange every linear layer but the LM head for a quantised one whose storage is not filled yet.
 
+    State-space mixers (Mamba, with its parameters A and D) keep theirs: they read the weights and do not call the
+    layers.
+
     Returns:
         Name of the weight, as it was, to its new layer.
 
@@ -171,6 +174,8 @@ def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, Qua
     """
     head, replaced = backbone.get_output_embeddings(), {}
     for parent_name, parent in list(backbone.named_modules()):
+        if hasattr(parent, "A_log") and hasattr(parent, "D"):
+            continue
         for name, child in list(parent.named_children()):
             if is_linear(child) and child is not head:
                 layer = QuantizedLinear(child, scheme)
@@ -179,7 +184,7 @@ def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, Qua
     if not replaced:
         raise UserError(
             f"model.quantization is {scheme.name!r}, which converts linear layers, and {type(backbone).__name__} has "
-            "none but its head; expected null"
+            "none that can be; expected null"
         )
     return replaced
 
