@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -95,15 +96,15 @@ def _trained_part(config: ModelConfig, architecture: PreTrainedConfig) -> PreTra
     Raises:
         UserError: The checkpoint is quantised, or has no language model; or as `_check_settings`.
     """
-    quantized = getattr(architecture, "quantization_config", None)
-    if quantized is not None:
+    trained = language_model(architecture)
+    quantized = getattr(architecture, "quantization_config", None) or getattr(trained, "quantization_config", None)
+    if quantized:
         fields = quantized if isinstance(quantized, dict) else quantized.to_dict()
         raise UserError(
             f"model.name_or_path is {config.name_or_path!r}, whose weights are quantised already "
             f"({fields.get('quant_method', 'quantization_config')} in its config.json); expected the model in 16 or 32 "
             "bits that it was made of (to train on 4-bit or 8-bit weights, set model.quantization to 'nf4' or 'int8')"
         )
-    trained = language_model(architecture)
     _check_settings(config, trained)
     return trained
 
@@ -216,19 +217,19 @@ def load_backbone(
     check_attention(config, architecture)
     weights = weight_files(config)
     backbone = _empty_backbone(config, architecture)
-    if deepspeed_config is None:
+    if deepspeed_config is None and config.quantization is None:
         _keep_in_fp32(backbone, DTYPES[config.dtype])
     partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
     transforms = weight_transforms(backbone, checkpoint)
     unused = fill_backbone(backbone, config, weights, transforms, device, partitioner, show_progress)
-    if unused and show_progress:
-        print(
-            f"{len(unused)} tensors of {config.name_or_path!r} have no place in {type(backbone).__name__} and are left "
-            f"out, the first is {unused[0]}"
+    notes = [note for note in [unquantized_note(backbone)] if note]
+    if unused:
+        notes.append(
+            f"tensors of the checkpoint that {type(backbone).__name__} has no place for are left out: {len(unused)}, "
+            f"the first is {unused[0]}"
         )
-    note = unquantized_note(backbone)
-    if note and show_progress:
-        print(f"model.quantization {config.quantization}: {note}")
+    for note in notes if show_progress else ():
+        print(f"{config.name_or_path}: {note}", file=sys.stderr)
     backbone.generation_config = _generation_config(config)
     backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
@@ -282,7 +283,8 @@ def _generation_config(config: ModelConfig) -> GenerationConfig:
 def _keep_in_fp32(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
     """Make those weights and buffers fp32 that `transformers` keeps so, such as the biases of a router of experts.
 
-    Not where ZeRO-3 splits the weights, which it wants in one precision.
+    Not where ZeRO-3 splits the weights, which it wants in one precision, and not where they are quantised: an engine
+    casts what is of another precision than the model's, and the bytes of quantised weights must not be cast.
     """
     patterns = [re.compile(pattern.replace("*", ".*")) for pattern in backbone._get_dtype_plan(dtype)]
     for name, tensor in backbone.state_dict(keep_vars=True).items():
