@@ -52,7 +52,8 @@ def test_the_model_is_the_plain_one_on_the_expanded_weights(saved, make_backbone
     ours, plain = load(saved(name), quantization=quantization), make_backbone(name)
     for key, module in ours.named_modules():
         if isinstance(module, QuantizedLinear):
-            plain.get_submodule(key).weight.data = module.dense_weight()
+            weight = module.dense_weight()
+            plain.get_submodule(key).weight.data = weight.t() if module.is_transposed else weight
     torch.testing.assert_close(logits(ours), logits(plain))
     ours_tied = ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
     assert ours_tied == (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight)

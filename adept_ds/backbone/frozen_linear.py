@@ -10,10 +10,12 @@ again before the layer's backward pass.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
 
 
 @cache
@@ -22,56 +24,77 @@ def has_fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """x [..., n] @ y [n, m] in the dtype of x, accumulated in fp32 on every device.
+def matmul(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., n] @ y [n, m] + bias [m] in the dtype of x, accumulated in fp32 on every device and rounded once.
 
     Leading dimensions are made one first: torch would else copy y once for each row of an x that is a slice, such as
     the last position of a prompt on its way into the head.
+    """
+    return _matmul_rows(x.reshape(-1, x.shape[-1]), y, bias).unflatten(0, x.shape[:-1])
+
+
+def _matmul_rows(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`matmul` of x [N, n].
 
     On a CPU without bf16 instructions torch's bf16 products are up to 30 times slower than fp32 ones, so there the
     operands are widened and the result is rounded once, which is what bf16 hardware computes.
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not has_fast_bf16():
-        return matmul(x.float(), y.float()).bfloat16()
-    return (x.reshape(-1, x.shape[-1]) @ y).unflatten(0, x.shape[:-1])
+        return _matmul_rows(x.float(), y.float(), None if bias is None else bias.float()).bfloat16()
+    return x @ y if bias is None else torch.addmm(bias.to(x.dtype), x, y)
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
+    """Of rows [N, in_features] to [N, out_features]: models may add to what it returns in place, but not to a view."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         # The layer and not a saved tensor: ZeRO-3 exchanges the data of its parameters between the two passes.
         ctx.layer = layer
-        y = matmul(x, layer.dense_weight().t())
-        return y if layer.bias is None else y + layer.bias
+        return _matmul_rows(x, layer.dense_weight().t(), layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return matmul(grads[0], ctx.layer.dense_weight()), None
+        return _matmul_rows(grads[0], ctx.layer.dense_weight()), None
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that shares a frozen one's parameters and saves a reference to the weight only."""
+    """A linear layer that shares a frozen one's parameters and saves a reference to the weight only.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Args:
+        linear: An `nn.Linear`, or a `Conv1D` of `transformers`, whose weight is [in_features, out_features].
+    """
+
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.is_transposed = isinstance(linear, Conv1D)
+        if isinstance(linear, Conv1D):
+            self.in_features, self.out_features = linear.nx, linear.nf
+        else:
+            self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] as it enters the product."""
-        return self.weight
+        return self.weight.t() if self.is_transposed else self.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return _FrozenLinearFunction.apply(input, self)
+        rows = _FrozenLinearFunction.apply(input.reshape(-1, self.in_features), self)
+        return rows.unflatten(0, input.shape[:-1])
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether the module is a linear layer and nothing more: of other subclasses one cannot know what they compute."""
+    return type(module) in (nn.Linear, Conv1D, FalconLinear)
 
 
 def replace_frozen_linears(model: nn.Module) -> int:
-    """Exchange every plain `nn.Linear` with frozen parameters in place; return how many there were."""
+    """Exchange every plain linear layer with frozen parameters in place; return how many there were."""
     replaced = 0
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child) is nn.Linear and not any(parameter.requires_grad for parameter in child.parameters()):
+            if is_linear(child) and not any(parameter.requires_grad for parameter in child.parameters()):
                 setattr(module, name, FrozenLinear(child))
                 replaced += 1
     return replaced

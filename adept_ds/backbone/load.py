@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
-from adept_ds.backbone.hub import cached_commit, is_local
+from adept_ds.backbone.hub import CONFIG_NAME, cached_commit, is_local
+from adept_ds.backbone.quantization import unquantized_note
 from adept_ds.backbone.sharding import Partitioner
 from adept_ds.backbone.streaming import fill_backbone, fill_randomly
+from adept_ds.backbone.text_part import language_model, weight_transforms
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
 
@@ -76,11 +79,34 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
     """Return the backbone's `transformers` config: its shape, no weights.
 
     Raises:
-        UserError: There is none at that place, it cannot be reached, or it does not work as `config` says.
+        UserError: There is none at that place, it cannot be reached, it is that of no language model or of a quantised
+            checkpoint, or it does not work as `config` says.
     """
-    architecture = _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
-    _check_settings(config, architecture)
-    return architecture
+    return _trained_part(config, _checkpoint_config(config))
+
+
+def _checkpoint_config(config: ModelConfig) -> PreTrainedConfig:
+    """The checkpoint's own config, which may be that of a language model and a vision model together."""
+    return _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
+
+
+def _trained_part(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that is trained.
+
+    Raises:
+        UserError: The checkpoint is quantised, or has no language model; or as `_check_settings`.
+    """
+    trained = language_model(architecture)
+    quantized = getattr(architecture, "quantization_config", None) or getattr(trained, "quantization_config", None)
+    if quantized:
+        fields = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        raise UserError(
+            f"model.name_or_path is {config.name_or_path!r}, whose weights are quantised already "
+            f"({fields.get('quant_method', 'quantization_config')} in its config.json); expected the model in 16 or 32 "
+            "bits that it was made of (to train on 4-bit or 8-bit weights, set model.quantization to 'nf4' or 'int8')"
+        )
+    _check_settings(config, trained)
+    return trained
 
 
 def resolve_architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
@@ -97,8 +123,7 @@ def resolve_architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
     if Path(name).is_dir() or not shipped.is_file():
         return load_architecture(config), f"config of {name}"
     architecture = AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
-    _check_settings(config, architecture)
-    return architecture, "shape shipped with adept_ds"
+    return _trained_part(config, architecture), "shape shipped with adept_ds"
 
 
 def check_attention(config: ModelConfig, architecture: PreTrainedConfig) -> None:
@@ -187,23 +212,25 @@ def load_backbone(
     if not show_progress:
         disable_progress_bar()
     device = device or torch.device("cpu")
-    architecture = load_architecture(config)
+    checkpoint = _checkpoint_config(config)
+    architecture = _trained_part(config, checkpoint)
     check_attention(config, architecture)
-    if deepspeed_config is None and config.quantization is None:
-        auto, options = _auto_model(config, architecture)
-        backbone = _from_source(
-            auto, "model.name_or_path", config.name_or_path, revision=config.revision, use_safetensors=True, **options
-        )
-        backbone.hub_revision = cached_commit(config.name_or_path, config.revision)
-        return backbone.requires_grad_(False).to(device)
     weights = weight_files(config)
     backbone = _empty_backbone(config, architecture)
+    if deepspeed_config is None and config.quantization is None:
+        _keep_in_fp32(backbone, DTYPES[config.dtype])
     partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
-    fill_backbone(backbone, config, weights, device, partitioner, show_progress)
-    with suppress(OSError):  # not every checkpoint has one
-        backbone.generation_config = GenerationConfig.from_pretrained(
-            config.name_or_path, revision=config.revision or "main"
+    transforms = weight_transforms(backbone, checkpoint)
+    unused = fill_backbone(backbone, config, weights, transforms, device, partitioner, show_progress)
+    notes = [note for note in [unquantized_note(backbone)] if note]
+    if unused:
+        notes.append(
+            f"tensors of the checkpoint that {type(backbone).__name__} has no place for are left out: {len(unused)}, "
+            f"the first is {unused[0]}"
         )
+    for note in notes if show_progress else ():
+        print(f"{config.name_or_path}: {note}", file=sys.stderr)
+    backbone.generation_config = _generation_config(config)
     backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     return backbone.requires_grad_(False).eval()
@@ -241,6 +268,28 @@ def _empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreT
         backbone = auto.from_config(architecture, **options)
     backbone.tie_weights()
     return backbone
+
+
+def _generation_config(config: ModelConfig) -> GenerationConfig:
+    """How the model generates; old checkpoints such as BART's have that among the fields of their config.json."""
+    options: dict[str, Any] = {"revision": config.revision or "main"}
+    try:
+        return GenerationConfig.from_pretrained(config.name_or_path, **options)
+    except OSError:
+        options |= {"config_file_name": CONFIG_NAME, "_from_model_config": True}
+        return GenerationConfig.from_pretrained(config.name_or_path, **options)
+
+
+def _keep_in_fp32(backbone: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make those weights and buffers fp32 that `transformers` keeps so, such as the biases of a router of experts.
+
+    Not where ZeRO-3 splits the weights, which it wants in one precision, and not where they are quantised: an engine
+    casts what is of another precision than the model's, and the bytes of quantised weights must not be cast.
+    """
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in backbone._get_dtype_plan(dtype)]
+    for name, tensor in backbone.state_dict(keep_vars=True).items():
+        if any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
 
 
 def weight_files(config: ModelConfig) -> list[Path]:

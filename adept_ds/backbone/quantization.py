@@ -21,15 +21,20 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from adept_ds.backbone.frozen_linear import FrozenLinear
+from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
+from adept_ds.backbone.sharding import full_numel
 from adept_ds.config.run import ModelConfig
+from adept_ds.errors import UserError
 
 _ALIGNMENT = 16
 _SCALES_PER_NESTED_BLOCK = 256
 _BLOCK_SIZE = {"nf4": 64, "int8": 256}
 _PART_ELEMENTS = 2**20
 """A multiple of all block sizes."""
+_NOTED_SHARE = 0.05
+"""Of the parameters."""
 
 
 @cache
@@ -128,11 +133,12 @@ class QuantizedLinear(FrozenLinear):
         y = x W^T + b      dL/dx = dL/dy W      W = dequantize(storage)
 
     Args:
-        linear: The layer whose place it takes; its weight's values are not read.
+        linear: The layer whose place it takes; its weight's values are not read. That of a `Conv1D` is held as
+            [out_features, in_features] too, which is also how bitsandbytes' layers have it.
         scheme: How the weight is held.
     """
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, scheme: Scheme) -> None:
         super().__init__(linear)
         self.scheme = scheme
         numel, dtype = linear.weight.numel(), linear.weight.dtype
@@ -140,6 +146,10 @@ class QuantizedLinear(FrozenLinear):
         self.weight = nn.Parameter(storage, requires_grad=False)
         # For counts of parameters; DeepSpeed knows the storage's own length only.
         self.weight.dense_numel = numel  # type: ignore[attr-defined]
+
+    def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
+        """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
+        return self.scheme.quantize(weight.t() if self.is_transposed else weight, device, self.weight.dtype)
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features], expanded anew."""
@@ -153,14 +163,50 @@ class QuantizedLinear(FrozenLinear):
 def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, QuantizedLinear]:
     """Exchange every linear layer but the LM head for a quantised one whose storage is not filled yet.
 
+    State-space mixers (Mamba, with its parameters A and D) keep theirs: they read the weights and do not call the
+    layers.
+
     Returns:
         Name of the weight, as it was, to its new layer.
+
+    Raises:
+        UserError: There is no such layer.
     """
     head, replaced = backbone.get_output_embeddings(), {}
     for parent_name, parent in list(backbone.named_modules()):
+        if hasattr(parent, "A_log") and hasattr(parent, "D"):
+            continue
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not head:
+            if is_linear(child) and child is not head:
                 layer = QuantizedLinear(child, scheme)
                 setattr(parent, name, layer)
                 replaced[f"{parent_name}.{name}.weight".lstrip(".")] = layer
+    if not replaced:
+        raise UserError(
+            f"model.quantization is {scheme.name!r}, which converts linear layers, and {type(backbone).__name__} has "
+            "none that can be; expected null"
+        )
     return replaced
+
+
+def unquantized_note(backbone: PreTrainedModel) -> str | None:
+    """Say how much of a quantised backbone is still in its full precision, tables and head aside; None where
+    that is next to nothing. The experts of most mixtures are no linear layers but stacked into one parameter."""
+    quantized = {id(module.weight) for module in backbone.modules() if isinstance(module, QuantizedLinear)}
+    if not quantized:
+        return None
+    tables = [module for module in backbone.modules() if isinstance(module, nn.Embedding)]
+    apart = {id(layer.weight) for layer in [*tables, backbone.get_output_embeddings()]}
+    plain = {
+        name: full_numel(parameter)
+        for name, parameter in backbone.named_parameters()
+        if id(parameter) not in quantized | apart and not parameter.requires_grad
+    }
+    count, total = sum(plain.values()), sum(full_numel(parameter) for parameter in backbone.parameters())
+    if count < _NOTED_SHARE * total:
+        return None
+    largest = max(plain, key=lambda name: plain[name])
+    return (
+        f"{count:,} of {total:,} parameters ({count / total:.0%}) are in no linear layer and stay in "
+        f"{str(backbone.dtype).removeprefix('torch.')}, such as {largest}"
+    )

@@ -1,8 +1,9 @@
-"""Filling a backbone weight by weight from safetensors: read a slice, quantise, split, drop, go on.
+"""Filling a backbone weight by weight from safetensors: read a slice, convert, quantise, split, drop, go on.
 
-No rank ever holds more than its final part of the model and one linear layer beside it. Plain weights are read from the
-mapped file by each rank for its own part only. Quantised ones are converted in turns, each by one rank, and sent to the
-others; or read back from a cache of earlier conversions, again by each rank for its own part.
+No rank ever holds more than its final part of the model and one linear layer beside it, or two layers of experts. Plain
+weights are read from the mapped file by each rank for its own part only. Weights that are stacked or cut on the way,
+and quantised ones, are made in turns, each by one rank, and sent to the others; quantised ones may be read back from a
+cache of earlier conversions instead, again by each rank for its own part.
 """
 
 from __future__ import annotations
@@ -12,25 +13,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 
 from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_linears
 from adept_ds.backbone.sharding import Partitioner
+from adept_ds.backbone.weight_sources import WeightFiles, WeightMap, map_weights
 from adept_ds.config.run import ModelConfig
 from adept_ds.distributed import on_all_ranks, own_rank, rank_count
-from adept_ds.errors import UserError
 
 CACHE_FORMAT = 1
 """Raised whenever the layout of quantised weights changes."""
@@ -53,24 +53,6 @@ def _freed_memory_goes_back() -> Iterator[None]:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-
-
-class WeightFiles(ExitStack):
-    """Safetensors files as one mapping of names to tensors, mapped into memory and read where they are touched."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        super().__init__()
-        self._file_of: dict[str, Any] = {}
-        for path in paths:
-            file = self.enter_context(safe_open(path, framework="pt"))
-            self._file_of |= dict.fromkeys(file.keys(), file)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor as it is in the file; nothing is read yet."""
-        return self._file_of[name].get_tensor(name)
 
 
 class QuantizedCache:
@@ -120,40 +102,53 @@ def fill_backbone(
     backbone: PreTrainedModel,
     config: ModelConfig,
     weights: list[Path],
+    transforms: Sequence[WeightTransform],
     device: torch.device,
     partitioner: Partitioner | None,
     show_progress: bool,
-) -> None:
+) -> list[str]:
     """Put a checkpoint's weights into a backbone whose parameters are on the meta device. Collective.
 
     Args:
         backbone: In its final dtype; its linear layers are quantised here if the config says so.
         config: What is loaded.
         weights: The checkpoint's safetensors files.
+        transforms: How `transformers` renames and converts the weights of such a checkpoint.
         device: Where the weights go.
         partitioner: Splits every parameter; None keeps all of them whole on each rank.
         show_progress: Whether this rank shows the progress.
 
+    Returns:
+        The checkpoint's tensors that the backbone has no place for.
+
     Raises:
-        UserError: The checkpoint lacks a weight or has one of another shape.
+        UserError: As `map_weights`, before any weight is read; or nothing could be quantised.
     """
     scheme = Scheme.of(config)
-    layers = quantize_linears(backbone, scheme) if scheme else {}
     with WeightFiles(weights) as files, _freed_memory_goes_back():
-        slots = _slots(backbone, files)
+        found = map_weights(backbone, files, transforms)
+        layers = quantize_linears(backbone, scheme) if scheme else {}
+        slots = _slots(backbone, found, files)
         progress = tqdm(total=len(slots), desc="load", unit="weight", disable=not show_progress)
+        left: dict[str, _Slot] = {}
         for slot in slots:
-            if slot.name not in layers:
-                slot.place(_own_values(slot, files[slot.source], device, partitioner), partitioner)
-                progress.update()
-        by_name = {slot.name: slot for slot in slots}
-        if scheme:
-            sources = {name: by_name[name].source for name in layers}
-            for name, storage in _storages(layers, sources, files, config, weights, device, partitioner):
-                by_name[name].place(storage, partitioner)
-                progress.update()
+            if not slot.has_source:
+                slot.place(_computed(backbone, slot).to(device), partitioner)
+            elif found.sources[slot.name].is_plain and slot.name not in layers:
+                slot.place(_own_values(slot, found.read(slot.name, files), device, partitioner), partitioner)
+            else:
+                left[slot.name] = slot
+                continue
+            progress.update()
+        for name, full in _made(left, layers, found, files, config, weights, device, partitioner):
+            left[name].place(full, partitioner)
+            progress.update()
+        for name, buffer in backbone.named_buffers():
+            if name in found.sources:
+                buffer.copy_(found.read(name, files))
     _move_buffers(backbone, device)
     progress.close()
+    return found.unused
 
 
 def fill_randomly(
@@ -165,7 +160,7 @@ def fill_randomly(
     generator = torch.Generator(device).manual_seed(0)
     slots: dict[int, _Slot] = {}
     for name, module, attribute, parameter in _parameters(backbone):
-        slot = slots.setdefault(id(parameter), _Slot(parameter, source=name))
+        slot = slots.setdefault(id(parameter), _Slot(parameter, has_source=False))
         slot.names.append(name)
         slot.places.append((module, attribute))
     for slot in slots.values():
@@ -189,8 +184,8 @@ class _Slot:
     """One parameter with all the places that it has in the model; several if it is tied."""
 
     parameter: nn.Parameter
-    source: str
-    """Its name in the checkpoint."""
+    has_source: bool
+    """Whether the checkpoint has it, under the first of its names."""
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
 
@@ -216,50 +211,50 @@ def _parameters(backbone: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.P
                 yield f"{path}.{attribute}".lstrip("."), module, attribute, parameter
 
 
-def _slots(backbone: PreTrainedModel, files: WeightFiles) -> list[_Slot]:
+def _slots(backbone: PreTrainedModel, found: WeightMap, files: WeightFiles) -> list[_Slot]:
     """The backbone's parameters with what fills them.
 
     The checkpoint decides what is tied: `transformers` ties the head of every T5 to its table, and unties it where the
     files hold two values, as those of T5 v1.1 do.
     """
-    prefix = f"{backbone.base_model_prefix}."
     slots: dict[int, list[_Slot]] = {}
-    unfilled: list[tuple[int, str, nn.Module, str]] = []
+    unfilled: list[tuple[str, nn.Module, str, nn.Parameter]] = []
     for name, module, attribute, parameter in _parameters(backbone):
-        # A checkpoint of the model below the LM head lacks the prefix.
-        forms = (name, name.removeprefix(prefix), prefix + name)
-        source = next((form for form in forms if form in files), None)
-        if source is None:
-            unfilled.append((id(parameter), name, module, attribute))
+        if name not in found.sources:
+            unfilled.append((name, module, attribute, parameter))
             continue
         alike = slots.setdefault(id(parameter), [])
-        slot = next((slot for slot in alike if torch.equal(files[slot.source], files[source])), None)
+        equal = (slot for slot in alike if torch.equal(found.read(slot.name, files), found.read(name, files)))
+        slot = next(equal, None)
         if slot is None:
-            slot = _Slot(parameter, source)
+            slot = _Slot(parameter, has_source=True)
             if alike:
                 backbone.all_tied_weights_keys.pop(name, None)
             alike.append(slot)
         slot.names.append(name)
         slot.places.append((module, attribute))
-    missing = []
-    for key, name, module, attribute in unfilled:
-        if key in slots:
-            slots[key][0].names.append(name)
-            slots[key][0].places.append((module, attribute))
-        else:
-            missing.append(name)
-    if missing:
-        raise UserError(
-            f"model.name_or_path is {backbone.config.name_or_path!r}, whose safetensors files lack {len(missing)} of "
-            f"the weights of {type(backbone).__name__}, the first is {missing[0]}"
-        )
+    for name, module, attribute, parameter in unfilled:
+        alike = slots.setdefault(id(parameter), [])
+        slot = alike[0] if alike else _Slot(parameter, has_source=False)
+        if not alike:
+            alike.append(slot)
+        slot.names.append(name)
+        slot.places.append((module, attribute))
     return [slot for alike in slots.values() for slot in alike]
+
+
+def _computed(backbone: PreTrainedModel, slot: _Slot) -> Tensor:
+    """The values that the model's own initialisation gives a parameter, such as positions that are sines."""
+    module, attribute = slot.places[0]
+    parameter = nn.Parameter(torch.empty_like(slot.parameter, device="cpu"), requires_grad=False)
+    module._parameters[attribute] = parameter
+    backbone._init_weights(module)
+    return parameter.data
 
 
 def _own_values(slot: _Slot, values: Tensor, device: torch.device, partitioner: Partitioner | None) -> Tensor:
     """The parameter's tensor with this rank's part of `values`; the rest of it is never touched."""
     shape, dtype = slot.parameter.shape, slot.parameter.dtype
-    _check_shape(slot.source, values, shape)
     if not partitioner:
         return values.to(device, dtype, copy=True)
     part = partitioner.own_part(shape.numel())
@@ -269,56 +264,64 @@ def _own_values(slot: _Slot, values: Tensor, device: torch.device, partitioner: 
     return full
 
 
-def _check_shape(name: str, values: Tensor, shape: torch.Size) -> None:
-    if values.shape != shape:
-        raise UserError(f"the checkpoint's {name} has shape {list(values.shape)}, expected {list(shape)}")
-
-
-def _storages(
-    layers: dict[str, QuantizedLinear],
-    sources: dict[str, str],
+def _made(
+    left: Mapping[str, _Slot],
+    layers: Mapping[str, QuantizedLinear],
+    found: WeightMap,
     files: WeightFiles,
     config: ModelConfig,
     weights: list[Path],
     device: torch.device,
     partitioner: Partitioner | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the storage of each quantised weight, from the cache or converted and put there."""
-    cache = QuantizedCache(Path(config.quantized_cache), config, weights) if config.quantized_cache else None
+    """Yield name and tensor of each weight that is no plain one: the storage of quantised ones, from the cache or made
+    and put there, and the others in full."""
+    cache = QuantizedCache(Path(config.quantized_cache), config, weights) if config.quantized_cache and layers else None
+    stored: set[str] = set()
     if cache and on_all_ranks(bool(cache.paths())):
-        with WeightFiles(cache.paths()) as stored:
+        with WeightFiles(cache.paths()) as cached:
             for name, layer in layers.items():
                 part = partitioner.own_part(layer.weight.numel()) if partitioner else slice(None)
-                storage = torch.empty(
-                    layer.weight.shape, dtype=layer.weight.dtype, device="cpu" if partitioner else device
-                )
-                storage[part] = stored[name][part]
+                storage = torch.empty_like(layer.weight, device="cpu" if partitioner else device)
+                storage[part] = cached[name][part]
                 yield name, storage
-        return
+        cache, stored = None, set(layers)
     is_writer = cache is not None and own_rank() == 0
-    for name, storage in _converted(layers, sources, files, device):
-        if cache and is_writer:
-            cache.add(name, storage)
-        yield name, storage
+    for name, full in _converted([left[name] for name in left if name not in stored], layers, found, files, device):
+        if cache and is_writer and name in layers:
+            cache.add(name, full)
+        yield name, full
     if cache and is_writer:
         cache.finish()
 
 
 def _converted(
-    layers: dict[str, QuantizedLinear], sources: dict[str, str], files: WeightFiles, device: torch.device
+    slots: list[_Slot],
+    layers: Mapping[str, QuantizedLinear],
+    found: WeightMap,
+    files: WeightFiles,
+    device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Quantise as many weights at a time as there are ranks, each by one of them, which sends it to the others."""
-    rank, ranks, names = own_rank(), rank_count(), list(layers)
-    for start in range(0, len(names), ranks):
-        turn = names[start : start + ranks]
-        own = None
+    """Make as many weights at a time as there are ranks, each by one of them, which sends it to the others."""
+    rank, ranks = own_rank(), rank_count()
+    # Those that are cut from the same tensors are made together.
+    groups: dict[int, list[_Slot]] = {}
+    for slot in slots:
+        groups.setdefault(id(found.sources[slot.name]), []).append(slot)
+    order = list(groups.values())
+    for start in range(0, len(order), ranks):
+        turn = order[start : start + ranks]
+        own: dict[str, Tensor] = {}
         if rank < len(turn):
-            layer = layers[turn[rank]]
-            weight = files[sources[turn[rank]]]
-            _check_shape(sources[turn[rank]], weight, torch.Size((layer.out_features, layer.in_features)))
-            own = layer.scheme.quantize(weight, device, layer.weight.dtype)
-        for owner, name in enumerate(turn):
-            storage = own if own is not None and owner == rank else torch.empty_like(layers[name].weight, device=device)
-            if ranks > 1:
-                dist.broadcast(storage.view(torch.uint8), owner)
-            yield name, storage
+            values = found.sources[turn[rank][0].name].read(files)
+            for slot in turn[rank]:
+                value, layer = values.pop(slot.name), layers.get(slot.name)
+                own[slot.name] = (
+                    layer.storage_of(value, device) if layer else value.to(device, slot.parameter.dtype).contiguous()
+                )
+        for owner, group in enumerate(turn):
+            for slot in group:
+                full = own.pop(slot.name) if owner == rank else torch.empty_like(slot.parameter, device=device)
+                if ranks > 1:
+                    dist.broadcast(full.view(-1).view(torch.uint8), owner)
+                yield slot.name, full

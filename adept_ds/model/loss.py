@@ -179,8 +179,7 @@ class LossHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits or summed loss, see the class."""
         if self._targets is None:
-            logits, bias = matmul(hidden, self.weight.t()), self._whole_bias()
-            return logits if bias is None else (logits + bias).to(logits.dtype)
+            return matmul(hidden, self.weight.t(), self._whole_bias())
         if hidden.shape[:-1] != self._targets.shape:
             raise UserError(
                 f"the backbone's LM head reads hidden states {list(hidden.shape)}, which are not one for each of the "

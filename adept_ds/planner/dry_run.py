@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from adept_ds.backbone.load import DTYPES, resolve_architecture
+from adept_ds.backbone.quantization import unquantized_note
 from adept_ds.config.batch import count_steps, learning_rates, warmup_steps
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.loader import LoadedConfig, config_hash, flatten
@@ -40,6 +41,8 @@ class Plan:
     architecture_origin: str
     """Where the backbone's config is from."""
     backbone_parameters: int
+    unquantized: str | None
+    """How much of a quantised backbone stays in its full precision, if that is much."""
     trained_parameters: int
     result_bytes: int
     """Size of adapter_model.safetensors, or of the weights of a whole model where that is the result."""
@@ -76,6 +79,8 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
         f"method         {run.method.name}: {plan.trained_parameters:,} trainable parameters "
         f"({100 * plan.trained_parameters / total:.4f} % of all)",
     ]
+    if plan.unquantized:
+        lines.insert(3, f"               {plan.unquantized}")
     if full:
         lines.append(f"result         a model folder with {plan.result_bytes:,} bytes of weights")
     else:
@@ -130,6 +135,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     return Plan(
         architecture_origin=origin,
         backbone_parameters=total if run.method.saves_model else total - trained,
+        unquantized=unquantized_note(model.backbone),
         trained_parameters=trained,
         result_bytes=result_bytes,
         shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},

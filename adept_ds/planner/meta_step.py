@@ -169,6 +169,9 @@ class _LiveBytes(TorchDispatchMode):
             # Rows with a label; how many there are depends on values.
             values, (mask,) = args
             result = values.new_empty(self._labelled_rows, *values.shape[mask.dim() :])
+        elif func is aten._grouped_mm.default:
+            # The stacked weights of experts; the operation's own rule for the meta device knows bf16 only.
+            result = args[0].new_empty(_grouped_product_shape(*args[:3]))
         else:
             if func in _WITH_SCRATCH:
                 self._add(torch.empty_like(args[0]).untyped_storage(), self.purpose)
@@ -196,6 +199,11 @@ class _LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.alive[purpose] -= size
         self.total -= size
+
+
+def _grouped_product_shape(x: Tensor, y: Tensor, ends: Tensor) -> tuple[int, ...]:
+    """Shape of the products of groups of rows [S, n] with [G, n, m], or of those of gradients [n, S] and [S, m]."""
+    return (*ends.shape, x.shape[0], y.shape[1]) if y.dim() == 2 else (x.shape[0], y.shape[2])
 
 
 def _is_boolean(indices: list[Tensor | None]) -> bool:
