@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -27,27 +25,8 @@ from adept_ds.storage.run_log import SilentLog
 from adept_ds.training.optimizer import set_learning_rates
 from adept_ds.training.preparation import RunData, StepPlan
 from adept_ds.training.results import Result
+from adept_ds.training.stopping import StopRequest
 from adept_ds.training.validation import Validation, count_labels
-
-
-class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and SIGINT into a flag that is read at the next step boundary.
-
-    After the first signal further ones are ignored: Python puts the default handlers back while it exits, and a second
-    signal would then kill a rank that has saved already.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in self.SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        for other in self.SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
 
 
 class Trainer:
@@ -107,7 +86,7 @@ class Trainer:
                 self._save()
             if stop_ranks and not is_last and not self._early_stop:
                 self._finish("interrupted")
-                self.log.say(f"stopped by a signal after step {self.state.step}, saved; go on by --resume auto")
+                self.log.say(f"interrupted by {self.stop.reason} and saved; go on by --resume auto")
                 return
         progress.close()
         if self._early_stop:

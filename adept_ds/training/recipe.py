@@ -16,29 +16,40 @@ from __future__ import annotations
 from pathlib import Path
 
 from adept_ds.config.run import RunConfig
-from adept_ds.distributed import World, init_world, on_main_rank
+from adept_ds.distributed import World, init_world, on_main_rank, sum_over_ranks
+from adept_ds.entry_point import outlive_console
 from adept_ds.storage.checkpoint import Checkpoint, find_checkpoint
 from adept_ds.storage.run_folder import RunFolder
 from adept_ds.storage.run_log import RunLog, SilentLog
 from adept_ds.storage.trackers import check_trackers
 from adept_ds.training.engine import build_engine
-from adept_ds.training.loop import StopRequest, Trainer
+from adept_ds.training.loop import Trainer
 from adept_ds.training.preparation import plan_steps, prepare_data
 from adept_ds.training.results import result_of
+from adept_ds.training.stopping import StopRequest
 
 
-def train(run: RunConfig, resume: str = "never") -> None:
+def train(run: RunConfig, resume: str = "never", stop: StopRequest | None = None) -> None:
     """Train one run, or go on with it.
 
     Args:
         run: The checked config.
         resume: `never`, `auto`, or a checkpoint folder; see `find_checkpoint`.
+        stop: When to end early; from here on, if None.
 
     Raises:
         UserError: Something in the config does not fit the model, the data, the ranks or the run folder; or the loss
             is not finite, and then the parameters are those of the step before.
     """
-    stop = StopRequest()
+    stop = stop or StopRequest()
+    outlive_console()
+    try:
+        _train(run, resume, stop)
+    finally:
+        stop.close()
+
+
+def _train(run: RunConfig, resume: str, stop: StopRequest) -> None:
     check_trackers(run.logging)
     data = prepare_data(run)
     world = init_world()
@@ -57,6 +68,11 @@ def train(run: RunConfig, resume: str = "never") -> None:
     log = RunLog(folder, run, first_step, plan.total_steps) if world.is_main else SilentLog(first_step)
     try:
         on_main_rank(log.open, world)
+        if sum_over_ranks([float(stop.received is not None)], world)[0]:
+            log.close()
+            log.set_status("interrupted", signal=stop.received)
+            log.say(f"interrupted by {stop.reason} before the backbone was loaded")
+            return
         engine = build_engine(plan.run, plan.deepspeed.config, data.tokenizer, world, values)
         if world.is_main:
             engine.model.print_trainable_parameters()
