@@ -103,24 +103,32 @@ def ranks_by_node(world: World) -> list[list[int]]:
 def on_main_rank(function: Callable[[], Result], world: World) -> Result:
     """Run `function` on rank 0 and give its result to every rank. Collective.
 
-    What `function` raises is raised on every rank, a `UserError` as it is and anything else as `MainRankError`, so that
-    no rank waits for one that has given up.
+    What `function` raises is raised on every rank, a `UserError` or `OSError` as one and anything else as
+    `MainRankError`, so that no rank waits for one that has given up.
     """
-    outcome: list[Any] = [None, None, False]
+    outcome: list[Any] = [None, None, None]
     error: Exception | None = None
     if world.is_main:
         try:
             outcome[0] = function()
         except Exception as raised:
             error = raised
-            outcome[1:] = [str(raised), isinstance(raised, UserError)]
+            outcome[1:] = [_re_raised(raised), f"rank 0 failed: {raised}"]
     dist.broadcast_object_list(outcome)
     if error is not None:
         raise error
-    _, message, is_user_error = outcome
-    if message is not None:
-        raise UserError(message) if is_user_error else MainRankError(f"rank 0 failed: {message}")
+    if outcome[2] is not None:
+        raise outcome[1] or MainRankError(outcome[2])
     return outcome[0]
+
+
+def _re_raised(error: Exception) -> Exception | None:
+    """What the other ranks raise for an error of rank 0 by which callers tell what to do; None for any other."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, error.filename) if error.errno else OSError(str(error))
+    return None
 
 
 def own_rank() -> int:
