@@ -54,6 +54,19 @@ def left_by_atomic_write(path: Path) -> Iterator[Path]:
     yield from path.parent.glob(f".{path.name}.????????")
 
 
+def parse_json(text: str, **options: Any) -> Any:
+    """As `json.loads`; `json.JSONDecodeError` also for what Python cannot hold: integers of thousands of digits, lists
+    in lists to a depth of hundreds."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except (json.JSONDecodeError, UserError):
+        raise
+    except ValueError:
+        raise json.JSONDecodeError("an integer with too many digits", text, 0) from None
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     """Return `value` as JSON, which has neither NaN nor Infinity: such numbers become null."""
     return json.dumps(_without_odd_numbers(value), indent=indent, allow_nan=False)
@@ -80,8 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: It holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -417,11 +417,9 @@ def test_a_validation_figure_of_nan_is_worse_than_any(
 ) -> None:
     settings = run_settings(tiny_llama, tmp_path / "run", max_steps=2, warmup_steps=0)
     settings["data"], settings["eval"] = pair_rows(tmp_path, validation=2), {"every_steps": 1}
-    done = tmp_path / "run" / "checkpoints" / "step-00000001"
-    patch = NAN_FIGURES.replace("DONE", f"Path({str(done)!r})").replace(
-        "is ALWAYS", "or True" if is_always else "is False"
-    )
-    result = run_ranks(0, patched(tmp_path, patch), settings)
+    first = tmp_path / "run" / "checkpoints" / "step-00000001"
+    is_good = "False" if is_always else f"Path({str(first)!r}).exists()"
+    result = run_ranks(0, patched(tmp_path, NAN_FIGURES.format(is_good=is_good)), settings)
     assert "eval/loss nan, which is no figure and worse than any" in result.stdout
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     if is_always:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import datasets
 
 CHUNK = 1_000
+LONGEST_INTEGER = 64
+"""Bits, the sign included, that a table's column holds."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _read_file(path: Path, task: Task) -> RawSplit:
 
     columns = task.columns()
     chunks = []
-    rows = iterate_rows(path, lambda row: [row.get(column, object) for column in columns])
+    rows = iterate_rows(path, lambda row: [_cell(row, column) for column in columns])
     try:
         while chunk := list(islice(rows, CHUNK)):
             chunks.append(pyarrow.table(dict(zip(columns, map(list, zip(*chunk, strict=True)), strict=True))))
@@ -96,6 +98,13 @@ def _read_file(path: Path, task: Task) -> RawSplit:
     if not len(table):
         raise UserError(f"task {task.name}: {path} holds no records")
     return RawSplit(datasets.Dataset(table), str(path))
+
+
+def _cell(row: Row, column: str) -> object:
+    value = row.get(column, object)
+    if isinstance(value, int) and value.bit_length() >= LONGEST_INTEGER:
+        raise UserError(f"{row.where}: {column} is an integer of {len(str(value))} digits; expected at most 64 bits")
+    return value
 
 
 def _read_hub(task: Task, split: str, hub_ids: Mapping[str, str]) -> RawSplit:
