@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from adept_ds.errors import UserError
+from adept_ds.errors import NodeError, UserError
 from adept_ds.rank_environment import take_slurm_ranks
 
 Result = TypeVar("Result")
@@ -43,6 +43,9 @@ def init_world() -> World:
     """Join the process group and take this rank's device. Collective.
 
     Ranks come from the launcher (`deepspeed`, torchrun), from SLURM's own tasks where RANK is not set, or there is one.
+
+    Raises:
+        NodeError: The ranks cannot meet: their port is taken, or nobody answers there.
     """
     environment = os.environ
     take_slurm_ranks(environment)
@@ -64,8 +67,23 @@ def init_world() -> World:
         # A single process needs no port, so none can clash.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+        except (dist.DistError, ValueError) as error:
+            raise NodeError(_no_meeting(rank, environment, error)) from error
     return World(rank, world_size, local_rank, device)
+
+
+def _no_meeting(rank: int, environment: Mapping[str, str], error: Exception) -> str:
+    """Why the ranks cannot meet, and what to change."""
+    place = f"MASTER_ADDR {environment.get('MASTER_ADDR')!r}, MASTER_PORT {environment.get('MASTER_PORT')!r}"
+    if "EADDRINUSE" in str(error):
+        return (
+            f"another process of this machine listens at the port where the ranks meet ({place}), perhaps another run; "
+            "give another port by --master_port to deepspeed and torchrun, or by MASTER_PORT"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"rank {rank} cannot meet the others at {place}: {reason}"
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
@@ -103,24 +121,32 @@ def ranks_by_node(world: World) -> list[list[int]]:
 def on_main_rank(function: Callable[[], Result], world: World) -> Result:
     """Run `function` on rank 0 and give its result to every rank. Collective.
 
-    What `function` raises is raised on every rank, a `UserError` as it is and anything else as `MainRankError`, so that
-    no rank waits for one that has given up.
+    What `function` raises is raised on every rank, a `UserError` or `OSError` as one and anything else as
+    `MainRankError`, so that no rank waits for one that has given up.
     """
-    outcome: list[Any] = [None, None, False]
+    outcome: list[Any] = [None, None, None]
     error: Exception | None = None
     if world.is_main:
         try:
             outcome[0] = function()
         except Exception as raised:
             error = raised
-            outcome[1:] = [str(raised), isinstance(raised, UserError)]
+            outcome[1:] = [_re_raised(raised), f"rank 0 failed: {raised}"]
     dist.broadcast_object_list(outcome)
     if error is not None:
         raise error
-    _, message, is_user_error = outcome
-    if message is not None:
-        raise UserError(message) if is_user_error else MainRankError(f"rank 0 failed: {message}")
+    if outcome[2] is not None:
+        raise outcome[1] or MainRankError(outcome[2])
     return outcome[0]
+
+
+def _re_raised(error: Exception) -> Exception | None:
+    """What the other ranks raise for an error of rank 0 by which callers tell what to do; None for any other."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, error.filename) if error.errno else OSError(str(error))
+    return None
 
 
 def own_rank() -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
+
+from typing_extensions import override
 
 from adept_ds.errors import NodeError, UserError
 from adept_ds.rank_environment import is_main_rank, take_slurm_ranks
 
 USER_ERROR_STATUS = 2
+CLOSED_OUTPUT_STATUS = 141
+"""As a shell tells of a program that SIGPIPE has ended."""
 
 
 def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -23,7 +29,9 @@ def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
     """
     take_slurm_ranks(os.environ)
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(status or 0)
     except UserError as error:
         if is_main_rank() or isinstance(error, NodeError):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -31,9 +39,58 @@ def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
         else:
             time.sleep(3)
         sys.exit(USER_ERROR_STATUS)
+    except BrokenPipeError:
+        # Who reads the output, such as `head`, has seen enough.
+        _to_nowhere(sys.stdout)
+        sys.exit(CLOSED_OUTPUT_STATUS)
     except Exception as error:
         _record_error(f"{type(error).__name__}: {error}", of_rank=True)
         raise
+
+
+def outlive_console() -> None:
+    """From now on what is printed goes nowhere once it cannot be written: the terminal is gone, `tee` has ended by the
+    same Ctrl-C, the disk of a redirected log is full. A run has its own record of what it does."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, _Console):
+            stream.flush()
+            setattr(sys, name, _Console(stream))
+
+
+class _Console(io.TextIOWrapper):
+    """A stream over another one's file that never fails."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        self._stream = stream  # which would close the file if it were given up
+
+    @override
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            _to_nowhere(self)
+            return len(text)
+
+    @override
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            _to_nowhere(self)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _record_error(message: str, of_rank: bool) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -48,11 +49,41 @@ def usual_mode() -> int:
     return 0o666 & ~umask
 
 
+def left_by_atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the temporary files that killed processes have left beside `path`."""
+    yield from path.parent.glob(f".{path.name}.????????")
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """As `json.loads`; `json.JSONDecodeError` also for what Python cannot hold: integers of thousands of digits, lists
+    in lists to a depth of hundreds."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except (json.JSONDecodeError, UserError):
+        raise
+    except ValueError:
+        raise json.JSONDecodeError("an integer with too many digits", text, 0) from None
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON, which has neither NaN nor Infinity: such numbers become null."""
+    return json.dumps(_without_odd_numbers(value), indent=indent, allow_nan=False)
+
+
+def _without_odd_numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_odd_numbers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_odd_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, whole or not at all; as `json_text`."""
     with atomic_write(path) as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(json_text(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -62,9 +93,11 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: It holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -187,3 +188,21 @@ def test_saving_again_replaces_the_adapter(make_backbone: Make, saved: Path):
     get_adept_model(make_backbone("llama"), AdeptConfig(num_virtual_tokens=9)).save_pretrained(saved)
     assert AdaptedModel.from_pretrained(make_backbone("llama"), saved).num_virtual_tokens == 9
     assert sorted(path.name for path in saved.iterdir()) == [adapter_folder.CONFIG_NAME, adapter_folder.TENSORS_NAME]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_none_are_refused_by_the_name_of_their_tensor(saved: Path, make_backbone: Make, number: float):
+    def destroy(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["network.w_up"][1, 3] = number
+
+    rewrite_tensors(saved, destroy)
+    with pytest.raises(UserError, match=r"NaN or infinity in network\.w_up"):
+        AdaptedModel.from_pretrained(make_backbone("llama"), saved)
+
+
+def test_an_adapter_of_nan_is_not_saved(make_backbone: Make, tmp_path: Path):
+    model = get_adept_model(make_backbone("llama"), AdeptConfig(num_virtual_tokens=3, bottleneck=2))
+    nn.init.constant_(model.trainable_parameters()["soft_prompt"], math.nan)
+    with pytest.raises(UserError, match="NaN or infinity in soft_prompt"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / adapter_folder.CONFIG_NAME).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from adept_ds.storage.checkpoint import (
     OPTIMIZER_NAME,
     SHARDED,
     Checkpoint,
+    Origin,
     TrainerState,
     collect_rng,
     list_checkpoints,
@@ -284,3 +286,64 @@ def test_a_sharded_checkpoint_is_for_its_ranks_and_stage_only(tmp_path, world_si
 
 def test_a_checkpoint_of_whole_tensors_is_for_any_number_of_ranks(tmp_path):
     load_checkpoint(save(tmp_path, 5)).check_ranks(7, 1)
+
+
+def test_a_manifest_that_proves_nothing_is_refused(tmp_path):
+    (save(tmp_path, 5) / "manifest.json").write_text("{}")
+    checkpoint, warnings = newest(tmp_path)
+    assert checkpoint is None
+    assert "does not name state.json, rng.safetensors" in warnings[0]
+
+
+def test_a_state_of_another_version_is_passed_over(tmp_path):
+    folder = save(tmp_path, 5)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"momentum": 1}))
+    proofs = json.loads((folder / "manifest.json").read_text())
+    proofs["state.json"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(proofs))
+    checkpoint, warnings = newest(tmp_path)
+    assert checkpoint is None
+    assert "was written by another version" in warnings[0]
+
+
+def test_best_leads_somewhere_whenever_publishing_is_cut_off(tmp_path):
+    publish_text(tmp_path, "best-1", "one")
+
+    def fill(folder: Path) -> None:
+        (folder / "file").write_text("again")
+        assert (tmp_path / "best" / "file").read_text() == "one"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "symlink_to", crash_after_a_file)
+        with pytest.raises(TypeError):
+            publish(tmp_path / "best", "best-1", fill, WORLD)
+    assert (tmp_path / "best" / "file").read_text() == "one"
+    publish(tmp_path / "best", "best-1", fill, WORLD)
+    assert (tmp_path / "best" / "file").read_text() == "again"
+
+
+SETTINGS = {"model": {"name_or_path": "a"}, "train": {"max_steps": 9}}
+
+
+def of_origin(tmp_path: Path, origin: Origin) -> Checkpoint:
+    rng = {"0.cpu": torch.get_rng_state()}
+    return load_checkpoint(save_checkpoint(tmp_path, TrainerState(step=3), write_states, rng, 1, WORLD, origin))
+
+
+def test_the_same_weights_elsewhere_are_gone_on_with(tmp_path):
+    checkpoint = of_origin(tmp_path, Origin(SETTINGS, "1f"))
+    checkpoint.check_origin(Origin(SETTINGS | {"model": {"name_or_path": "b"}}, "1f"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "backbone", "message"),
+    [
+        ({"model": {"name_or_path": "b"}}, "2e", "was trained on the weights of 'a'; model.name_or_path is 'b'"),
+        ({"train": {"max_steps": 8}}, "1f", "a run with other settings: train.max_steps was 9 and is now 8"),
+    ],
+)
+def test_other_weights_or_settings_are_refused(tmp_path, settings, backbone, message):
+    checkpoint = of_origin(tmp_path, Origin(SETTINGS, "1f"))
+    with pytest.raises(UserError, match=message):
+        checkpoint.check_origin(Origin(SETTINGS | settings, backbone))

@@ -360,3 +360,18 @@ def test_worked_example_alpaca_in_csv(tmp_path: Path) -> None:
     ]
     assert "instruction + input is the prompt (as a user's turn, or with Alpaca's template" in dataset.summary()
     assert dataset.summary().endswith("found by rendering the chat up to each of them")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_no_number_is_no_text(tmp_path: Path, number: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"input": "x", "output": {number}}}\n')
+    name = str(float(number))
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: output must be a text, not {name}"):
+        load_examples(own(tmp_path / "rows.jsonl"), "train")
+
+
+def test_prompts_and_completions_of_jsonl_are_texts(tmp_path: Path) -> None:
+    """There nothing is guessed, so a number is taken for a mistake."""
+    path = put(tmp_path / "rows.jsonl", [{"prompt": "2 + 2 =", "completion": 4}])
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: completion must be a text, not int"):
+        load_examples(DataConfig(format="jsonl", path=str(path)), "train")

@@ -137,3 +137,34 @@ def test_long_cells_are_read(tmp_path: Path) -> None:
 
 def test_texts_have_unix_line_ends() -> None:
     assert Row("f:1", {"a": "x\r\ny\r"}).get_text("a") == "x\ny"
+
+
+DIGITS = "1" * 5000
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (f'{{"a": "x", "n": {DIGITS}}}', "not valid JSON, an integer with too many digits"),
+        (f'{{"a": "x", "n": {DEEP}}}', "not valid JSON, nested too deeply"),
+        ('{"a": "x \\ud83d y"}', "a holds half of a character"),
+        ('{"a": "x", "b": [{"c": "\\udc00"}]}', "b holds half of a character"),
+        ('{"a": "x", "\\ud800": 1}', "holds half of a character"),
+    ],
+    ids=["digits", "depth", "a half", "a half within", "half a name"],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_what_python_or_utf8_cannot_hold_is_told_with_its_line(
+    tmp_path: Path, record: str, message: str, name: str
+) -> None:
+    lines = ['{"a": "whole: \\ud83d\\ude00"}', record]
+    text = "\n".join(lines) if name == "rows.jsonl" else f"[{lines[0]},\n{record}]"
+    path = put(tmp_path, name, text.encode())
+    with pytest.raises(UserError, match=f"{path}:2: .*{message}"):
+        read_rows(path)
+
+
+def test_what_a_model_has_written_is_read_with_halves_of_characters_replaced(tmp_path: Path) -> None:
+    path = put(tmp_path, "samples.jsonl", b'{"a": "x \\ud83d y", "b": [{"c": "\\udc00"}]}\n')
+    assert read_each(path, lambda row: row.values, repair=True) == [{"a": "x \ufffd y", "b": [{"c": "\ufffd"}]}]

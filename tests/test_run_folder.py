@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.storage import adapter_folder
 from adept_ds.storage.checkpoint import OPTIMIZER_NAME, TrainerState, find_checkpoint, save_checkpoint, write_tensors
-from adept_ds.storage.run_folder import RunFolder
+from adept_ds.storage.run_folder import RunFolder, list_checkpoints, newest_step
 from tests.conftest import WORLD
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -29,10 +32,11 @@ def resolved(**sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(path: Path, config: dict[str, Any], resume: str = "never") -> Any:
-    """Open a folder as a process would that ends afterwards."""
+    """Open a folder as a process would that takes a step and ends afterwards."""
     warnings: list[str] = []
     folder = RunFolder(path)
     folder.open(config, resume)
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
     return find_checkpoint(folder.checkpoints, resume, warnings.append)
 
 
@@ -175,3 +179,65 @@ def test_status_is_that_of_the_last_try(tmp_path):
     folder.set_status("running", 0, 10)
     folder.set_status("interrupted", 4, 10, signal="SIGTERM")
     assert folder.status() == {"state": "interrupted", "step": 4, "total_steps": 10, "signal": "SIGTERM"}
+
+
+def test_a_try_that_took_no_step_is_no_run(tmp_path):
+    """Of a start that failed, such as for a model that cannot be loaded, the corrected command takes the folder."""
+    RunFolder(tmp_path).open(resolved(), "never")
+    start(tmp_path, resolved(method={"bottleneck": 2}))
+    with pytest.raises(UserError, match="holds a run already"):
+        start(tmp_path, resolved(method={"bottleneck": 2}))
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_its_setting(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"logging\.run_dir is .*file/run.*Not a directory"):
+        RunFolder(tmp_path / "file" / "run").open(resolved(), "never")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, number):
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    warnings: list[str] = []
+    RunFolder(tmp_path).open(resolved(), "never", warnings.append)
+    assert "on a file system without locks" in warnings[0]
+    assert os.strerror(number) in warnings[0]
+
+
+def test_only_what_a_run_has_written_is_looked_at_or_removed(tmp_path):
+    root = tmp_path / "checkpoints"
+    write_checkpoint(root, 5)
+    own = [root / "step-notes", root / "step-00000007-good", root / "step-zzz", tmp_path / "best-step-old"]
+    for folder in own:
+        folder.mkdir()
+    (root / "step-00000008").touch()
+    (root / "step-00000009").symlink_to(root / "step-00000007-good")
+    folder = RunFolder(tmp_path)
+    folder.open(resolved(), "auto")
+    folder.clear_litter()
+    assert [path.name for path in list_checkpoints(root)] == ["step-00000005"]
+    assert newest_step(tmp_path) == 5
+    write_checkpoint(root, 6)
+    assert all(path.exists() for path in own)
+
+
+def test_what_killed_tries_left_is_cleared_away(tmp_path):
+    write_checkpoint(tmp_path / "checkpoints", 5)
+    litter = [
+        tmp_path / "best-step-00000003",
+        tmp_path / ".best-step-00000004.tmp",
+        tmp_path / "checkpoints" / ".step-00000006.tmp",
+    ]
+    for left in (*litter, tmp_path / "best-step-00000005"):
+        left.mkdir()
+    (tmp_path / "best").symlink_to("best-step-00000005")
+    (tmp_path / ".config.json.ab3_xy7z").touch()
+    folder = RunFolder(tmp_path)
+    folder.open(resolved(), "auto")
+    folder.clear_litter()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"best", "best-step-00000005", "checkpoints", "config.json", ".lock"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,57 @@ def test_a_tracker_that_fails_to_take_the_result_does_not_fail_the_run(tmp_path,
     log = open_log(tmp_path / "run", trackers=("tensorboard",), upload_result=True)
     log.close(tmp_path)
     assert "tensorboard did not take the result: OSError: no room for run-best" in capsys.readouterr().out
+
+
+def test_odd_lines_are_left_out_and_told_and_hide_none_behind_them(tmp_path, capsys):
+    write(tmp_path, [1, 2])
+    path = tmp_path / METRICS_NAME
+    odd = ['{"loss": 1}', '{"step": "two"}', "7", "[]", "\x00\x00", "[" * 100_000]
+    path.write_text("\n".join([path.read_text().splitlines()[0], *odd, path.read_text().splitlines()[1]]) + "\n")
+    write(tmp_path, [3], first_step=2)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    assert f"{path}: left out 6 that are no whole line of metrics" in capsys.readouterr().out
+
+
+def test_figures_that_are_no_numbers_are_json_all_the_same(tmp_path):
+    log = open_log(tmp_path)
+    write_line(log, 1, loss=1.0, grad_norm=math.inf, **{"eval/loss": math.nan})
+    log.set_status("failed", best_value=math.nan)
+    log.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    (line,) = (tmp_path / METRICS_NAME).read_text().splitlines()
+    expected = {"step": 1, "loss": 1.0, "not_finite": {"grad_norm": "inf", "eval/loss": "nan"}}
+    assert json.loads(line, parse_constant=refuse) == expected
+    assert json.loads((tmp_path / "status.json").read_text(), parse_constant=refuse)["best_value"] is None
+
+
+def test_tensorboard_has_a_step_once_after_a_resume(tmp_path):
+    for first, steps, loss in ((0, (1, 2, 3), 1.0), (1, (2, 3), 0.5)):
+        log = open_log(tmp_path, first, trackers=("tensorboard",))
+        for step in steps:
+            write_line(log, step, loss=loss)
+        log.close()
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in accumulator.Scalars("loss")] == [(1, 1.0), (2, 0.5), (3, 0.5)]
+
+
+def test_a_status_tells_the_step_while_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("adept_ds.storage.run_log.STATUS_SECONDS", 0.0)
+    log = open_log(tmp_path)
+    write_line(log, 7, loss=1.0)
+    assert (read_status(tmp_path)["state"], read_status(tmp_path)["step"]) == ("running", 7)
+    log.close()
+
+
+def test_a_full_disk_under_metrics_and_status_is_told_and_ends_nothing(tmp_path, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is always full")
+    (tmp_path / METRICS_NAME).symlink_to("/dev/full")
+    log = RunLog(RunFolder(tmp_path), open_log(tmp_path / "other")._run, 0, 10)
+    log._file = (tmp_path / METRICS_NAME).open("a", buffering=1)
+    for step in (1, 2):
+        write_line(log, step, loss=1.0)
+    assert capsys.readouterr().out.count("No space left on device") == 1

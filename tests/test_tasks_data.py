@@ -442,3 +442,24 @@ def test_examples_read_one_by_one_in_slices_and_in_passing_are_the_same(two_task
         examples[len(examples)]
     unique, positions = examples.unique()
     assert [unique[position] for position in positions] == list(examples)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "a/b", "a\\b", "..", "", "x" * 101, "two\nlines"])
+def test_a_tasks_name_is_no_path(tmp_path, name):
+    write_jsonl(tmp_path / "rows.jsonl", [{"x": "a", "y": "b"}])
+    declared = {
+        "name": name,
+        "files": {"train": "rows.jsonl"},
+        "source": "{x}",
+        "target": "y",
+        "metrics": ["exact_match"],
+    }
+    (tmp_path / "own.json").write_text(json.dumps(declared | {"name": name}))
+    with pytest.raises(UserError, match="name"):
+        find_task(str(tmp_path / "own.json"))
+
+
+def test_a_label_of_forty_digits_is_told_with_its_line(tmp_path):
+    put(tmp_path, "rte", "train", [*rte_rows(2), {**rte_rows(1)[0], "label": int("1" * 40)}])
+    with pytest.raises(UserError, match=r"train\.jsonl:3: label is an integer of 40 digits"):
+        load_task_examples(config(tmp_path, "rte"), "train")

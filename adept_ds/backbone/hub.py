@@ -5,8 +5,9 @@ Nothing here imports torch or `transformers`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from adept_ds.backbone.weight_files import read_index
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -29,8 +30,7 @@ def missing_model_files(source: str, revision: str | None = None) -> list[str]:
     index = _find(source, revision, INDEX_NAME)
     if index is None:
         return [WEIGHTS_NAME]
-    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [name for name in shards if _find(source, revision, name) is None]
+    return [name for name in read_index(index) if _find(source, revision, name) is None]
 
 
 def is_tokenizer_here(source: str) -> bool:

@@ -38,6 +38,7 @@ from adept_ds.backbone.quantization import unquantized_note
 from adept_ds.backbone.sharding import Partitioner
 from adept_ds.backbone.streaming import fill_backbone, fill_randomly
 from adept_ds.backbone.text_part import language_model, weight_transforms
+from adept_ds.backbone.weight_files import check_weight_files, read_index
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
 
@@ -152,7 +153,7 @@ def _attention_refusal(config: ModelConfig, architecture: PreTrainedConfig) -> s
     auto, options = _auto_model(config, architecture)
     try:
         with torch.device("meta"):
-            auto.from_config(copy.deepcopy(architecture), **options)
+            auto.from_config(copy.deepcopy(architecture), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".")
     return ""
@@ -265,7 +266,7 @@ def _empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreT
     """The backbone with its parameters on the meta device."""
     auto, options = _auto_model(config, architecture)
     with init_empty_weights(include_buffers=False):
-        backbone = auto.from_config(architecture, **options)
+        backbone = auto.from_config(architecture, trust_remote_code=False, **options)
     backbone.tie_weights()
     return backbone
 
@@ -296,8 +297,14 @@ def weight_files(config: ModelConfig) -> list[Path]:
     """The safetensors files of the checkpoint, fetched from the hub if need be.
 
     Raises:
-        UserError: There are none at that place, or they cannot be reached.
+        UserError: There are none at that place, they cannot be reached, or they are not whole.
     """
+    paths = _weight_paths(config)
+    check_weight_files(paths)
+    return paths
+
+
+def _weight_paths(config: ModelConfig) -> list[Path]:
     source = config.name_or_path
     with _told_as_user_error("model.name_or_path", source):
         options: dict[str, Any] = {"revision": config.revision}
@@ -305,6 +312,7 @@ def weight_files(config: ModelConfig) -> list[Path]:
         if single:
             return [Path(single)]
         index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
+        read_index(Path(str(index)))
         return [Path(path) for path in get_checkpoint_shard_files(source, index, **options)[0]]
 
 
@@ -313,7 +321,7 @@ def _from_source(auto: Any, key: str, source: str, **options: Any) -> Any:
     if is_local(source) and not Path(source).is_dir():
         raise UserError(f"{key} is {source!r}: no such folder{did_you_mean_path(source)}")
     with _told_as_user_error(key, source):
-        return auto.from_pretrained(source, **options)
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
 
 
 @contextmanager
@@ -321,8 +329,17 @@ def _told_as_user_error(key: str, source: str) -> Iterator[None]:
     """Tell what `transformers` raises about a checkpoint as the mistake that it nearly always is."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # Of files that hold something else than they should, it raises whatever comes of that.
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which is not run here; only what transformers has itself is"
+        elif not isinstance(error, OSError | ValueError | ImportError):
+            reason = " ".join(f"a file of it is not as it should be ({type(error).__name__}: {error})".split())[:300]
         raise UserError(
             f"{key} is {source!r}, which cannot be loaded: {reason} (expected: a local folder with a safetensors "
             "checkpoint, or a hub id that is in the local cache or reachable)"

@@ -222,7 +222,9 @@ def _bitsandbytes_backbone(
         backbone = type(dense).from_pretrained(None, config=dense.config, state_dict=dense.state_dict(), **options)
     else:
         auto: Any = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
-        backbone = auto.from_pretrained(config.name_or_path, revision=config.revision, use_safetensors=True, **options)
+        backbone = auto.from_pretrained(
+            config.name_or_path, revision=config.revision, use_safetensors=True, trust_remote_code=False, **options
+        )
     return backbone.requires_grad_(False)
 
 

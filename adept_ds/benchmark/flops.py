@@ -61,7 +61,9 @@ class ModelFlops:
         auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             # Eager attention is made of products that the counter knows on every device.
-            backbone = auto.from_config(architecture, attn_implementation="eager").requires_grad_(False)
+            backbone = auto.from_config(
+                architecture, attn_implementation="eager", trust_remote_code=False
+            ).requires_grad_(False)
         head = backbone.get_output_embeddings()
         self._per_label = 4 * head.in_features * head.out_features
         backbone.set_output_embeddings(nn.Identity())

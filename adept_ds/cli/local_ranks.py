@@ -13,9 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 
+import psutil
+
 from adept_ds.config.command_line import parse_count
+from adept_ds.training.stopping import REPEAT_SECONDS, STARTED_BY, stop_signals
 
 GRACE_SECONDS = 20.0
 """The others get so long to end by themselves when a rank has failed: they wait for it, or save."""
@@ -52,14 +56,14 @@ def run_ranks(count: int, command: str, arguments: Sequence[str]) -> int:
 
 
 class Children:
-    """Processes whose end is waited for. Signals are passed on to them: a run decides when it can stop."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    """Processes whose end is waited for. A signal is passed on to them, as SIGTERM: a run decides when it can stop. A
+    second one kills them. A rank that outlives this process saves and ends."""
 
     def __init__(self) -> None:
         self.stopping = False
+        self._stopping_since = 0.0
         self._processes: list[subprocess.Popen] = []
-        for number in self.SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._receive)
 
     def run(self, command: Sequence[str], environments: Sequence[Mapping[str, str]] = ({},)) -> int:
@@ -70,9 +74,10 @@ class Children:
         Returns:
             The first status that is not 0, else 0; of a process that a signal killed, 128 and the signal's number.
         """
+        started_by = {STARTED_BY: f"{os.environ.get(STARTED_BY, '')} {os.getpid()}"}
         # Each in a group of its own, so that a terminal's Ctrl-C reaches it once, by way of this process.
         self._processes = [
-            subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+            subprocess.Popen(command, env={**os.environ, **started_by, **environment}, start_new_session=True)
             for environment in environments
         ]
         if self.stopping:
@@ -87,17 +92,32 @@ class Children:
                 self._signal(signal.SIGTERM if len(deadlines) == 2 else signal.SIGKILL)
                 del deadlines[0]
             time.sleep(POLL_SECONDS)
+        while self.stopping and any(_has_group(process.pid) for process in self._processes):
+            # A launcher that the signal has ended leaves its ranks, which are saving.
+            time.sleep(POLL_SECONDS)
         status = failed or next((process.returncode for process in self._processes if process.returncode), 0)
         return status if status >= 0 else 128 - status
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signal(signal.SIGKILL if self.stopping else signal.SIGTERM)
-        self.stopping = True
+        if not self.stopping:
+            self.stopping, self._stopping_since = True, time.monotonic()
+            self._signal(signal.SIGTERM)
+        elif time.monotonic() - self._stopping_since > REPEAT_SECONDS:
+            self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
         for process in self._processes:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
+
+
+def _has_group(pid: int) -> bool:
+    """Whether any process is left of the group that the process `pid` has led."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _free_port() -> int:

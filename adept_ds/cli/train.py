@@ -9,8 +9,9 @@
 The first form chooses settings that suit the model, the rows and the machine, and says which; --print_config shows them
 all, as a config file to start from. Any of them can be given as --section.key VALUE.
 
-A run that SIGTERM, SIGUSR1 or Ctrl-C stops is saved and ends with status 0; status.json in its folder says
-"interrupted", and --resume auto goes on with it. Status 2 is a mistake in the settings, told in the last lines.
+A run that SIGTERM, SIGUSR1, SIGHUP or Ctrl-C stops is saved and ends with status 0; status.json in its folder says
+"interrupted", and --resume auto goes on with it. A second signal ends it at once. Status 2 is a mistake in the
+settings, told in the last lines.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from adept_ds.cli.local_ranks import add_ranks_flag, run_ranks, starts_ranks
 from adept_ds.config.command_line import add_training_flags, parse_command_line
 from adept_ds.errors import UserError
 from adept_ds.rank_environment import is_main_rank
+from adept_ds.training.stopping import StopRequest
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +81,8 @@ def main(arguments: Sequence[str]) -> int | None:
         return None
     if starts_ranks(flags):
         return run_ranks(flags.ranks, "train", arguments)
+    stop = StopRequest()
     from adept_ds.training.recipe import train
 
-    train(loaded.run, flags.resume)
+    train(loaded.run, flags.resume, stop)
     return None

@@ -10,7 +10,8 @@ DeepSpeed itself is not imported: this also serves where it is not installed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,41 @@ TOP_LEVEL_KEYS = _names("""
     zero_force_ds_cpu_optimizer zero_optimization
 """)
 """What DeepSpeed 0.19 reads at the top level."""
+
+_FLAGS = _names("""
+    dataloader_drop_last disable_allgather disable_python_gc dump_state memory_breakdown prescale_gradients
+    use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    activation_checkpointing.contiguous_memory_optimization activation_checkpointing.cpu_checkpointing
+    activation_checkpointing.partition_activations activation_checkpointing.profile
+    activation_checkpointing.synchronize_checkpoint_boundary aio.overlap_events aio.single_submit aio.use_gds
+    data_efficiency.enabled flops_profiler.enabled
+""")
+_COUNTS = _names("""
+    steps_per_print vocabulary_size aio.block_size aio.intra_op_parallelism aio.queue_depth
+    fp16.initial_scale_power fp16.loss_scale_window zero_optimization.sub_group_size
+""")
+_OBJECTS = _names("""
+    activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger compile csv_monitor data_efficiency
+    data_types datastates_ckpt flops_profiler fp16 hybrid_engine tensorboard timers torch_autocast wandb
+    weight_quantization zero_optimization
+""")
+_DTYPES = _names("communication_data_type seq_parallel_communication_data_type data_types.grad_accum_dtype")
+_KINDS: dict[str, tuple[frozenset[str], Callable[[Any], bool]]] = {
+    "true or false": (_FLAGS, lambda value: isinstance(value, bool)),
+    "a whole number of 1 or more": (_COUNTS, lambda value: type(value) is int and value > 0),
+    "an object": (_OBJECTS, lambda value: isinstance(value, dict)),
+    "fp32, fp16 or bf16": (_DTYPES, lambda value: value in ("fp32", "fp16", "bf16")),
+    "a number above 0": (
+        _names("gradient_predivide_factor"),
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    ),
+    "debug, info, warning, error or critical": (
+        _names("log_level"),
+        lambda value: value in ("debug", "info", "warning", "error", "critical"),
+    ),
+}
+"""What is expected to the keys that expect it, where DeepSpeed takes anything and fails, or does something else, once
+the model is loaded."""
 
 _ZERO_STAGE3_KEYS = _names("""
     prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters
@@ -195,12 +231,14 @@ def section_problems(section: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, f"not allowed here: {REFUSED_KEYS[name]}"
         elif name not in TOP_LEVEL_KEYS:
             yield key, f"DeepSpeed has no such key{_nearest(name, TOP_LEVEL_KEYS)}"
-        elif name in SECTION_KEYS:
-            if not isinstance(value, dict):
-                yield key, "expected an object"
-                continue
+        elif name in SECTION_KEYS and isinstance(value, dict):
             for inner in value.keys() - SECTION_KEYS[name]:
                 yield f"{key}.{inner}", f"DeepSpeed has no such key in {name}{_nearest(inner, SECTION_KEYS[name])}"
+    for expected, (keys, is_one) in _KINDS.items():
+        for key in sorted(keys):
+            value = _lookup(section, key)
+            if value is not _ABSENT and value != AUTO and not is_one(value):
+                yield f"deepspeed.{key}", f"expected {expected}"
     zero = section.get("zero_optimization")
     if isinstance(zero, dict):
         if not _is_stage(zero.get("stage", 0)):
@@ -221,8 +259,8 @@ def _offload_problems(key: str, offload: Any, keys: frozenset[str]) -> Iterator[
     for name in offload.keys() - keys:
         yield f"{key}.{name}", f"DeepSpeed has no such key there{_nearest(name, keys)}"
     device = offload.get("device", "none")
-    if device not in _OFFLOAD_DEVICES:
-        yield f"{key}.device", f"{device!r} is no device for it{_nearest(str(device), _OFFLOAD_DEVICES)}"
+    if not isinstance(device, str) or device not in _OFFLOAD_DEVICES:
+        yield f"{key}.device", f"{shown(device)} is no device for it{_nearest(str(device), _OFFLOAD_DEVICES)}"
     if device == "nvme" and not Path(str(offload.get("nvme_path", ""))).is_dir():
         yield f"{key}.nvme_path", "device nvme needs the folder of a local disk; expected one that exists"
 
@@ -264,7 +302,7 @@ def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[t
                 "model.dtype fp32"
             ),
         )
-    offloads = isinstance(zero, dict) and zero.get("offload_param", {}).get("device", "none") != "none"
+    offloads = _lookup(run.deepspeed, "zero_optimization.offload_param.device") not in (_ABSENT, "none")
     if offloads and (stage or DEFAULT_STAGE) != SHARDED_STAGE and run.train.sharding not in ("node", "global"):
         yield "zero_optimization.offload_param", "only weights that are split can be offloaded; expected stage 3"
     if run.train.sharding == "replicate" and stage == 3:
@@ -275,21 +313,39 @@ def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[t
     if run.train.sharding == "auto" and stage is not None:
         yield "zero_optimization.stage", f"{stage} contradicts train.sharding = 'auto', which chooses it; leave one out"
     for key, expected in _owned_values(run, batch).items():
-        value: Any = run.deepspeed
-        for name in key.split("."):
-            value = value.get(name, AUTO) if isinstance(value, dict) else AUTO
+        value = _lookup(run.deepspeed, key)
         # `True == 1` in Python, and 1 is not a valid flag.
-        if value != AUTO and (value != expected or isinstance(value, bool) != isinstance(expected, bool)):
+        if value not in (_ABSENT, AUTO) and (
+            value != expected or isinstance(value, bool) != isinstance(expected, bool)
+        ):
             owner = OWNERS[key]
             section, _, name = owner.partition(".")
             owned = getattr(getattr(run, section), name)
             yield (
                 key,
                 (
-                    f"{value!r} contradicts {owner} = {owned!r}, which sets it to {expected!r}; "
+                    f"{shown(value)} contradicts {owner} = {owned!r}, which sets it to {expected!r}; "
                     f'expected "auto" or no value here'
                 ),
             )
+
+
+_ABSENT: Any = object()
+
+
+def _lookup(values: Any, key: str) -> Any:
+    """The value at a dotted key; `_ABSENT` where there is none."""
+    for name in key.split("."):
+        if not isinstance(values, dict) or name not in values:
+            return _ABSENT
+        values = values[name]
+    return values
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _put(config: dict[str, Any], key: str, value: Any) -> None:

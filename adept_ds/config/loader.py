@@ -31,6 +31,7 @@ from adept_ds.config.schema import (
     unknown_key_message,
 )
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.files import parse_json
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -97,11 +98,14 @@ def load_settings(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     problems: list[str] = []
-    if path is not None:
-        text = _read(path, flag)
-        values = _parse(text, path, model)
-        sources, problems = _file_sources(text, path)
-    return _load(model, values, sources, overrides, str(path or COMMAND_LINE), problems)
+    try:
+        if path is not None:
+            text = _read(path, flag)
+            values = _parse(text, path, model)
+            sources, problems = _file_sources(text, path)
+        return _load(model, values, sources, overrides, str(path or COMMAND_LINE), problems)
+    except RecursionError:
+        raise UserError(f"{path or COMMAND_LINE}: nested too deeply; expected settings in sections") from None
 
 
 def _load(
@@ -160,6 +164,8 @@ def _read(path: Path, flag: str) -> str:
         shipped = shipped_configs() if path.name == str(path) and flag == "--config" else {}
         near = did_you_mean(str(path), [*map(str, siblings), *shipped])
         raise UserError(f"{flag} {path}: no such file{near}") from None
+    except (PermissionError, NotADirectoryError) as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
     except IsADirectoryError:
         raise UserError(f"{flag} {path}: this is a folder, expected a JSON file") from None
     except UnicodeDecodeError as error:
@@ -168,7 +174,7 @@ def _read(path: Path, flag: str) -> str:
 
 def _parse(text: str, path: Path, model: type[Section]) -> dict[str, Any]:
     try:
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = parse_json(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
         raise UserError(
@@ -215,7 +221,7 @@ def _file_sources(text: str, path: Path) -> tuple[dict[str, str], list[str]]:
 def _override_value(key: str, text: str, declared: dict[str, Setting]) -> Any:
     setting = declared.get(key)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = parse_json(text, parse_constant=_refuse_constant)
     except (json.JSONDecodeError, UserError):
         return text
     takes_string = setting is not None and ("string" in setting.type.split() or setting.choices)

@@ -10,6 +10,7 @@ Numbers are strict (`true` is not 1, `"7"` is not 7) and an unknown key is an er
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, StrictBool, model_validator
@@ -329,8 +330,13 @@ class EvalConfig(Section):
     sandbox: SandboxConfig = SandboxConfig()
     """Execution."""
 
-    def gain(self, value: float, reference: float) -> float:
-        """By how much a figure of `metric` is better than another."""
+    def gain(self, value: float, reference: float | None) -> float:
+        """By how much a figure of `metric` is better than another; NaN and infinity are worse than any and than none,
+        and any other is better than none."""
+        if not math.isfinite(value):
+            return -math.inf
+        if reference is None or not math.isfinite(reference):
+            return math.inf
         return reference - value if self.metric == "loss" else value - reference
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from adept_ds.config.run import DataConfig
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.files import parse_json
 from adept_ds.formats import ASSISTANT, Conversation, Example, Message, Row
 from adept_ds.formats.rows import check_columns, clean_text
 
@@ -78,7 +80,7 @@ def find_columns(cfg: DataConfig, present: Sequence[str], fields: tuple[str, str
     named = (cfg.prompt_field, cfg.context_field, cfg.target_field, cfg.messages_field)
     check_columns([name for name in named if name is not None], present, source)
     if fields is not None:
-        return _pair(cfg.prompt_field or fields[0], None, cfg.target_field or fields[1], "plain")
+        return _pair(cfg.prompt_field or fields[0], None, cfg.target_field or fields[1], "plain", numbers=False)
     if cfg.messages_field is not None:
         return _chat(cfg.messages_field)
     prompts = [cfg.prompt_field] if cfg.prompt_field else _named(present, PROMPTS) or _named(present, VAGUE_PROMPTS)
@@ -114,8 +116,8 @@ def _doubt(
     )
 
 
-def _pair(prompt: str, context: str | None, target: str, style: str | None) -> Columns:
-    """Rows with a prompt, perhaps more text for it, and a target.
+def _pair(prompt: str, context: str | None, target: str, style: str | None, numbers: bool = True) -> Columns:
+    """Rows with a prompt, perhaps more text for it, and a target; `numbers` says whether those are taken for texts.
 
     Where no style is asked for, what is answered becomes a user's turn that has a form without a chat template too.
     """
@@ -136,7 +138,7 @@ def _pair(prompt: str, context: str | None, target: str, style: str | None) -> C
 
     def example(row: Row) -> Example:
         more = _text(row, context, may_be_empty=True) if context is not None else ""
-        return shown(row.where, _text(row, prompt), more, _text(row, target))
+        return shown(row.where, _text(row, prompt, numbers=numbers), more, _text(row, target, numbers=numbers))
 
     without = "Alpaca's template" if is_instruction else "a line break after it"
     how = {
@@ -157,15 +159,16 @@ def _pair(prompt: str, context: str | None, target: str, style: str | None) -> C
     )
 
 
-def _text(row: Row, column: str, may_be_empty: bool = False) -> str:
+def _text(row: Row, column: str, may_be_empty: bool = False, numbers: bool = True) -> str:
     """A cell as text, numbers as Python writes them."""
     if may_be_empty and row.values.get(column) is None:
         return ""
     value = row.get(column, object)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{row.where}: {column} must be a text, not {type(value).__name__}")
+        what = type(value).__name__ if not isinstance(value, float) or math.isfinite(value) else str(value)
+        raise UserError(f"{row.where}: {column} must be a text, not {what}")
     return clean_text(value).strip() if may_be_empty else row.get_text(column)
 
 
@@ -187,7 +190,7 @@ def conversation(row: Row, column: str) -> Conversation:
     value = row.get(column, object)
     if isinstance(value, str):
         with suppress(json.JSONDecodeError):
-            value = json.loads(value)
+            value = parse_json(value)
     if not isinstance(value, list) or not value:
         raise UserError(f"{row.where}: {column} must be a list of messages, with one at least")
     messages = tuple(_message(item, f"{row.where}: {column}[{number}]") for number, item in enumerate(value))

@@ -32,14 +32,23 @@ def read_rows(path: str | Path) -> list[Row]:
     return read_each(path, lambda row: row)
 
 
-def read_each(path: str | Path, make: Callable[[Row], T]) -> list[T]:
+def read_each(path: str | Path, make: Callable[[Row], T], repair: bool = False) -> list[T]:
     """Return what `make` makes of each record of a file.
+
+    Args:
+        path: The file.
+        make: Called with each record.
+        repair: Take records with halves of characters, with U+FFFD in their place: what a model has written is scored
+            as it is, where it would be a mistake in what is trained on.
 
     Raises:
         UserError: The file is unreadable or empty, or has mistakes, those that `make` finds included: the first ten of
             them and the number of further ones.
     """
-    made = list(iterate_rows(path, make))
+    found = scan(Path(path))
+    if repair:
+        found = (one.repaired() if isinstance(one, HalfCharacter) else one for one in found)
+    made = list(made_of(found, path, make))
     if not made:
         raise UserError(f"{path}: holds no records")
     return made
@@ -101,12 +110,35 @@ def read_text(path: str | Path) -> str:
     return "".join(_decoded(line, f"{path}:{number}") for number, line in _lines(Path(path)))
 
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""JSON can write one half of a pair; no text has it, no encoding, and no tokenizer takes it."""
+REPLACEMENT = "\ufffd"
+
+
 class _Json:
-    """Parses JSON, and notes keys that an object has twice."""
+    """Parses JSON, and notes keys that an object has twice, and halves of characters."""
 
     def __init__(self) -> None:
         self._twice: list[str] = []
-        self.decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def decode(self, text: str) -> Any:
+        """As the decoder's `decode`; a `json.JSONDecodeError` for what Python cannot hold, too."""
+        return self._told(self._decoder.decode, text, 0)
+
+    def decode_at(self, text: str, at: int) -> tuple[Any, int]:
+        """As the decoder's `raw_decode`; errors as those of `decode`."""
+        return self._told(lambda whole: self._decoder.raw_decode(whole, at), text, at)
+
+    def _told(self, decode: Callable[[str], T], text: str, at: int) -> T:
+        try:
+            return decode(text)
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deeply", text, at) from None
+        except json.JSONDecodeError:
+            raise
+        except ValueError:
+            raise json.JSONDecodeError("an integer with too many digits", text, at) from None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -122,7 +154,45 @@ class _Json:
             return UserError(f"{where}: {name!r} is given twice")
         if not isinstance(value, dict):
             return UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        try:
+            broken = next((name for name, one in value.items() if _has_lone_surrogate([name, one])), None)
+        except RecursionError:
+            return UserError(f"{where}: nested too deeply")
+        if broken is not None:
+            return HalfCharacter(where, broken, value)
         return Row(where, value)
+
+
+class HalfCharacter(UserError):
+    """A record with one half of a surrogate pair in it."""
+
+    def __init__(self, where: str, field: str, values: dict[str, Any]) -> None:
+        super().__init__(
+            f"{where}: {LONE_SURROGATE.sub(REPLACEMENT, field)} holds half of a character (a lone surrogate such as "
+            "\\ud800), which is no text; take it out, or write U+FFFD in its place"
+        )
+        self._where, self._values = where, values
+
+    def repaired(self) -> Row:
+        """The record with U+FFFD in the place of each half."""
+        return Row(self._where, whole_characters(self._values))
+
+
+def _has_lone_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.isascii() and LONE_SURROGATE.search(value) is not None
+    if isinstance(value, dict):
+        return any(_has_lone_surrogate([name, one]) for name, one in value.items())
+    return isinstance(value, list) and any(map(_has_lone_surrogate, value))
+
+
+def whole_characters(value: Any) -> Any:
+    """Return a text, or all texts in a JSON value, with U+FFFD in the place of halves of characters."""
+    if isinstance(value, str):
+        return LONE_SURROGATE.sub(REPLACEMENT, value)
+    if isinstance(value, dict):
+        return {whole_characters(name): whole_characters(one) for name, one in value.items()}
+    return [whole_characters(one) for one in value] if isinstance(value, list) else value
 
 
 def _json_lines(path: Path) -> Iterator[Found]:
@@ -132,7 +202,7 @@ def _json_lines(path: Path) -> Iterator[Found]:
         if not line.strip():
             continue
         try:
-            yield parser.record(parser.decoder.decode(_decoded(line.rstrip(), where)), where)
+            yield parser.record(parser.decode(_decoded(line.rstrip(), where)), where)
         except json.JSONDecodeError as error:
             yield _not_json(error, where)
         except UserError as error:
@@ -157,10 +227,10 @@ def _json(path: Path) -> Iterator[Found]:
     parser = _Json()
     try:
         if first.startswith("["):
-            for at, value in _elements(text, start, parser.decoder):
+            for at, value in _elements(text, start, parser):
                 yield parser.record(value, f"{path}:{_line_of(text, at)}")
         elif first:
-            record = parser.record(parser.decoder.decode(text), f"{path}:{_line_of(text, start)}")
+            record = parser.record(parser.decode(text), f"{path}:{_line_of(text, start)}")
             data = record.values.get("data") if isinstance(record, Row) else None
             if isinstance(data, list):
                 yield from (parser.record(value, f"{path} data[{number}]") for number, value in enumerate(data))
@@ -170,11 +240,11 @@ def _json(path: Path) -> Iterator[Found]:
         yield _not_json(error, f"{path}:{error.lineno}")
 
 
-def _elements(text: str, at: int, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
+def _elements(text: str, at: int, parser: _Json) -> Iterator[tuple[int, Any]]:
     """Yield the elements of the list that begins at `at`, each with its place in the text."""
     at = _skip_blank(text, at + 1)
     while text[at : at + 1] != "]":
-        value, end = decoder.raw_decode(text, at)
+        value, end = parser.decode_at(text, at)
         yield at, value
         at = _skip_blank(text, end)
         if text[at : at + 1] == ",":

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.formats.row_files import read_each, read_text, suffix_of
+from adept_ds.files import parse_json
+from adept_ds.formats.row_files import read_each, read_text, suffix_of, whole_characters
 from adept_ds.formats.rows import SHOWN_MISTAKES, Mistakes, Row
 
 FIELDS = ("solution", "completion")
@@ -73,7 +74,7 @@ def read_samples(path: str | Path, task_ids: Sequence[str]) -> SamplesFile:
         fields[field] = fields.get(field, 0) + 1
         return Sample(task_id, row.get(field, str), is_program=field == "solution")
 
-    samples = read_each(path, sample)
+    samples = read_each(path, sample, repair=True)
     notes = [_counts(samples, task_ids)]
     notes += [
         f"{count:,} {'whole programs' if field == 'solution' else 'completions'} in the field {field!r}"
@@ -87,7 +88,7 @@ def read_samples(path: str | Path, task_ids: Sequence[str]) -> SamplesFile:
 
 def _read_lists(path: str | Path, text: str, task_ids: Sequence[str]) -> SamplesFile:
     try:
-        lists = json.loads(text)
+        lists = parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg} (column {error.colno})") from None
     if len(lists) != len(task_ids):
@@ -101,7 +102,7 @@ def _read_lists(path: str | Path, text: str, task_ids: Sequence[str]) -> Samples
         with mistakes.collected():
             if not isinstance(programs, list) or not all(isinstance(program, str) for program in programs):
                 raise UserError(f"{path} [{at}]: expected a list of programs, each a string")
-            samples += [Sample(task_id, program, is_program=True) for program in programs]
+            samples += [Sample(task_id, whole_characters(program), is_program=True) for program in programs]
     mistakes.check()
     if not samples:
         raise UserError(f"{path}: holds no programs")

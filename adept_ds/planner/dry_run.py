@@ -25,6 +25,7 @@ from adept_ds.data.own import OwnExamples
 from adept_ds.data.problems import load_examples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.formats import FORMATS
+from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
 from adept_ds.planner.memory_plan import plan_memory
 from adept_ds.planner.memory_report import memory_text
@@ -111,14 +112,15 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     """Work out what `run` does on `world_size` ranks.
 
     Raises:
-        UserError: The backbone's config cannot be had, the batch does not divide, the data is malformed, or the
-            warm-up or the schedule's options do not fit into the run.
+        UserError: The backbone's config cannot be had, the batch does not divide, the data is malformed, DeepSpeed does
+            not take a value of its section, or the warm-up or the schedule's options do not fit into the run.
     """
     architecture, origin = resolve_architecture(run.model)
     if run.train.sharding == "auto":
         sharding, _ = MemoryModel(run, architecture, Cluster.here(world_size)).choose()
         run = with_sharding(run, sharding)
     deepspeed = complete(run, world_size, architecture.hidden_size)
+    check_deepspeed_values(run.deepspeed, deepspeed)
     model = meta_model(run, architecture)
     trained, total = model.count_parameters()
     parameters = model.trainable_parameters()

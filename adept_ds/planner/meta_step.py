@@ -94,7 +94,12 @@ def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
     if attention not in ("eager", "sdpa"):
         attention = None  # fused like sdpa, the usual choice, and with the same memory; the package need not be here
     with torch.device("meta"), unsharded_creation():
-        backbone = auto.from_config(architecture, dtype=DTYPES[run.model.dtype], attn_implementation=attention)
+        backbone = auto.from_config(
+            architecture,
+            dtype=DTYPES[run.model.dtype],
+            attn_implementation=attention,
+            trust_remote_code=False,
+        )
         if scheme:
             quantize_linears(backbone, scheme)
         model = AdaptedModel(backbone, create_method(run.method), seed=None).train()

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import MethodConfig
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, write_json
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -79,8 +79,13 @@ def save_adapter(
     backbone: Mapping[str, Any],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write an adapter folder. The config comes last: a folder without it is not an adapter."""
+    """Write an adapter folder. The config comes last: a folder without it is not an adapter.
+
+    Raises:
+        UserError: As `check_finite`.
+    """
     folder = Path(folder)
+    check_finite(tensors, folder)
     payload = save({name: tensor.float().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     with atomic_write(folder / TENSORS_NAME, "wb") as file:
         file.write(payload)
@@ -92,16 +97,14 @@ def save_adapter(
         "versions": {name: version(name) for name in ("adept_ds", "torch", "transformers", "deepspeed")},
         **facts,
     }
-    with atomic_write(folder / CONFIG_NAME) as file:
-        json.dump(config, file, indent=2)
-        file.write("\n")
+    write_json(folder / CONFIG_NAME, config)
 
 
 def load_adapter(folder: str | Path) -> Adapter:
     """Read an adapter folder.
 
     Raises:
-        UserError: A file is missing or damaged, or the two do not belong together.
+        UserError: A file is missing or damaged, or the two do not belong together; or as `check_finite`.
     """
     folder = Path(folder)
     config_path, tensors_path = folder / CONFIG_NAME, folder / TENSORS_NAME
@@ -117,7 +120,7 @@ def load_adapter(folder: str | Path) -> Adapter:
         backbone = facts.pop("backbone")
     except KeyError as error:
         raise UserError(f"{config_path} is not a config of an adept_ds adapter: it has no {error}") from error
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{config_path} is not a config of an adept_ds adapter: {error}") from error
     if written_as != FORMAT:
         raise UserError(f"{config_path} has the format {written_as!r}; this version reads {FORMAT!r}")
@@ -129,7 +132,22 @@ def load_adapter(folder: str | Path) -> Adapter:
         tensors = load_file(tensors_path)
     except SafetensorError as error:
         raise UserError(f"{tensors_path} is not a safetensors file: {error}") from error
+    check_finite(tensors, folder)
     return Adapter(folder, method, tensors, backbone, facts)
+
+
+def check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse an adapter with numbers that are none: every answer of it would be nonsense.
+
+    Raises:
+        UserError: Names the tensors.
+    """
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UserError(
+            f"the adapter of {folder} has NaN or infinity in {', '.join(broken)}: a training step has destroyed it; "
+            "take an earlier one, or train with a lower train.learning_rate"
+        )
 
 
 def check_backbone(adapter: Adapter, facts: Mapping[str, Any]) -> None:

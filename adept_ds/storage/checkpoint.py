@@ -2,6 +2,7 @@
 
     checkpoints/step-00000120/
         state.json                                       step, best figure so far, number of ranks
+        origin.json                                      the run's settings, the backbone's fingerprint
         rng.safetensors                                  every rank's random-number states
         manifest.json                                    sha256 of each file, of DeepSpeed's the size
 
@@ -34,11 +35,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from adept_ds.distributed import World, gather_objects, on_main_rank
-from adept_ds.errors import UserError
+from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
+from adept_ds.files import json_text, read_json
 from adept_ds.storage import adapter_folder
-from adept_ds.storage.run_folder import CHECKPOINT_PREFIX, list_checkpoints
+from adept_ds.storage.run_folder import CHECKPOINT_PREFIX, differing_settings, list_checkpoints
 
 MANIFEST = "manifest.json"
+STATE_NAME, RNG_NAME, ORIGIN_NAME = "state.json", "rng.safetensors", "origin.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
 SHARDED = "deepspeed"
 """Folder of DeepSpeed's own checkpoint."""
@@ -65,6 +68,16 @@ class TrainerState:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a checkpoint is of."""
+
+    settings: dict[str, Any]
+    """The run's resolved config."""
+    backbone: str | None = None
+    """Fingerprint of the weights that the training started from."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint, read back."""
 
@@ -75,6 +88,26 @@ class Checkpoint:
     """Trained values; empty if each rank reads its own part from DeepSpeed's checkpoint."""
     optimizer_states: dict[str, Tensor]
     """AdamW's moments; empty as above."""
+    origin: Origin | None = None
+    """None in checkpoints of earlier versions."""
+
+    def check_origin(self, origin: Origin) -> None:
+        """Refuse to go on with other weights, or with another run's settings; both would end in figures of neither.
+
+        Raises:
+            UserError: What differs.
+        """
+        if self.origin is None:
+            return
+        differing = differing_settings(self.origin.settings, origin.settings)
+        if differing:
+            raise UserError(f"{self.folder} is of a run with other settings: {'; '.join(differing)}")
+        if None not in (self.origin.backbone, origin.backbone) and self.origin.backbone != origin.backbone:
+            before, now = (one.settings["model"]["name_or_path"] for one in (self.origin, origin))
+            raise UserError(
+                f"{self.folder} was trained on the weights of {before!r}; model.name_or_path is {now!r}, which has "
+                "others (the same weights elsewhere are taken). Name those, or start another run by --logging.run_dir"
+            )
 
     def check_ranks(self, world_size: int, stage: int) -> None:
         """Refuse to go on where the parts of the tensors are not those of the ranks.
@@ -117,7 +150,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None], world: World) -> 
         fill(temporary)
     except BaseException:
         if world.is_main:
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     on_main_rank(put_in_place, world)
 
@@ -134,6 +167,7 @@ def save_checkpoint(
     rng: Mapping[str, Tensor],
     keep: int,
     world: World,
+    origin: Origin | None = None,
 ) -> Path:
     """Write a checkpoint below `root` and remove all but the newest `keep`. Collective.
 
@@ -146,6 +180,7 @@ def save_checkpoint(
         rng: As `collect_rng` returns it.
         keep: Number of checkpoints to keep.
         world: This rank.
+        origin: What it is of.
     """
     folder = root / f"{CHECKPOINT_PREFIX}{state.step:08d}"
 
@@ -154,8 +189,10 @@ def save_checkpoint(
         on_main_rank(lambda: complete(folder), world)
 
     def complete(folder: Path) -> None:
-        write_tensors(folder / "rng.safetensors", rng)
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        write_tensors(folder / RNG_NAME, rng)
+        (folder / STATE_NAME).write_text(json_text(asdict(state), indent=2) + "\n", encoding="utf-8")
+        if origin is not None:
+            (folder / ORIGIN_NAME).write_text(json_text(asdict(origin), indent=2) + "\n", encoding="utf-8")
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         proofs = {name: _proof(folder, name) for name in names}
         (folder / MANIFEST).write_text(json.dumps(proofs, indent=2) + "\n", encoding="utf-8")
@@ -164,7 +201,8 @@ def save_checkpoint(
         checkpoints = list_checkpoints(root)
         at = checkpoints.index(folder) + 1
         for other in checkpoints[: max(0, at - keep)] + checkpoints[at:]:
-            shutil.rmtree(other)
+            # One that cannot be removed now is tried again after the next save.
+            shutil.rmtree(other, ignore_errors=True)
 
     replace_folder(folder, fill, world)
     on_main_rank(prune, world)
@@ -182,25 +220,49 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: A file is missing or is not the one that was written.
     """
+    try:
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
+        return _read_checkpoint(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error} ({error.filename})") from error
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
     manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
     try:
         proofs: dict[str, str | int] = json.loads(manifest.read_text(encoding="utf-8"))
         damaged = [name for name, proof in proofs.items() if not _is_intact(folder, name, proof)]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{manifest} is damaged: {error}") from error
     if damaged:
         raise UserError(f"{folder} is damaged: {', '.join(damaged)} missing or changed since it was written")
-    state = TrainerState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    _check_named(folder, proofs, STATE_NAME, RNG_NAME)
+    try:
+        state = TrainerState(**read_json(folder / STATE_NAME))
+        origin = Origin(**read_json(folder / ORIGIN_NAME)) if ORIGIN_NAME in proofs else None
+    except TypeError as error:
+        raise UserError(f"{folder} was written by another version: {error}") from error
     is_whole = state.zero_stage is None
+    if is_whole:
+        _check_named(folder, proofs, OPTIMIZER_NAME, adapter_folder.CONFIG_NAME, adapter_folder.TENSORS_NAME)
+    elif not any(name.startswith(f"{SHARDED}/") for name in proofs):
+        raise UserError(f"{manifest} is damaged: it names no file in {SHARDED}")
     return Checkpoint(
         folder=folder,
         state=state,
-        rng=load_file(folder / "rng.safetensors"),
+        rng=load_file(folder / RNG_NAME),
         values=adapter_folder.load_adapter(folder).tensors if is_whole else {},
         optimizer_states=load_file(folder / OPTIMIZER_NAME) if is_whole else {},
+        origin=origin,
     )
+
+
+def _check_named(folder: Path, proofs: Mapping[str, object], *names: str) -> None:
+    """A file that the manifest does not name could be any."""
+    missing = [name for name in names if name not in proofs]
+    if missing:
+        raise UserError(f"{folder / MANIFEST} is damaged: it does not name {', '.join(missing)}")
 
 
 def find_checkpoint(root: Path, resume: str, warn: Callable[[str], Any]) -> Checkpoint | None:
@@ -217,12 +279,17 @@ def find_checkpoint(root: Path, resume: str, warn: Callable[[str], Any]) -> Chec
     """
     if resume == "never":
         return None
-    return newest_checkpoint(root, warn) if resume == "auto" else load_checkpoint(Path(resume))
+    if resume == "auto":
+        return newest_checkpoint(root, warn)
+    if not Path(resume).is_dir():
+        near = did_you_mean(resume, ["auto", "never"]) or did_you_mean_path(resume)
+        raise UserError(f"--resume {resume}: no such folder{near or '; expected auto, never or a checkpoint folder'}")
+    return load_checkpoint(Path(resume))
 
 
 def newest_checkpoint(root: Path, warn: Callable[[str], Any]) -> Checkpoint | None:
     """Return the newest whole checkpoint below `root`; what is damaged or half written is told to `warn`."""
-    for folder in sorted(root.glob(temporary_name(f"{CHECKPOINT_PREFIX}*"))):
+    for folder in sorted(root.glob(temporary_name(f"{CHECKPOINT_PREFIX}[0-9]*"))):
         warn(f"skipping {folder}: the save was cut short")
     for folder in reversed(list_checkpoints(root)):
         try:
@@ -235,9 +302,11 @@ def newest_checkpoint(root: Path, warn: Callable[[str], Any]) -> Checkpoint | No
 def publish(link: Path, name: str, fill: Callable[[Path], None], world: World) -> None:
     """Make a folder `name` beside `link` as `replace_folder` does, and point `link` at it in one atomic step.
 
-    The folder that it pointed at goes. Collective.
+    The folder that it pointed at goes. If that has the same name, the new one is `NAME-again`: a folder that is to be
+    replaced is away for a moment. Collective.
     """
-    folder = link.with_name(name)
+    is_taken = on_main_rank(lambda: link.is_symlink() and link.readlink() == Path(name), world)
+    folder = link.with_name(f"{name}-again" if is_taken else name)
     replace_folder(folder, fill, world)
 
     def point() -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,13 +18,19 @@ from pydantic import ValidationError
 from adept_ds.config.loader import flatten
 from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
-from adept_ds.files import read_json, write_json
+from adept_ds.files import left_by_atomic_write, read_json, write_json
 
 CONFIG_NAME = "config.json"
 STATUS_NAME = "status.json"
 METRICS_NAME = "metrics.jsonl"
 CHECKPOINTS_NAME = "checkpoints"
 CHECKPOINT_PREFIX = "step-"
+CHECKPOINT_NAME = re.compile(rf"{CHECKPOINT_PREFIX}(\d{{8,}})")
+"""Only folders of such names are a run's own; whatever else lies beside them is somebody's."""
+LITTER = re.compile(rf"\.(best-)?{CHECKPOINT_NAME.pattern}(-again)?\.tmp|best-{CHECKPOINT_NAME.pattern}(-again)?")
+"""What a killed run may leave: folders that were being filled, and results that `best` no longer leads to."""
+LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
+"""What `flock` says where another process holds the lock; all else is about the file system."""
 
 MAY_CHANGE = (
     "_about",
@@ -57,34 +69,63 @@ class RunFolder:
         self.best = path / "best"
         self._lock: IO[str] | None = None
 
-    def open(self, config: dict[str, Any], resume: str) -> None:
+    def open(self, config: dict[str, Any], resume: str, warn: Callable[[str], object] = print) -> None:
         """Take the folder for a new run, or for going on with its own, and store the resolved config. It is made if it
-        is not there.
+        is not there. A try that ended before its first step has left nothing that counts as a run.
 
         Args:
             config: The resolved config.
             resume: `never` wants a folder without a run; anything else also takes one that holds this run, see
                 `find_checkpoint`.
+            warn: Called with a line where the file system has no locks.
 
         Raises:
-            UserError: Another process holds the folder; or the folder holds a run and `resume` is `never`, or a run
-                with other settings.
+            UserError: Another process holds the folder; or it holds a run and `resume` is `never`, or a run with other
+                settings; or nothing can be written there.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+            if self.checkpoints.is_dir():
+                tempfile.TemporaryFile(dir=self.checkpoints).close()
+            self._take(lock, warn)
+            if holds_run(self.path):
+                if resume == "never":
+                    raise UserError(
+                        f"logging.run_dir is {str(self.path)!r}, which holds a run already: go on with it by "
+                        "--resume auto, or choose another folder by --logging.run_dir"
+                    )
+                if (self.path / CONFIG_NAME).is_file():
+                    check_same_run(self.path, config)
+            write_json(self.path / CONFIG_NAME, config)
         except OSError as error:
-            raise UserError(f"logging.run_dir is {str(self.path)!r}, where another process is training now") from error
-        stored = self.path / CONFIG_NAME
-        if stored.is_file():
-            if resume == "never":
+            raise UserError(unwritable(self.path, error)) from error
+
+    def _take(self, lock: IO[str], warn: Callable[[str], object]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in LOCKED:
                 raise UserError(
-                    f"logging.run_dir is {str(self.path)!r}, which holds a run already: go on with it by "
-                    "--resume auto, or choose another folder by --logging.run_dir"
-                )
-            check_same_run(self.path, config)
-        write_json(stored, config)
+                    f"logging.run_dir is {str(self.path)!r}, where another process is training now"
+                ) from error
+            warn(
+                f"logging.run_dir is {str(self.path)!r}, on a file system without locks ({error.strerror}): that no "
+                "other process trains there is for you to see to"
+            )
+        else:
+            self._lock = lock
+
+    def clear_litter(self) -> None:
+        """Remove what killed tries have left half-written. Not where another process may be writing it."""
+        if self._lock is None:
+            return
+        for name in (CONFIG_NAME, STATUS_NAME, METRICS_NAME):
+            for path in left_by_atomic_write(self.path / name):
+                path.unlink(missing_ok=True)
+        for folder in [*self.path.iterdir(), *(self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())]:
+            if LITTER.fullmatch(folder.name) and folder.is_dir() and folder.resolve() != self.best.resolve():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def status(self) -> dict[str, Any]:
         """How the last try ended; empty if none has."""
@@ -95,18 +136,38 @@ class RunFolder:
         write_json(self.path / STATUS_NAME, {"state": state, "step": step, "total_steps": total_steps, **facts})
 
 
+def unwritable(path: Path, error: OSError) -> str:
+    """What to tell where a run folder cannot be written to."""
+    return (
+        f"logging.run_dir is {str(path)!r}, where nothing can be written: {error.strerror or error} "
+        f"({error.filename or path}); make room, or choose another folder by --logging.run_dir"
+    )
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a folder holds anything that a run has made: metrics, a checkpoint, a result."""
+    metrics = run_dir / METRICS_NAME
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+    return has_metrics or bool(list_checkpoints(run_dir / CHECKPOINTS_NAME)) or (run_dir / "best").exists()
+
+
+def differing_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Settings, but for those of `MAY_CHANGE`, that two resolved configs have other values of, with both values."""
+    before, after = flatten(_with_defaults(stored)), flatten(config)
+    return [
+        f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+
+
 def check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
     """Refuse to go on with a run with other settings than those of `MAY_CHANGE`.
 
     Raises:
         UserError: All settings that differ from those of the folder's run.
     """
-    before, after = flatten(_with_defaults(read_json(run_dir / CONFIG_NAME))), flatten(config)
-    differing = [
-        f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+    differing = differing_settings(read_json(run_dir / CONFIG_NAME), config)
     if differing:
         raise UserError(
             f"logging.run_dir is {str(run_dir)!r}, which holds a run with other settings: "
@@ -129,24 +190,34 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoint folders below `root`, oldest first, whether whole or damaged."""
-    return sorted(root.glob(f"{CHECKPOINT_PREFIX}*")) if root.is_dir() else []
+    """Checkpoint folders below `root`, oldest first, whether whole or damaged. Others are not looked at.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    try:
+        found = [
+            (int(name[1]), path)
+            for path in (root.iterdir() if root.is_dir() else ())
+            if (name := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+        ]
+    except OSError as error:
+        raise UserError(f"{root} cannot be read: {error.strerror}") from error
+    return [path for _, path in sorted(found)]
 
 
 def newest_step(run_dir: Path) -> int:
     """Step that a run would go on from by its newest checkpoint; 0 if it has none."""
-    steps = [
-        int(folder.name.removeprefix(CHECKPOINT_PREFIX)) for folder in list_checkpoints(run_dir / CHECKPOINTS_NAME)
-    ]
-    return max(steps, default=0)
+    folders = list_checkpoints(run_dir / CHECKPOINTS_NAME)
+    return int(folders[-1].name.removeprefix(CHECKPOINT_PREFIX)) if folders else 0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`. A last line that a crash cut short is left out."""
+    """Read `metrics.jsonl`. Lines that are no metrics are left out: cut short by a crash, or somebody's own."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get("step")) is int:
+                lines.append(line)
     return lines

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,9 +16,12 @@ from typing_extensions import override
 
 from adept_ds.config.loader import flatten
 from adept_ds.config.run import RunConfig
-from adept_ds.files import atomic_write
-from adept_ds.storage.run_folder import METRICS_NAME, RunFolder, read_metrics
+from adept_ds.files import atomic_write, json_text
+from adept_ds.storage.run_folder import METRICS_NAME, RunFolder, read_metrics, unwritable
 from adept_ds.storage.trackers import address, start_tracker, upload
+
+STATUS_SECONDS = 10.0
+"""A running run's `status.json` is no older than this, or than its last line of metrics."""
 
 
 class SilentLog:
@@ -35,7 +42,7 @@ class SilentLog:
         """Write `status.json`; `state` is running, interrupted, finished, or failed."""
 
     def write(self, values: dict[str, float]) -> None:
-        """Add one line of metrics."""
+        """Add one line of metrics. Figures that are no finite numbers, which JSON has not, are under `not_finite`."""
 
     def say(self, text: str) -> None:
         """Print a line, beside a progress bar."""
@@ -59,19 +66,25 @@ class RunLog(SilentLog):
         self._folder, self._run, self._total_steps = folder, run, total_steps
         self._file: IO[str]
         self._trackers: dict[str, GeneralTracker] = {}
+        self._status_time = 0.0
+        self._has_told = False
 
     @override
     def open(self) -> None:
         self.set_status("running")  # Who sees metrics finds a status beside them.
         path = self._folder.path / METRICS_NAME
         if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= self.step]
+            lines = read_metrics(path)
+            kept = [line for line in lines if line["step"] <= self.step]
+            odd = sum(map(bool, path.read_bytes().split(b"\n"))) - len(lines)
+            if odd:
+                print(f"{path}: left out {odd} that {'is' if odd == 1 else 'are'} no whole line of metrics")
             with atomic_write(path) as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
+                file.writelines(json_text(line) + "\n" for line in kept)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         settings = flatten(self._run.model_dump(mode="json", by_alias=True))
         for name in self._run.logging.trackers:
-            self._trackers[name] = start_tracker(name, self._run.logging, self._folder.path, settings)
+            self._trackers[name] = start_tracker(name, self._run.logging, self._folder.path, settings, self.step)
             print(f"{name} has this run at {address(self._trackers[name])}")
         if self._trackers:
             self.set_status("running")
@@ -79,13 +92,21 @@ class RunLog(SilentLog):
     @override
     def set_status(self, state: str, **facts: Any) -> None:
         addresses = {name: address(tracker) for name, tracker in self._trackers.items()}
-        self._folder.set_status(state, self.step, self._total_steps, **facts, trackers=addresses)
+        with self._told_once():
+            self._folder.set_status(state, self.step, self._total_steps, **facts, trackers=addresses)
+        self._status_time = time.monotonic()
 
     @override
     def write(self, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": self.step, **values}) + "\n")
+        odd = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        line = {"step": self.step} | {name: value for name, value in values.items() if name not in odd}
+        with self._told_once():
+            self._file.write(json.dumps(line | ({"not_finite": odd} if odd else {})) + "\n")
+        if time.monotonic() - self._status_time > STATUS_SECONDS:
+            self.set_status("running")
         for tracker in self._trackers.values():
-            tracker.log(values, step=self.step)
+            with self._told_once():
+                tracker.log(values, step=self.step)
 
     @override
     def say(self, text: str) -> None:
@@ -93,11 +114,22 @@ class RunLog(SilentLog):
 
     @override
     def close(self, result: Path | None = None) -> None:
-        self._file.close()
+        with self._told_once():
+            self._file.close()
         for name, tracker in self._trackers.items():
             if result is not None and self._run.logging.upload_result:
                 self._upload(name, tracker, result)
             tracker.finish()
+
+    @contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """Go on where the disk takes no line: the run is worth more than its record."""
+        try:
+            yield
+        except OSError as error:
+            if not self._has_told:
+                self._has_told = True
+                self.say(f"metrics and status are not whole: {unwritable(self._folder.path, error)}")
 
     def _upload(self, name: str, tracker: GeneralTracker, result: Path) -> None:
         """The run is done and its result on the disk, so a tracker that does not take it is told of and no more."""

@@ -44,17 +44,22 @@ def check_trackers(config: LoggingConfig) -> None:
         )
 
 
-def start_tracker(name: str, config: LoggingConfig, run_dir: Path, settings: dict[str, Any]) -> GeneralTracker:
-    """Begin a run in a tracker, and tell it the resolved settings.
+def start_tracker(
+    name: str, config: LoggingConfig, run_dir: Path, settings: dict[str, Any], first_step: int = 0
+) -> GeneralTracker:
+    """Begin a run in a tracker, and tell it the resolved settings. What TensorBoard has of steps after `first_step`
+    goes: the run takes them anew.
 
     Raises:
         UserError: It cannot be begun: nobody is logged in, the server does not answer, or whatever it says.
     """
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
     is_tensorboard = name == "tensorboard"
-    folder = {"logging_dir": run_dir} if tracker_class.requires_logging_directory else {}
+    options: dict[str, Any] = {"logging_dir": run_dir} if tracker_class.requires_logging_directory else {}
+    if is_tensorboard:
+        options["purge_step"] = first_step + 1
     try:
-        tracker = tracker_class("tensorboard" if is_tensorboard else config.project, **folder)
+        tracker = tracker_class("tensorboard" if is_tensorboard else config.project, **options)
         tracker.start()
         if not is_tensorboard:  # which would make a run of its own of them
             tracker.store_init_configuration(settings)

@@ -34,7 +34,7 @@ from adept_ds.backbone.sharding import full_shape, is_sharded, node_group
 from adept_ds.config.deepspeed import SHARDED_STAGE
 from adept_ds.config.run import RunConfig
 from adept_ds.contexts import attribute_set
-from adept_ds.distributed import World, ranks_by_node
+from adept_ds.distributed import World, ranks_by_node, sum_over_ranks
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.rank_environment import is_main_rank
@@ -145,6 +145,13 @@ class Engine:
         norm = self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    def broken_parameters(self) -> list[str]:
+        """Names of the trained parameters that have NaN or infinity in them, on any rank."""
+        parameters = self.model.trainable_parameters()
+        own = [parameter.ds_tensor if is_sharded(parameter) else parameter for parameter in parameters.values()]  # type: ignore[attr-defined]
+        broken = sum_over_ranks([float(not torch.isfinite(tensor).all()) for tensor in own], self.world)
+        return [name for name, ranks in zip(parameters, broken, strict=True) if ranks]
+
     def trained_values(self) -> dict[str, Tensor]:
         """The fp32 master value of each trained parameter, whole, on the CPU."""
         return {
@@ -157,14 +164,15 @@ class Engine:
 
         In fp16 also the state of the loss scaling, which skips the steps whose gradients overflow.
         """
-        self._link_moments()
+        if self._has_moments:
+            self._link_moments()
         states = {
             f"{name}.{moment}": self._moment(parameter, moment).to("cpu", copy=True)
             for name, parameter in self.model.trainable_parameters().items()
             for moment in MOMENTS
         }
         if self._scaler is not None:
-            steps = [float(state["step"]) for state in self.optimizer.state.values()]
+            steps = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
             fields = [float(getattr(self._scaler, field)) for field in _SCALER_FIELDS]
             states[LOSS_SCALER] = torch.tensor([max(steps, default=0.0), *fields], dtype=torch.float64)
         return states
@@ -212,6 +220,11 @@ class Engine:
         scaler = self.deepspeed.optimizer.loss_scaler
         return scaler if scaler.dynamic else None
 
+    @property
+    def _has_moments(self) -> bool:
+        """Whether AdamW has taken a step; in fp16 the first ones may all have overflowed and been skipped."""
+        return self._scaler is None or any(MOMENTS[0] in state for state in self.optimizer.state.values())
+
     def _link_moments(self) -> None:
         """Make the moments of all groups reachable from their parameters.
 
@@ -253,11 +266,11 @@ class Engine:
         return padded[self.world.rank * size : (self.world.rank + 1) * size]
 
     def _moment(self, parameter: torch.nn.Parameter, moment: str) -> Tensor:
+        if not self._has_moments:
+            return torch.zeros(full_shape(parameter))
         if parameter in self.optimizer.state:
             return self.optimizer.state[parameter][moment]
         state = safe_get_full_optimizer_state(parameter, moment)
-        if state is None:  # every step so far overflowed and was skipped
-            return torch.zeros(full_shape(parameter))
         return state.float().view(full_shape(parameter))
 
 

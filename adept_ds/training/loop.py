@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import math
-import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -21,33 +21,26 @@ from adept_ds.data.encode import collate
 from adept_ds.distributed import sum_over_ranks
 from adept_ds.errors import UserError
 from adept_ds.model.loss import IGNORE_INDEX
-from adept_ds.storage.checkpoint import Checkpoint, TrainerState, collect_rng, publish, restore_rng, save_checkpoint
-from adept_ds.storage.run_folder import RunFolder
+from adept_ds.storage.checkpoint import (
+    Checkpoint,
+    Origin,
+    TrainerState,
+    collect_rng,
+    publish,
+    restore_rng,
+    save_checkpoint,
+)
+from adept_ds.storage.run_folder import RunFolder, unwritable
 from adept_ds.storage.run_log import SilentLog
 from adept_ds.training.optimizer import set_learning_rates
 from adept_ds.training.preparation import RunData, StepPlan
 from adept_ds.training.results import Result
+from adept_ds.training.stopping import StopRequest
 from adept_ds.training.validation import Validation, count_labels
 
-
-class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and SIGINT into a flag that is read at the next step boundary.
-
-    After the first signal further ones are ignored: Python puts the default handlers back while it exits, and a second
-    signal would then kill a rank that has saved already.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in self.SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        for other in self.SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
+LASTING = (errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Reasons of a disk that stay until somebody changes a quota or a permission. A full one is also emptied by others, a
+server comes back."""
 
 
 class Trainer:
@@ -62,6 +55,7 @@ class Trainer:
         folder: RunFolder,
         log: SilentLog,
         stop: StopRequest,
+        origin: Origin,
     ) -> None:
         self.run = run
         self.data = data
@@ -73,7 +67,10 @@ class Trainer:
         self.folder = folder
         self.log = log
         self.stop = stop
+        self.origin = origin
         self.state = TrainerState(step=0, world_size=self.world.world_size, zero_stage=result.zero_stage)
+        self._refused: dict[str, str] = {}
+        """What the disk has not taken and nothing later has made good, with the reason."""
 
     def run_from(self, checkpoint: Checkpoint | None) -> None:
         """Take all steps after the checkpoint's, or all of them."""
@@ -100,18 +97,28 @@ class Trainer:
             if self.state.step % self.run.logging.every_steps == 0 or is_last:
                 self._log_step(loss, rates, window.close())
             is_evaluated = is_last or self.state.step % (self.run.eval.every_steps or self.plan.epoch_steps) == 0
+            is_saved = is_evaluated or stop_ranks or self.state.step % (self.run.train.save_every or total_steps) == 0
+            if is_saved:
+                self._check_parameters()
             if is_evaluated:
                 self._evaluate()
                 window = ThroughputWindow()
-            if is_evaluated or stop_ranks or self.state.step % (self.run.train.save_every or total_steps) == 0:
+            if is_saved:
                 self._save()
             if stop_ranks and not is_last and not self._early_stop:
+                self._check_written()
                 self._finish("interrupted")
-                self.log.say(f"stopped by a signal after step {self.state.step}, saved; go on by --resume auto")
+                self.log.say(f"interrupted by {self.stop.reason} and saved; go on by --resume auto")
                 return
         progress.close()
         if self._early_stop:
             self.log.say(self._early_stop)
+        self._check_written()
+        if self.state.best_step is None:
+            raise UserError(
+                f"no evaluation gave a finite eval/{self.run.eval.metric}, so there is no result. Lower "
+                "train.learning_rate, or try model.dtype fp32 or bf16"
+            )
         self._finish("finished", result=self.folder.best, reason=self._early_stop)
 
     def _steps(self) -> Iterator[tuple[int, list[int]]]:
@@ -180,25 +187,70 @@ class Trainer:
         state, step = self.state, self.state.step
         values = self.validation.figures()
         value = values.get(f"eval/{self.run.eval.metric}")
-        is_best = value is None or state.best_value is None or self.run.eval.gain(value, state.best_value) > 0
+        is_best = value is None or self.run.eval.gain(value, state.best_value) > 0
         if values:
             self.log.write(values)
             figures = ", ".join(f"{name} {figure:.4f}" for name, figure in values.items())
-            self.log.say(f"{figures}{' (best)' if is_best else ''}")
+            is_figure = value is None or math.isfinite(value)
+            note = " (best)" if is_best else "" if is_figure else ", which is no figure and worse than any"
+            self.log.say(figures + note)
         if value is not None:
             threshold = self.run.train.early_stopping_threshold
-            has_gained = state.gain_value is None or self.run.eval.gain(value, state.gain_value) > threshold
+            has_gained = self.run.eval.gain(value, state.gain_value) > threshold
             since = 0 if has_gained else state.evaluations_since_gain + 1
             gain_value = value if has_gained else state.gain_value
             self.state = replace(self.state, gain_value=gain_value, evaluations_since_gain=since)
         if is_best:
-            self.state = replace(self.state, best_step=step, best_value=value)
-            publish(self.folder.best, f"best-step-{step:08d}", partial(self.result.write, step=step), self.world)
+            with self._going_on("the best result"):
+                publish(self.folder.best, f"best-step-{step:08d}", partial(self.result.write, step=step), self.world)
+                self.state = replace(self.state, best_step=step, best_value=value)
 
     def _save(self) -> None:
         write_states = partial(self.result.write_states, step=self.state.step)
         rng, keep = collect_rng(self.world), self.run.train.keep_checkpoints
-        save_checkpoint(self.folder.checkpoints, self.state, write_states, rng, keep, self.world)
+        with self._going_on("a checkpoint"):
+            save_checkpoint(self.folder.checkpoints, self.state, write_states, rng, keep, self.world, self.origin)
+        self.log.set_status("running")
+
+    def _check_parameters(self) -> None:
+        """Refuse to keep what a step has destroyed: a checkpoint of it could only be thrown away.
+
+        Raises:
+            UserError: Names the parameters with NaN or infinity.
+        """
+        broken = self.engine.broken_parameters()
+        if broken:
+            raise UserError(
+                f"by step {self.state.step} {', '.join(broken[:5])}{' and others' * (len(broken) > 5)} "
+                f"{'has' if len(broken) == 1 else 'have'} become NaN or infinite; nothing of that is kept. Lower "
+                f"train.learning_rate ({self.run.train.learning_rate.model_dump()}), set train.max_grad_norm, or try "
+                "model.dtype fp32"
+            )
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Go on where the disk does not take something now and may take the next one.
+
+        Raises:
+            UserError: It will not before somebody has changed something; or ranks write parts of their own, so that
+                they do not know of one another's trouble.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason = unwritable(self.folder.path, error)
+            if error.errno in LASTING or self.result.zero_stage is not None:
+                raise UserError(f"step {self.state.step}: {what} could not be written: {reason}") from error
+            self._refused[what] = reason
+            self.log.say(f"{what} could not be written, the run goes on without: {reason}")
+        else:
+            self._refused.pop(what, None)
+
+    def _check_written(self) -> None:
+        """Raise as `UserError` what the disk has not taken to the end."""
+        if self._refused:
+            what, reason = next(iter(self._refused.items()))
+            raise UserError(f"step {self.state.step} was taken, but {what} could not be written: {reason}")
 
     def _finish(self, status: str, result: Path | None = None, reason: str | None = None) -> None:
         self.log.close(result)

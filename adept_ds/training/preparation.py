@@ -18,6 +18,7 @@ from adept_ds.data.fit import check_examples, check_prompts, fit_padding
 from adept_ds.data.problems import load_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
+from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import decide_sharding
 from adept_ds.planner.meta_step import meta_model
 from adept_ds.rank_environment import is_main_rank
@@ -115,9 +116,11 @@ def plan_steps(run: RunConfig, data: RunData, world: World) -> StepPlan:
     decided = decide_sharding(run, data.architecture, world)
     total_steps = count_steps(run.train, len(data.train))
     model = meta_model(run, data.architecture)
+    deepspeed = complete(decided, world.world_size, data.architecture.hidden_size)
+    check_deepspeed_values(run.deepspeed, deepspeed)
     return StepPlan(
         run=decided,
-        deepspeed=complete(decided, world.world_size, data.architecture.hidden_size),
+        deepspeed=deepspeed,
         epoch_steps=math.ceil(len(data.train) / run.train.global_batch_size),
         total_steps=total_steps,
         learning_rates=learning_rates(run.train, model.learning_rate_groups(), total_steps),

@@ -32,7 +32,7 @@ from adept_ds.config.loader import COMMAND_LINE, LoadedConfig, flatten, load_con
 from adept_ds.config.run import RunConfig
 from adept_ds.config.schema import declared_settings, method_docs, unknown_key_message
 from adept_ds.errors import UserError, did_you_mean
-from adept_ds.files import atomic_write, read_json, write_json
+from adept_ds.files import atomic_write, parse_json, read_json, write_json
 from adept_ds.storage.run_folder import MAY_CHANGE, SEED_KEYS, STATUS_NAME
 
 Grid = Mapping[str, Sequence[Any]]
@@ -106,7 +106,7 @@ def read_grid(items: Sequence[str]) -> list[Grid]:
         if key in grid:
             raise UserError(f"--grid {key}: given twice; expected one list with all values")
         try:
-            grid[key] = json.loads(text)
+            grid[key] = parse_json(text)
         except json.JSONDecodeError:
             raise UserError(f"--grid {key}: {text!r} is not JSON; expected a list such as {key}=[1, 2]") from None
     return [grid]
@@ -114,7 +114,7 @@ def read_grid(items: Sequence[str]) -> list[Grid]:
 
 def _read_grid_file(path: Path) -> list[Grid]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        value = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         near = did_you_mean(str(path), map(str, path.parent.glob("*.json")))
         raise UserError(f"--grid {path}: no such file (and no key=[values]){near}") from None

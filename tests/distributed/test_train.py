@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, get_linear_schedule_with_warmup
 
 from adept_ds.config.method import AdeptConfig
@@ -25,6 +26,8 @@ from adept_ds.model.adapted_model import get_adept_model
 from tests.conftest import Launch, RunRanks, Start, losses, run_settings
 
 TRAIN = "launchers/train.py"
+ON_FP16 = "tests/distributed/run_all.py"
+"""Trains, or goes on, in fp16 on a CPU too."""
 pytestmark = pytest.mark.slow
 
 
@@ -345,6 +348,172 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tiny_llama: Path, run_r
     assert result.returncode == 2
     assert "the step was not taken" in result.stdout
     assert "Traceback" not in result.stdout
+
+
+def pair_rows(path: Path, count: int = 8, validation: int = 0) -> dict[str, Any]:
+    """A `data` section with so many rows of a prompt and a completion, and as many for validation as are asked for."""
+    section: dict[str, Any] = {"format": "jsonl", "path": str(path / "train.jsonl")}
+    for name, rows in (("train", count), ("validation", validation)):
+        lines = [json.dumps({"prompt": f"{n} and {n}", "completion": str(2 * n)}) + "\n" for n in range(rows)]
+        (path / f"{name}.jsonl").write_text("".join(lines))
+    return section | ({"validation_path": str(path / "validation.jsonl")} if validation else {})
+
+
+PATCHED = """
+import math, os, runpy, sys
+from pathlib import Path
+{patch}
+sys.argv[0] = "launchers/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""`launchers/train.py` on a machine, or of a fate, that a test makes up."""
+
+
+def patched(tmp_path: Path, patch: str) -> str:
+    script = tmp_path / "patched.py"
+    script.write_text(PATCHED.format(patch=patch))
+    return str(script)
+
+
+DESTROYED = """
+from adept_ds.training.engine import Engine
+step, steps = Engine.step, []
+def destroy(self):
+    step(self)
+    steps.append(1)
+    if len(steps) == 3:
+        self.model.trainable_parameters()["soft_prompt"].ds_tensor.data[0] = math.nan
+Engine.step = destroy
+"""
+
+
+def test_what_the_last_step_has_destroyed_is_neither_saved_nor_the_best(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run", max_steps=3, save_every=1)
+    settings["data"], settings["eval"] = pair_rows(tmp_path), {"every_steps": 2}
+    result = run_ranks(0, patched(tmp_path, DESTROYED), settings)
+    assert result.returncode == 2
+    assert "by step 3 soft_prompt has become NaN or infinite; nothing of that is kept" in result.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    assert (tmp_path / "run" / "best").resolve().name == "best-step-00000002"
+    newest = max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert newest == "step-00000002"
+
+
+NAN_FIGURES = """
+from adept_ds.training.validation import Validation
+figures = Validation.figures
+def odd(self):
+    values = figures(self)
+    return {{name: value if {is_good} else math.nan for name, value in values.items()}}
+Validation.figures = odd
+"""
+
+
+@pytest.mark.parametrize("is_always", [False, True])
+def test_a_validation_figure_of_nan_is_worse_than_any(
+    is_always: bool, tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run", max_steps=2, warmup_steps=0)
+    settings["data"], settings["eval"] = pair_rows(tmp_path, validation=2), {"every_steps": 1}
+    first = tmp_path / "run" / "checkpoints" / "step-00000001"
+    is_good = "False" if is_always else f"Path({str(first)!r}).exists()"
+    result = run_ranks(0, patched(tmp_path, NAN_FIGURES.format(is_good=is_good)), settings)
+    assert "eval/loss nan, which is no figure and worse than any" in result.stdout
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    if is_always:
+        assert (result.returncode, status["state"]) == (2, "failed")
+        assert "no evaluation gave a finite eval/loss, so there is no result" in result.stderr
+        assert not (tmp_path / "run" / "best").exists()
+    else:
+        assert (result.returncode, status["state"], status["best_step"]) == (0, "finished", 2), result.stdout
+
+
+FULL_DISK = """
+real = Path.write_bytes
+def write_bytes(self, data):
+    if any(name in str(self) for name in {names}):
+        raise OSError({number}, os.strerror({number}), str(self))
+    return real(self, data)
+Path.write_bytes = write_bytes
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "number", "status", "state"),
+    [
+        (["step-00000001"], errno.ENOSPC, 0, "finished"),
+        (["step-00000001", "step-00000002"], errno.ENOSPC, 2, "failed"),
+        (["step-00000001"], errno.EDQUOT, 2, "failed"),
+    ],
+    ids=["room again", "no room to the end", "a quota"],
+)
+def test_a_save_that_the_disk_refuses(
+    names: list[str], number: int, status: int, state: str, tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run", max_steps=2, warmup_steps=0, save_every=1)
+    settings["data"] = pair_rows(tmp_path)
+    result = run_ranks(2, patched(tmp_path, FULL_DISK.format(names=names, number=number)), settings)
+    assert result.returncode == status, result.stdout
+    assert (
+        f"logging.run_dir is '{tmp_path / 'run'}', where nothing can be written: {os.strerror(number)}" in result.stdout
+    )
+    assert "Traceback" not in result.stdout
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == state
+
+
+def test_a_resumed_run_wants_the_weights_that_it_began_with(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    settings = run_settings(model, tmp_path / "run", max_steps=2, warmup_steps=0, save_every=1)
+    settings["data"] = pair_rows(tmp_path)
+    assert run_ranks(0, TRAIN, settings).returncode == 0
+    copy = resumed_copy(tmp_path / "run", tmp_path / "copy", last_step=1)
+    changed = settings_of(tmp_path / "run", copy)
+    moved = changed["model"]["name_or_path"] = str(model.rename(tmp_path / "moved"))
+    tensors = load_file(Path(moved) / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 1.5
+    shutil.copytree(moved, tmp_path / "other")
+    save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+    other = changed | {"model": changed["model"] | {"name_or_path": str(tmp_path / "other")}}
+    result = run_ranks(0, TRAIN, other, "--resume", "auto")
+    assert result.returncode == 2
+    assert f"was trained on the weights of '{model}'; model.name_or_path is '{tmp_path / 'other'}'" in result.stderr
+    result = run_ranks(0, TRAIN, changed, "--resume", "auto")
+    assert result.returncode == 0, result.stdout
+    assert losses(copy) == losses(tmp_path / "run")
+
+
+def test_a_mistyped_resume_leaves_nothing_behind(tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
+    settings = run_settings(tiny_llama, tmp_path / "run", max_steps=1, warmup_steps=0)
+    settings["data"] = pair_rows(tmp_path)
+    result = run_ranks(0, TRAIN, settings, "--resume", "atuo")
+    assert result.returncode == 2
+    assert "--resume atuo: no such folder; did you mean 'auto'?" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_saves_before_the_first_step_that_does_not_overflow(
+    stage: int, tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    """The loss is scaled by 2^40 at first, so that all the first steps are skipped."""
+    settings = run_settings(tiny_llama, tmp_path / "run", max_steps=3, warmup_steps=0, save_every=1)
+    settings["model"]["dtype"] = "fp16"
+    settings["data"] = pair_rows(tmp_path)
+    settings["deepspeed"] = {"zero_optimization": {"stage": stage}, "fp16": {"initial_scale_power": 40}}
+    result = run_ranks(0, ON_FP16, [settings], ADEPT_DS_TEST_FP16="1")
+    assert result.returncode == 0, result.stdout
+    states = load_file(tmp_path / "run" / "checkpoints" / "step-00000001" / "optimizer.safetensors")
+    assert states["loss_scaler"][0] == 0
+    assert not states["soft_prompt.exp_avg"].any()
+
+    copy = resumed_copy(tmp_path / "run", tmp_path / "copy", last_step=1)
+    result = run_ranks(0, ON_FP16, [settings_of(tmp_path / "run", copy)], ADEPT_DS_TEST_FP16="1")
+    assert result.returncode == 0, result.stdout
+    assert losses(copy) == losses(tmp_path / "run")
 
 
 def test_a_batch_that_does_not_divide_is_told_once(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:

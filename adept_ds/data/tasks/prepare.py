@@ -6,6 +6,7 @@ Each function takes a row and returns the columns that it makes or replaces. A t
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ import numpy as np
 import regex
 
 from adept_ds.errors import UserError
+from adept_ds.files import parse_json
 from adept_ds.formats.rows import Row
 
 
@@ -33,9 +35,10 @@ def text(row: Row, column: str) -> str:
     value = row.get(column, object)
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
-    raise UserError(f"{row.where}: {column} must be a text or a number, not {type(value).__name__}")
+    what = str(value) if isinstance(value, float) else type(value).__name__
+    raise UserError(f"{row.where}: {column} must be a text or a number, not {what}")
 
 
 def texts(row: Row, column: str) -> list[str]:
@@ -49,7 +52,7 @@ def texts(row: Row, column: str) -> list[str]:
         value = value.get("text")
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # It may be a text that begins with a bracket.
-            value = json.loads(value)
+            value = parse_json(value)
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values or not all(isinstance(item, str) for item in values):
         raise UserError(f"{row.where}: {column} must be a text or a list of texts, with one at least")

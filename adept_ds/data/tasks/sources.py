@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import datasets
 
 CHUNK = 1_000
+LONGEST_INTEGER = 64
+"""Bits, the sign included, that a table's column holds."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _read_file(path: Path, task: Task) -> RawSplit:
 
     columns = task.columns()
     chunks = []
-    rows = iterate_rows(path, lambda row: [row.get(column, object) for column in columns])
+    rows = iterate_rows(path, lambda row: [_cell(row, column) for column in columns])
     try:
         while chunk := list(islice(rows, CHUNK)):
             chunks.append(pyarrow.table(dict(zip(columns, map(_of_one_type, zip(*chunk, strict=True)), strict=True))))
@@ -104,6 +106,13 @@ def _of_one_type(cells: Sequence[Any]) -> list[Any]:
         return list(cells)
     is_number = [isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells]
     return [str(cell) if number else cell for cell, number in zip(cells, is_number, strict=True)]
+
+
+def _cell(row: Row, column: str) -> object:
+    value = row.get(column, object)
+    if isinstance(value, int) and value.bit_length() >= LONGEST_INTEGER:
+        raise UserError(f"{row.where}: {column} is an integer of {len(str(value))} digits; expected at most 64 bits")
+    return value
 
 
 def _read_hub(task: Task, split: str, hub_ids: Mapping[str, str]) -> RawSplit:

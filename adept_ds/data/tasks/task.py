@@ -5,6 +5,7 @@ The tasks of the paper are declared in `adept_ds.data.tasks.registry`; a user's 
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Part = Literal["train", "validation", "test"]
 MetricName = Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "exact_match", "token_f1"]
+NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,100}")
 LABEL_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 
 SPLIT_NAMES: dict[str, dict[Part, str]] = {
@@ -84,6 +86,11 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Task:
+        if not NAME.fullmatch(self.name) or not self.name.strip("."):
+            raise ValueError(
+                f"name is {self.name!r}, and a folder of results is called by it; expected at most 100 letters, digits "
+                "and signs without / and \\"
+            )
         if (self.dataset is None) == (not self.files):
             raise ValueError("give exactly one of dataset and files")
         for _, field, specification, conversion in string.Formatter().parse(self.source):

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from adept_ds.data.tasks.registry import TASKS
 from adept_ds.data.tasks.task import Task
 from adept_ds.errors import UserError, did_you_mean
+from adept_ds.files import parse_json
 from adept_ds.formats import names_with_tests
 
 
@@ -42,7 +43,7 @@ def read_task_file(path: Path) -> Task:
         UserError: The file is not there, is no JSON object, or has mistakes; all of them are named.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+        values = parse_json(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except FileNotFoundError:
         siblings = map(str, path.parent.glob("*.json"))
         raise UserError(f"data.tasks: {path}: no such file{did_you_mean(str(path), siblings)}") from None
