@@ -179,10 +179,11 @@ class LossHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits or summed loss, see the class."""
         if self._targets is None:
-            if self.added_bias is None:
-                return matmul(hidden, self.weight.t(), self.bias)
+            bias = self._whole_bias()
+            if bias is None or self.added_bias is None:
+                return matmul(hidden, self.weight.t(), bias)
             logits = matmul(hidden, self.weight.t())  # the trained term is not rounded before it is added
-            return (logits.float() + self._whole_bias()).to(logits.dtype)
+            return (logits.float() + bias).to(logits.dtype)
         if hidden.shape[:-1] != self._targets.shape:
             raise UserError(
                 f"the backbone's LM head reads hidden states {list(hidden.shape)}, which are not one for each of the "
