@@ -12,6 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedMod
 
 from adept_ds.config.method import AdapterConfig, Ia3Config, LoraConfig, MethodConfig
 from adept_ds.errors import UserError
+from adept_ds.methods.layers import output_layers
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from tests.models import TOKENS, VOCABULARY, WIDTH, causal, seeded
 from tests.test_methods import batch, far_from_start, logits, take_steps
@@ -37,6 +38,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gptj": causal("gptj", rotary_dim=4),
     "gpt_neo": causal("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]),
     "phi3": causal("phi3"),
+    "mpt": causal("mpt", d_model=WIDTH, n_heads=4, n_layers=2, max_seq_len=64),
+    "persimmon": causal("persimmon"),
+    "mamba": causal("mamba"),
     "bart": bart,
 }
 Q_K_V, Q_V, K_V = {"q_proj", "k_proj", "v_proj"}, {"q_proj", "v_proj"}, {"k_proj", "v_proj"}
@@ -55,11 +59,13 @@ LAYERS: dict[str, tuple[set[str], set[str], set[str]]] = {
     "gptj": (Q_V, Q_V, {"fc_out"}),
     "gpt_neo": (Q_V, Q_V, {"c_proj"}),
     "bart": (Q_V, Q_V, {"fc2"}),
+    # Of other families, for which PEFT has no choice, or one for LoRA alone.
+    "phi3": ({"qkv_proj"}, {"qkv_proj"}, {"down_proj"}),
+    "mpt": ({"Wqkv"}, {"Wqkv"}, {"down_proj"}),
+    "persimmon": (FUSED, FUSED, {"dense_4h_to_h"}),
 }
 """Ends of the names of layers: for LoRA, for (IA)3 without and with `feed_forward`."""
 LORA, IA3 = LoraConfig(rank=3, dropout=0.0), Ia3Config(feed_forward=True)
-REFUSES_LABELS = ("bart",)
-"""It adds a bias to its logits."""
 
 
 def adapted(name: str, method: MethodConfig) -> AdaptedModel:
@@ -81,7 +87,7 @@ def test_layers_are_those_of_the_family_or_pefts_choice(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", [LORA, IA3], ids=["lora", "ia3"])
-@pytest.mark.parametrize("name", [name for name in LAYERS if name not in REFUSES_LABELS])
+@pytest.mark.parametrize("name", LAYERS)
 def test_the_loss_falls(name: str, method: MethodConfig) -> None:
     model = adapted(name, method).train()
     losses = take_steps(model, batch(model), steps=5)
@@ -103,19 +109,19 @@ def test_it_can_be_saved_and_switched_off(tmp_path: Path, name: str, method: Met
 
 # Layers that are not known
 
-PHI3 = r"\(model type 'phi3'\) has linear layers whose names end in o_proj, qkv_proj, gate_up_proj, down_proj"
+MAMBA = r"\(model type 'mamba'\) has linear layers whose names end in in_proj, x_proj, dt_proj, out_proj"
 
 
 @pytest.mark.parametrize("method", [LORA, Ia3Config(), IA3], ids=["lora", "ia3", "ia3-feed-forward"])
-def test_an_architecture_in_neither_is_refused_with_the_layers_that_it_has(method: MethodConfig) -> None:
-    message = rf"{PHI3}; which of them {method.name} is for is known neither .*: set method\.target_modules"
+def test_an_architecture_that_nobody_knows_is_refused_with_the_layers_that_it_has(method: MethodConfig) -> None:
+    message = rf"{MAMBA}; which of them {method.name} is for is known neither .*: set method\.target_modules"
     with pytest.raises(UserError, match=message):
-        adapted("phi3", method)
+        adapted("mamba", method)
 
 
 def test_there_the_layers_can_be_named() -> None:
-    model = adapted("phi3", LoraConfig(target_modules=("qkv_proj", "mlp.down_proj")))
-    assert changed_layers(model) == {"qkv_proj", "down_proj"}
+    model = adapted("mamba", LoraConfig(target_modules=("in_proj", "mixer.x_proj")))
+    assert changed_layers(model) == {"in_proj", "x_proj"}
 
 
 def test_a_feed_forward_part_of_experts_is_not_left_out_silently() -> None:
@@ -135,9 +141,13 @@ def test_a_layer_that_peft_cannot_wrap_is_refused() -> None:
         adapted("phi3", LoraConfig(target_modules=("input_layernorm",)))
 
 
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("mixtral",)])
+def test_bottleneck_adapters_stand_behind_both_parts_of_each_layer(name: str) -> None:
+    blocks = 4 if name == "bart" else 2
+    assert len(output_layers(seeded(MODELS[name]))) == 2 * blocks
+
+
 def test_bottleneck_adapters_say_which_backbones_they_know() -> None:
-    message = (
-        r"built like T5, Llama, CodeGen, GPT-2; '' \(model type 'bloom'\) has .*query_key_value, dense.*lora and ia3"
-    )
+    message = r"built like T5, Llama, .* MPT; '' \(model type 'mixtral'\) has .*q_proj, .*lora and ia3"
     with pytest.raises(UserError, match=message):
-        adapted("bloom", AdapterConfig())
+        adapted("mixtral", AdapterConfig())

@@ -50,6 +50,7 @@ OTHER_FAMILIES = {
     "Phi": Family(_QUERIES_VALUES, _KEYS_VALUES, ("self_attn.dense",), ("mlp.fc2",)),
     "StarCoder2": Family(_QUERIES_VALUES, _KEYS_VALUES, ("self_attn.o_proj",), ("mlp.c_proj",)),
     "GPT-Neo": Family(_QUERIES_VALUES, _KEYS_VALUES, ("attn.attention.out_proj",), ("mlp.c_proj",)),
+    "GPT-J": Family(_QUERIES_VALUES, _KEYS_VALUES, ("attn.out_proj",), ("mlp.fc_out",)),
     "GPT-NeoX": Family(_FUSED, _FUSED, ("attention.dense",), ("mlp.dense_4h_to_h",)),
     "BLOOM": Family(_FUSED, _FUSED, ("self_attention.dense",), ("mlp.dense_4h_to_h",)),
     "Persimmon": Family(_FUSED, _FUSED, ("self_attn.dense",), ("mlp.dense_4h_to_h",)),
