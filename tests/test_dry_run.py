@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from transformers import MixtralConfig
 
 from adept_ds.config.loader import load_config
 from adept_ds.errors import UserError
@@ -186,3 +187,14 @@ def test_full_fine_tuning_trains_the_whole_backbone_and_leaves_a_model():
     assert "a model folder with 16,060,522,496 bytes of weights" in text
     assert "5e-05 (train.learning_rate.backbone) for model.embed_tokens.weight [128256, 4096]" in text
     assert "and 287 more" in text
+
+
+def test_what_stays_unquantised_is_said(tmp_path):
+    MixtralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=100).save_pretrained(tmp_path)
+    settings = (f"model.name_or_path={tmp_path}", "model.quantization=nf4")
+    experts = 2 * 8 * 3 * 64 * 96
+    said = plan("smollm2_135m", *settings).unquantized
+    assert said is not None
+    assert "are in no linear layer and stay in bfloat16, such as model.layers.0.mlp.experts.gate_up_proj" in said
+    assert experts < int(said.split(" of ")[0].replace(",", "")) < 1.02 * experts
+    assert plan("smollm2_135m", "model.quantization=nf4").unquantized is None

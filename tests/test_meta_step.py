@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, PreTrainedConfig, T5Config
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
 from adept_ds.backbone.quantization import Scheme, quantize_linears
 from adept_ds.config.run import RunConfig
@@ -28,6 +28,15 @@ def llama(**changes: Any) -> PreTrainedConfig:
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "vocab_size": VOCABULARY}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     return LlamaConfig(**{**sizes, **heads, **changes})
+
+
+def mixtral() -> PreTrainedConfig:
+    return MixtralConfig(**llama().to_diff_dict() | {"model_type": "mixtral", "num_local_experts": 4})
+
+
+def gpt2() -> PreTrainedConfig:
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=4, n_head=4, n_positions=256, **dropout)
 
 
 def t5(**changes: Any) -> PreTrainedConfig:
@@ -51,7 +60,7 @@ def real_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
     if scheme:
         weights = {name: parameter.data for name, parameter in backbone.named_parameters()}
         for name, layer in quantize_linears(backbone, scheme).items():
-            layer.weight.data = scheme.quantize(weights[name], torch.device("cpu"), torch.float32)
+            layer.weight.data = layer.storage_of(weights[name], torch.device("cpu"))
     model = get_adept_model(backbone, run.method.model_copy(update={"prompt_init": "normal"})).train()
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
@@ -118,6 +127,9 @@ RUNS = {
         run_of(model={"quantization": "nf4"}, train={"activation_checkpointing": True}),
         llama(),
     ),
+    "experts": (run_of(), mixtral()),
+    "experts, nf4": (run_of(model={"quantization": "nf4"}), mixtral()),
+    "conv1d, nf4": (run_of(model={"quantization": "nf4"}), gpt2()),
     "t5": (run_of(), t5()),
     "t5, dropout": (run_of(), t5(dropout_rate=0.1)),
     "t5, int8": (run_of(model={"quantization": "int8"}), t5()),

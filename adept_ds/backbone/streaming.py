@@ -256,7 +256,7 @@ def _own_values(slot: _Slot, values: Tensor, device: torch.device, partitioner: 
     """The parameter's tensor with this rank's part of `values`; the rest of it is never touched."""
     shape, dtype = slot.parameter.shape, slot.parameter.dtype
     if not partitioner:
-        return values.to(device, dtype, copy=True)
+        return values.to(device, dtype)  # mapped still where nothing changes
     part = partitioner.own_part(shape.numel())
     # Host memory becomes real where it is written to.
     full = torch.empty(shape, dtype=dtype)
