@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from typing_extensions import override
 
@@ -24,10 +25,15 @@ CLOSED_OUTPUT_STATUS = 141
 def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
     """Call `main` with the command-line arguments and exit with its status (None is 0). A task of SLURM becomes a rank.
 
+    What lies outside the program, such as a full disk, is told without a traceback; behind one that is thrown all the
+    same the last line says what to do.
+
     A `UserError` is the same on every rank unless it is a `NodeError`, so only rank 0 prints it. The others leave a
     little later: a launcher ends all ranks when the first one fails, which must not be before rank 0 has spoken.
     """
     take_slurm_ranks(os.environ)
+    # A name of a file can be more than the terminal's encoding holds.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
@@ -43,9 +49,39 @@ def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
         # Who reads the output, such as `head`, has seen enough.
         _to_nowhere(sys.stdout)
         sys.exit(CLOSED_OUTPUT_STATUS)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        _record_error(f"{type(error).__name__}: {error}", of_rank=True)
+        if error.strerror is None or error.filename is None:
+            _tell_fault(error)
+        # The disk, or a permission: where in the program it was met helps nobody.
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_STATUS)
     except Exception as error:
         _record_error(f"{type(error).__name__}: {error}", of_rank=True)
-        raise
+        _tell_fault(error)
+
+
+ADVICE = {
+    "OutOfMemoryError": "the GPU has no memory left: lower train.micro_batch_size or data.max_length, or see what fits "
+    "by `adept-ds plan`; other processes on the GPU count too",
+    "MemoryError": "this machine has no memory left: see what fits by `adept-ds plan`",
+    "DistBackendError": "the ranks lost one another: look at the first error of any rank above, and at the network",
+    "MainRankError": "look at the error of rank 0 above",
+}
+"""Type of an exception that is nobody's mistake in the settings, to what can be done."""
+OTHERWISE = "this is a fault of adept-ds, or of a library under it: please report the lines above with the config"
+
+
+def _tell_fault(error: Exception) -> NoReturn:
+    """Print where it was met, and in the last line what to do."""
+    sys.excepthook(type(error), error, error.__traceback__)
+    advice = ADVICE.get(type(error).__name__, OTHERWISE)
+    if isinstance(error, OSError) and error.strerror:
+        advice = f"the operating system says {error.strerror!r}: look at the disks and limits of this machine"
+    print(f"what to do: {advice}", file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 def outlive_console() -> None:

@@ -285,3 +285,24 @@ def test_the_hash_follows_values_and_not_their_order(write):
     second = config_hash(load_config(write(deepspeed={"dump_state": False, "wall_clock_breakdown": True})).run)
     other = config_hash(load_config(write(train={"epochs": 4})).run)
     assert first == second != other
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "limit"),
+    [
+        ("method.bottleneck", 10**30, "4,294,967,295"),
+        ("train.seed", 10**30, "4,294,967,295"),
+        ("train.learning_rate.soft_prompt", 1e300, "1e+38"),
+    ],
+)
+def test_a_number_that_no_tensor_holds_is_refused(write, key, value, limit):
+    assert f"{key}: expected at most {limit}" in message(write(), f"{key}={json.dumps(value)}")
+
+
+DEEP = '{"a":' * 700 + "1" + "}" * 700
+LONG = '{"train": {"epochs": ' + "1" * 5000 + "}}"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, DEEP, LONG], ids=["unclosed", "deep", "long"])
+def test_a_config_that_python_cannot_hold_is_refused(write, text):
+    assert "run.json" in message(write(text))

@@ -233,11 +233,12 @@ def test_a_tokenizer_that_gives_no_offsets() -> None:
     [
         (GEMMA, (SYSTEM, *CHAT), "f:1: the tokenizer's chat template refuses this chat: System role not supported"),
         (LLAMA_2, (CHAT[0], *CHAT), "refuses this chat: Conversation roles must alternate"),
+        ("{{ 1 + 'a' }}", CHAT, "f:1: the tokenizer's chat template fails on this chat .TypeError"),
         (QWEN_3, CHAT, r"f:1: what .* writes for turn 2 of 4 depends on the turns after it"),
         (CHATML_MARKED.replace("'assistant' %}", "'model' %}"), CHAT, r"marks 0 parts .* has 2 of its turns"),
         (None, CHAT, r"the data needs a chat template, and the tokenizer .* has none; .*model\.tokenizer"),
     ],
-    ids=["system", "alternate", "depends", "unmarked", "none"],
+    ids=["system", "alternate", "fails", "depends", "unmarked", "none"],
 )
 def test_what_cannot_be_learnt_is_refused(
     template: str | None, turns: tuple[tuple[str, str], ...], message: str

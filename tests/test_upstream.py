@@ -174,6 +174,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("zero3_engine.load_checkpoint", ENGINE, "load_dir, tag="),
         Use("zero3_engine.checkpoint_engine.load", ENGINE, "path, map_location"),
         Use("deepspeed.utils.tensor_fragment.fragment_address", ENGINE),
+        Use("deepspeed.runtime.config.DeepSpeedConfig", "adept_ds/planner/deepspeed_values.py", "config"),
         Use("deepspeed.runtime.fp16.loss_scaler.LossScaler", ENGINE),
         Use("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", ENGINE),
         Use("deepspeed.runtime.zero.config.ZeroStageEnum", ENGINE),

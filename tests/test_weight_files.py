@@ -71,6 +71,7 @@ def write_header(text: str) -> Callable[[Path], object]:
         (write_header("[]"), "its header cannot be read"),
         (write_header("{"), "its header cannot be read"),
         (write_header('{"x": {"data_offsets": "ab"}}'), "its header cannot be read"),
+        (write_header('{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 0]}}'), "is no safetensors file"),
     ],
 )
 def test_a_file_that_is_not_whole_is_named(damage: Callable[[Path], object], message: str, model: Path) -> None:

@@ -25,8 +25,15 @@ def check_weight_files(paths: Sequence[Path]) -> None:
     Raises:
         UserError: As `_read_header`.
     """
+    from safetensors import SafetensorError, safe_open
+
     for path in paths:
         _read_header(path)
+        try:
+            with safe_open(path, "pt"):
+                pass  # It compares types, shapes and places of all tensors.
+        except SafetensorError as error:
+            raise UserError(f"{path} is no safetensors file: {error}") from error
 
 
 def fingerprint(paths: Sequence[Path]) -> str:

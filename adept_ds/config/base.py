@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-Count = Annotated[StrictInt, Field(ge=1)]
-CountOrZero = Annotated[StrictInt, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+LARGEST = 2**32 - 1
+"""Beyond it there is no size of a tensor, and no seed that every library takes."""
+LARGEST_FLOAT = 1e38
+"""Tensors are fp32 at most."""
+
+
+def _fits(value: float) -> float:
+    # Not a bound of the schema: it would stand in every line of the help.
+    limit = LARGEST if isinstance(value, int) else LARGEST_FLOAT
+    if value > limit:
+        raise ValueError(f"expected at most {limit:,}" if isinstance(value, int) else f"expected at most {limit:g}")
+    return value
+
+
+Count = Annotated[StrictInt, Field(ge=1), AfterValidator(_fits)]
+CountOrZero = Annotated[StrictInt, Field(ge=0), AfterValidator(_fits)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True), AfterValidator(_fits)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True), AfterValidator(_fits)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 

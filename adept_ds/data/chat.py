@@ -128,6 +128,11 @@ def _refusals_told(where: str) -> Iterator[None]:
         yield
     except TemplateError as error:
         raise UserError(f"{where}: the tokenizer's chat template refuses this chat: {error}") from error
+    except Exception as error:  # A template computes, with whatever comes of that.
+        raise UserError(
+            f"{where}: the tokenizer's chat template fails on this chat ({type(error).__name__}: {error}); mend it, or "
+            "name another tokenizer by model.tokenizer"
+        ) from error
 
 
 def tokenise_learnt(
