@@ -15,7 +15,6 @@ from adept_ds.errors import UserError
 from adept_ds.storage import adapter_folder
 from adept_ds.storage.checkpoint import (
     OPTIMIZER_NAME,
-    SHARDED,
     Checkpoint,
     TrainerState,
     collect_rng,
@@ -28,6 +27,7 @@ from adept_ds.storage.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
+from adept_ds.storage.run_folder import SHARDED
 from tests.conftest import WORLD
 
 pytestmark = pytest.mark.usefixtures("world")

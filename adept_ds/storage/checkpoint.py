@@ -20,7 +20,6 @@ Where every rank writes, all of them must see the folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -36,12 +35,15 @@ from torch import Tensor
 from adept_ds.distributed import World, gather_objects, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.storage import adapter_folder
-from adept_ds.storage.run_folder import CHECKPOINT_PREFIX, list_checkpoints
+from adept_ds.storage.run_folder import (
+    CHECKPOINT_PREFIX,
+    MANIFEST,
+    checkpoint_damage,
+    file_proof,
+    list_checkpoints,
+)
 
-MANIFEST = "manifest.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
-SHARDED = "deepspeed"
-"""Folder of DeepSpeed's own checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def save_checkpoint(
         write_tensors(folder / "rng.safetensors", rng)
         (folder / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        proofs = {name: _proof(folder, name) for name in names}
+        proofs = {name: file_proof(folder, name) for name in names}
         (folder / MANIFEST).write_text(json.dumps(proofs, indent=2) + "\n", encoding="utf-8")
 
     def prune() -> None:
@@ -182,16 +184,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: A file is missing or is not the one that was written.
     """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
-    try:
-        proofs: dict[str, str | int] = json.loads(manifest.read_text(encoding="utf-8"))
-        damaged = [name for name, proof in proofs.items() if not _is_intact(folder, name, proof)]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{manifest} is damaged: {error}") from error
-    if damaged:
-        raise UserError(f"{folder} is damaged: {', '.join(damaged)} missing or changed since it was written")
+    damage = checkpoint_damage(folder)
+    if damage:
+        raise UserError(damage)
     state = TrainerState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
     is_whole = state.zero_stage is None
     return Checkpoint(
@@ -273,14 +268,3 @@ def restore_rng(checkpoint: Checkpoint, world: World, seed: int) -> None:
     torch.set_rng_state(checkpoint.rng[f"{world.rank}.cpu"])
     if world.device.type == "cuda" and f"{world.rank}.cuda" in checkpoint.rng:
         torch.cuda.set_rng_state(checkpoint.rng[f"{world.rank}.cuda"], world.device)
-
-
-def _proof(folder: Path, name: str) -> str | int:
-    """What a file is recognised by: its sha256, or its size for those of DeepSpeed, which hold the model several times
-    over and would take minutes to read."""
-    path = folder / name
-    return path.stat().st_size if name.startswith(f"{SHARDED}/") else hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _is_intact(folder: Path, name: str, proof: str | int) -> bool:
-    return (folder / name).is_file() and _proof(folder, name) == proof
