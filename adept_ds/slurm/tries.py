@@ -202,9 +202,10 @@ def begin(flags: argparse.Namespace, environment: Mapping[str, str]) -> int:
     )
     tries = read_history(run_dir)
     last = tries[-1] if tries and tries[-1].ended is None else None
-    if last and last.key != this.key and _name(last) in (owners := dict(map(str.split, sys.stdin))):
+    owners = dict(line.split() for line in sys.stdin)
+    if last and last.key != this.key and (owner := owners.get(_name(last))):
         raise UserError(
-            f"job {_name(last)} of {owners[_name(last)]} is training in {run_dir} now; one run folder has one writer"
+            f"job {_name(last)} is training in {run_dir} now, submitted by {owner}; one run folder has one writer"
         )
     _take_over(run_dir, this, float(environment.get("ADEPT_DS_LOCK_SECONDS", LOCK_SECONDS)))
     this = replace(this, from_step=newest_step(run_dir))

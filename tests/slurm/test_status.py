@@ -58,7 +58,7 @@ def state_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(status.queue, "is_available", lambda: True)
         monkeypatch.setattr(status.queue, "queued_jobs", lambda users: list(queued))
         monkeypatch.setattr(status.queue, "last_state", lambda job: ended)
-        return read_states([folder])[0]
+        return read_states([folder], warn=print)[0]
 
     return read
 
