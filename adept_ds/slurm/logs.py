@@ -23,10 +23,11 @@ def find_log(run_dir: Path, kind: Kind, rank: int | None) -> Path:
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder")
-    if kind == "train" and rank is not None:
-        folders = [this_logs(run_dir, one) for one in reversed(read_history(run_dir))]
-        return _rank_log(run_dir, folders, rank)
     submission, task = find_task(run_dir)
+    folders = [this_logs(run_dir, one) for one in reversed(read_history(run_dir))]
+    # A job that was submitted by hand has its own log wherever sbatch was told.
+    if kind == "train" and (rank is not None or (submission is None and folders)):
+        return _rank_log(run_dir, folders, rank or 0)
     job = submission.jobs.get(kind) if submission else None
     if submission is None or job is None:
         known = f"; it has {', '.join(submission.jobs)}" if submission else ", which adept-ds submit would have noted"
