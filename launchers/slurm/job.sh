@@ -112,7 +112,7 @@ run_to_the_end() {
     logs=${log%.log}.ranks${SLURM_RESTART_COUNT:+-$SLURM_RESTART_COUNT}
     mkdir -p "$logs"
     run_ranks "$logs/rank" "$@"
-    if ((status)) && tool tries failure "$logs" "$SLURM_NTASKS"; (($? == 75)); then
+    if ((status)) && tool tries failure "$logs" "${SLURM_NTASKS:-1}"; (($? == 75)); then
         requeue
         echo "adept_ds: SLURM refused to requeue the job: $refusal" >&2
     fi

@@ -95,7 +95,7 @@ def test_a_try_waits_for_ranks_that_still_hold_the_folder(cluster: Cluster, stub
 
 @pytest.mark.slow
 def test_a_node_that_hangs_is_a_node_failure(cluster: Cluster, stub: StubRun) -> None:
-    job = stub.submit("--nodes=1", STUB_STEP_SECONDS="1")
+    job = stub.submit("--nodes=1", "--ntasks-per-node=2", arguments=("--train.max_steps", "200"), STUB_STEP_SECONDS="1")
     stub.wait_for_step(1)
     node = cluster.job(job)["BatchHost"]
     (daemon,) = cluster.processes(node, "slurmd -D")

@@ -345,6 +345,18 @@ def test_tasks_that_never_began_are_tried_again_and_a_bad_rank_is_not(tmp_path: 
     assert never_started(logs, "rank", 2) is None
 
 
+def test_an_evaluation_that_never_began_is_tried_again_a_few_times(tmp_path: Path) -> None:
+    for restarts, status in ((0, REQUEUE), (1, REQUEUE), (2, 1)):
+        done = Script(tmp_path, restarts=restarts).call("failure", tmp_path / "logs", "2")
+        assert (done.returncode, "SLURM started 0 of 2 tasks" in done.stderr) == (status, True)
+    (tmp_path / "logs").mkdir()
+    for rank in (0, 1):
+        (tmp_path / "logs" / f"rank-{rank}.log").touch()
+    leave(tmp_path / "logs", 1, 10.0, 7)
+    done = Script(tmp_path).call("failure", tmp_path / "logs", "2")
+    assert (done.returncode, "ended with exit status 7" in done.stderr) == (1, True)
+
+
 def test_a_damaged_checkpoint_is_none_to_start_from(tmp_path: Path) -> None:
     script = Script(tmp_path)
     for step in (5, 10):
