@@ -207,6 +207,8 @@ def begin(flags: argparse.Namespace, environment: Mapping[str, str]) -> int:
         raise UserError(
             f"job {_name(last)} is training in {run_dir} now, submitted by {owner}; one run folder has one writer"
         )
+    if last and last.key != this.key and _name(this) not in owners:
+        raise UserError(f"SLURM does not say whether job {_name(last)} is still training in {run_dir}; submit it again")
     _take_over(run_dir, this, float(environment.get("ADEPT_DS_LOCK_SECONDS", LOCK_SECONDS)))
     this = replace(this, from_step=newest_step(run_dir))
     if last:

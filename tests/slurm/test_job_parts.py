@@ -271,6 +271,9 @@ def test_another_users_job_in_the_run_folder_is_named(tmp_path: Path) -> None:
     second = Script(tmp_path, "8").begin(queue="7 alice\n8 bob\n")
     assert second.returncode == 2
     assert f"job 7 is training in {tmp_path / 'run'} now, submitted by alice" in second.stderr
+    unknown = Script(tmp_path, "8").begin(queue="")
+    assert unknown.returncode == 2
+    assert "SLURM does not say whether job 7 is still training" in unknown.stderr
     # Once the first is gone from the queue, whatever ended it.
     assert Script(tmp_path, "8").begin(queue="8 bob\n").returncode == 0
     assert Script(tmp_path).ended() == [(0, "killed", False), (0, None, None)]
@@ -367,7 +370,7 @@ def test_a_damaged_checkpoint_is_none_to_start_from(tmp_path: Path) -> None:
     (script.run_dir / "checkpoints" / "step-notes.txt").touch()
     assert "from step 10" in script.begin().stderr
     (folder / "state.json").write_text("")
-    assert "from step 5" in Script(tmp_path, "8").begin().stderr
+    assert "from step 5" in Script(tmp_path, "8").begin(queue="8 me\n").stderr
     assert [one.to_step for one in read_history(script.run_dir)] == [5, None]
 
 
@@ -380,7 +383,7 @@ def test_a_try_that_was_killed_ended_when_it_was_last_heard_of(tmp_path: Path) -
     log = script.run_dir / "slurm" / "ranks" / "7-0" / "rank-0.log"
     log.touch()
     os.utime(log, (time.time() - 3600, time.time() - 3600))
-    Script(tmp_path, "8").begin()
+    Script(tmp_path, "8").begin(queue="8 me\n")
     first, _ = read_history(script.run_dir)
     assert first.ended is not None
     assert datetime.fromisoformat(first.ended).timestamp() == pytest.approx(time.time() - 3600, abs=60)
