@@ -267,9 +267,9 @@ def _write_try(path: Path, this: Try) -> None:
 
 def _completed(last: Try, this: Try, run_dir: Path) -> Try:
     """The line of a try whose batch script could not write how it ended, with the time when it was last heard of."""
-    heard = max((path.stat().st_mtime for path in this_logs(run_dir, last).glob("*")), default=None)
-    ended = last.started if heard is None else _text(datetime.fromtimestamp(heard))
-    last = replace(last, ended=max(last.started, ended), to_step=this.from_step)
+    heard = [path.stat().st_mtime for path in this_logs(run_dir, last).glob("*")]
+    ended = max([datetime.fromisoformat(last.started).timestamp(), *heard])
+    last = replace(last, ended=_text(datetime.fromtimestamp(ended)), to_step=this.from_step)
     if last.key == this.key:
         return replace(last, ended_by="node failure", requeued=True)
     return replace(last, ended_by="killed", requeued=False)
