@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -29,13 +30,17 @@ def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
     same the last line says what to do.
 
     A `UserError` is the same on every rank unless it is a `NodeError`, so only rank 0 prints it. The others leave a
-    little later: a launcher ends all ranks when the first one fails, which must not be before rank 0 has spoken.
+    little later: a launcher ends all ranks when the first one fails, which must not be before rank 0 has spoken. A
+    reader of the output that goes away, such as `head`, ends the program in silence, as the signal SIGPIPE would.
     """
     take_slurm_ranks(os.environ)
     # A name of a file can be more than the terminal's encoding holds.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        status = main(sys.argv[1:])
+        try:
+            status: int | str | None = main(sys.argv[1:])
+        except SystemExit as end:  # argparse, after its help
+            status = end.code
         sys.stdout.flush()
         sys.exit(status or 0)
     except UserError as error:
@@ -134,4 +139,5 @@ def _record_error(message: str, of_rank: bool) -> None:
     path = os.environ.get("ADEPT_DS_ERROR_FILE")
     if path:
         record = {"time": time.time(), "error": message, "of_rank": of_rank}
-        Path(path).write_text(json.dumps(record), encoding="utf-8")
+        with suppress(OSError):  # on a full disk, which may be the error itself
+            Path(path).write_text(json.dumps(record), encoding="utf-8")

@@ -16,7 +16,6 @@ from adept_ds.errors import UserError
 from adept_ds.storage import adapter_folder
 from adept_ds.storage.checkpoint import (
     OPTIMIZER_NAME,
-    SHARDED,
     Checkpoint,
     Origin,
     TrainerState,
@@ -30,6 +29,7 @@ from adept_ds.storage.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
+from adept_ds.storage.run_folder import SHARDED
 from tests.conftest import WORLD
 
 pytestmark = pytest.mark.usefixtures("world")

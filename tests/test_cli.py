@@ -55,6 +55,42 @@ def test_a_command_that_is_not_there_has_a_nearest() -> None:
         main(["tran"])
 
 
+@pytest.mark.parametrize("words", [("recipes",), ("train", "--help"), ("status", "RUN")], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_without_a_reader_a_command_ends_in_silence(words: tuple[str, ...], unbuffered: str, tmp_path: Path) -> None:
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "status.json").write_text('{"state": "finished", "step": 1, "total_steps": 1}')
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "adept_ds", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
+    os.close(writer)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert done.returncode != 0  # as the signal SIGPIPE would have ended it
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("OSError(errno.ENOSPC, 'No space left on device', '/x')", "error: /x: No space left on device"),
+        ("OSError(errno.ENOSPC, 'No space left on device')", "error: [Errno 28] No space left on device"),
+        ("PermissionError(errno.EACCES, 'Permission denied', '/x')", "error: /x: Permission denied"),
+    ],
+)
+def test_what_lies_outside_the_program_is_no_traceback(error: str, message: str, tmp_path: Path) -> None:
+    program = (
+        f"import errno\nfrom adept_ds.entry_point import run_entry_point\n"
+        f"def main(words):\n    raise {error}\nrun_entry_point(main)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (2, message)
+
+
 def complete(line: str, tmp_path: Path) -> list[str]:
     """What a shell is told for a command line that the cursor is at the end of."""
     answer = tmp_path / "answer"

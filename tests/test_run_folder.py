@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,41 @@ def write_checkpoint(root: Path, step: int) -> Path:
 def test_a_second_writer_is_refused(tmp_path):
     first = RunFolder(tmp_path)
     first.open(resolved(), "never")
-    with pytest.raises(UserError, match="where another process is training now"):
+    holder = f"where another process is training now: process {os.getpid()} of .* on {platform.node()}"
+    with pytest.raises(UserError, match=holder):
         RunFolder(tmp_path).open(resolved(), "auto")
     del first
     RunFolder(tmp_path).open(resolved(), "auto")
+
+
+def test_a_file_system_without_locks_is_told_and_goes_on(tmp_path, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    RunFolder(tmp_path).open(resolved(), "never")
+    assert "the file system has no locks (No locks available)" in capsys.readouterr().out
+    assert (tmp_path / "config.json").is_file()
+
+
+def test_a_newer_try_of_the_same_run_is_seen(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.newer_try({"ADEPT_DS_TRY": "7.0"}) is None
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "try").write_text("7.1\n")
+    assert folder.newer_try({"ADEPT_DS_TRY": "7.0"}) == "7.1"
+    assert folder.newer_try({"ADEPT_DS_TRY": "7.1"}) is None
+    assert folder.newer_try({}) is None
+
+
+def test_only_whole_checkpoints_of_its_own_count(tmp_path):
+    for step in (5, 10):
+        write_checkpoint(tmp_path / "checkpoints", step)
+    for name in ("step-notes.txt", "step-zzz", "step-00000099-good"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert newest_step(tmp_path) == 10
+    (tmp_path / "checkpoints" / "step-00000010" / "rng.safetensors").write_bytes(b"")
+    assert newest_step(tmp_path) == 5
 
 
 def test_the_resolved_config_is_stored(tmp_path):

@@ -33,6 +33,7 @@ COMMANDS = {
         "sweep": ("cli.sweep", "run a grid of settings and pick the best by validation"),
         "submit": ("cli.submit", "submit training, evaluation or a sweep to SLURM"),
         "status": ("cli.status", "where runs stand, in the queue or here"),
+        "logs": ("cli.logs", "the logs of a run's jobs and ranks on SLURM"),
     },
     "use and judge": {
         "try": ("cli.try_adapter", "decode a prompt with and without an adapter, side by side"),

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,11 +26,18 @@ from rich.table import Table
 from rich.text import Text
 
 from adept_ds.config.command_line import parse_flags
-from adept_ds.errors import UserError
+from adept_ds.rank_environment import forget_ranks
 from adept_ds.slurm.status import FAILED, RunState, read_states, run_folders
 
-STYLES = {"failed": "bold red", "finished": "green", "running": "cyan", "evaluating": "cyan", "pending": "yellow"}
-COLUMNS = ("run", "state", "job", "requeued", "step", "steps/s", "left", "loss", "score", "note")
+STYLES = {
+    "failed": "bold red",
+    "finished": "green",
+    "running": "cyan",
+    "evaluating": "cyan",
+    "pending": "yellow",
+    "suspended": "yellow",
+}
+COLUMNS = ("run", "state", "job", "requeued", "step", "steps/s", "left", "GPU h", "loss", "score", "note")
 PLAIN_WIDTH = 400
 """Where the output is no terminal, nothing is cut."""
 
@@ -57,6 +66,7 @@ def table(states: Sequence[RunState]) -> Table:
             "" if state.total_steps is None else f"{state.step}/{state.total_steps}",
             "" if state.steps_per_second is None else f"{state.steps_per_second:.2f}",
             left,
+            f"{state.gpu_hours:.1f}" if state.gpu_hours else "",
             "" if state.loss is None else f"{state.loss:.4f}",
             state.score or "",
             state.note,
@@ -68,13 +78,14 @@ def table(states: Sequence[RunState]) -> Table:
 
 def is_under_way(state: RunState) -> bool:
     """Whether a run's state may change by itself."""
-    return state.state in ("pending", "starting", "running", "evaluating")
+    return state.state in ("pending", "starting", "running", "suspended", "evaluating")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, read, print."""
     flags = parse_flags(arguments, "adept-ds status", __doc__ or "", add_flags)
-    states = read_states(run_folders(flags.run_dir))
+    forget_ranks(os.environ)  # what a shell has of other launchers' makes no rank of this program
+    states = read_states(run_folders(flags.run_dir), warn=lambda text: print(text, file=sys.stderr))
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)
@@ -84,11 +95,11 @@ def main(arguments: Sequence[str]) -> int:
         with Live(table(states), console=console, auto_refresh=False) as live:
             while any(map(is_under_way, states)):
                 time.sleep(flags.interval)
-                try:
-                    states = read_states(run_folders(flags.run_dir))
-                    live.update(table(states), refresh=True)
-                except UserError as error:  # a busy controller may not answer for a while
-                    live.update(Group(table(states), Text(str(error), "red")), refresh=True)
+                said: list[str] = []
+                new = read_states(run_folders(flags.run_dir), warn=said.append)
+                # A busy controller may not answer for a while; what it said before is the better knowledge.
+                states = states if said else new
+                live.update(Group(table(states), *(Text(text, "red") for text in said)), refresh=True)
     else:
         console.print(table(states))
     return int(any(state.state == FAILED for state in states))

@@ -23,10 +23,13 @@ from pathlib import Path
 
 from adept_ds.config.command_line import parse_command_line, parse_count, parse_flags
 from adept_ds.config.loader import LoadedConfig
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write, repository
+from adept_ds.rank_environment import forget_ranks
 from adept_ds.slurm import record, submission
-from adept_ds.slurm.checks import path_problems, run_problems, slurm_problems
+from adept_ds.slurm.checks import path_problems, run_problems, site_problems, slurm_problems
+from adept_ds.slurm.evaluations import Request
 from adept_ds.slurm.site import SITE_SECTION, add_site_flags, load_site, site_help
 from adept_ds.slurm.submission import Cluster, Job
 
@@ -112,9 +115,9 @@ def train(arguments: Sequence[str]) -> int:
                 f"{submission.benchmark(run)}"
             )
         adapter = str(folder / "best")
-        out = submission.evaluation_out(run, adapter)
-        evaluation = submission.evaluation_jobs(run, cluster, 1, adapter, out)
-        jobs += evaluation if jobs else submission.left_of_evaluation(evaluation, run, Path(out))
+        request = Request(adapter, submission.evaluation_out(run, adapter))
+        evaluation = submission.evaluation_jobs(run, cluster, 1, request)
+        jobs += evaluation if jobs else left_of_evaluation(evaluation, run, request)
     return submit(jobs, problems, loaded, cluster, flags)
 
 
@@ -127,12 +130,23 @@ def evaluate(arguments: Sequence[str]) -> int:
         problems.append(f"--adapter {flags.adapter}: no such folder")
     if submission.benchmark(run) != "mbpp" and (flags.k or flags.paper_scoring):
         raise UserError(f"--k and --paper-scoring are MBPP's; data.format is {run.data.format!r}")
-    more = ["--split", flags.split] if flags.split else []
-    more += ["--paper_scoring"] if flags.paper_scoring else []
-    more += ["--k", *map(str, flags.k)] if flags.k else []
-    out = flags.out or submission.evaluation_out(run, flags.adapter)
-    jobs = submission.evaluation_jobs(run, cluster, flags.nodes, flags.adapter, out, more)
-    return submit(submission.left_of_evaluation(jobs, run, Path(out)), problems, loaded, cluster, flags)
+    request = Request(
+        flags.adapter,
+        flags.out or submission.evaluation_out(run, flags.adapter),
+        flags.split or "test",
+        tuple(flags.k or (1,)),
+        flags.paper_scoring,
+    )
+    jobs = submission.evaluation_jobs(run, cluster, flags.nodes, request)
+    return submit(left_of_evaluation(jobs, run, request), problems, loaded, cluster, flags)
+
+
+def left_of_evaluation(jobs: Sequence[Job], run: RunConfig, request: Request) -> Sequence[Job]:
+    """Those jobs of an evaluation that are not done; says why what is there does not count."""
+    left, reasons = submission.left_of_evaluation(jobs, run, request)
+    for reason in reasons:
+        print(f"evaluated anew: {reason}", file=sys.stderr)
+    return left
 
 
 def sweep(arguments: Sequence[str]) -> int:
@@ -218,6 +232,7 @@ def submit(
     if not jobs:
         print(f"{folder} is finished; nothing to do")
         return 0
+    problems = [*problems, *site_problems(cluster.site)]
     if flags.dry_run:
         print(scripts_text(jobs), end="")
         for problem in problems:
@@ -229,9 +244,16 @@ def submit(
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{loaded.path} is not submitted: {count}\n{listed}")
     submission.refuse_queued(folder)
-    prepare()
-    submission.write_scripts(jobs, loaded.run)
-    print(submitted_text(submission.submit(jobs, members), jobs, folder))
+    try:
+        prepare()
+        submission.write_scripts(jobs, loaded.run)
+        done = submission.submit(jobs, members)
+    except OSError as error:
+        raise UserError(
+            f"logging.run_dir is {str(folder)!r}, where {error.filename} cannot be written: {error.strerror}; nothing "
+            "is submitted"
+        ) from None
+    print(submitted_text(done, jobs, folder))
     return 0
 
 
@@ -259,6 +281,7 @@ def submitted_text(done: record.Submission, jobs: Sequence[Job], folder: Path) -
             f"log        {log}",
             f"follow     tail -F {log if done.members else shlex.quote(str(log))}",
             f"state      adept-ds status {shown} --watch",
+            f"last words adept-ds logs {shown}",
             f"stop       {PROGRAM} stop {shown}",
         ]
     )
@@ -266,6 +289,7 @@ def submitted_text(done: record.Submission, jobs: Sequence[Job], folder: Path) -
 
 def main(arguments: Sequence[str]) -> int:
     """Hand over to the command that the first word names."""
+    forget_ranks(os.environ)  # what a shell has of other launchers' makes no rank of this program
     name, *rest = arguments or ["--help"]
     if name in ("--help", "-h"):
         print(__doc__)

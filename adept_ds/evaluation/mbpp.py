@@ -22,7 +22,7 @@ from adept_ds.data.problems import load_problems, read_problems
 from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
-from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME
+from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME, program_protocol
 from adept_ds.evaluation.scoring import Score, score_samples, write_score
 from adept_ds.evaluation.statistics import Estimate
 from adept_ds.evaluation.tuned import open_tuned, request_facts, tuned_facts
@@ -68,12 +68,7 @@ def evaluate(
             "name": out.name,
             **request_facts(run, adapter),
             "problems_sha256": _digest(problems),
-            "protocol": {
-                "format": run.data.format,
-                "path": run.data.path or "bundled",
-                "split": split,
-                "generation": run.eval.generation.model_dump(mode="json"),
-            },
+            "protocol": program_protocol(run, split),
         },
         "data": run.data.model_dump(mode="json"),
         "max_examples": run.eval.max_examples,

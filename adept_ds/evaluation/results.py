@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from adept_ds.config.base import validation_problems
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.files import read_json
 
@@ -28,6 +29,33 @@ SUMMARY_NAME = "summary.json"
 PASS_AT_1 = "pass@1"
 EXAMPLE_METRICS = ("accuracy", "exact_match", "token_f1")
 """Metrics of tasks that are the mean of a score of every example."""
+
+
+def adapter_digest(folder: Path) -> str | None:
+    """Hash of the tensors of an adapter folder, as summaries have it; None if it is none. The tensors are not read."""
+    path = folder / "adapter_config.json"
+    return read_json(path).get("tensors_sha256") if path.is_file() else None
+
+
+def program_protocol(run: RunConfig, split: str) -> dict[str, Any]:
+    """What `protocol` says of an evaluation by running programs."""
+    return {
+        "format": run.data.format,
+        "path": run.data.path or "bundled",
+        "split": split,
+        "generation": run.eval.generation.model_dump(mode="json"),
+    }
+
+
+def task_protocol(run: RunConfig, task: str, split: str) -> dict[str, Any]:
+    """What `protocol` says of an evaluation on a text-to-text task, but for what follows from its tokenizer."""
+    return {
+        "task": task,
+        "variant": run.data.variant,
+        "split": split,
+        "path": run.data.path,
+        "split_seed": run.data.split_seed,
+    }
 
 
 def verdict_label(status: str, kind: str | None) -> str:

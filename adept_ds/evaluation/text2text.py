@@ -21,7 +21,7 @@ from adept_ds.data.tasks import Part, Task, TaskExamples, cut_references, load_t
 from adept_ds.distributed import World, init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
-from adept_ds.evaluation.results import PREDICTIONS_NAME, SUMMARY_NAME
+from adept_ds.evaluation.results import PREDICTIONS_NAME, SUMMARY_NAME, task_protocol
 from adept_ds.evaluation.tuned import open_tuned, tuned_facts
 from adept_ds.files import atomic_write, write_json
 from adept_ds.model.adapted_model import AdaptedModel
@@ -58,14 +58,7 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
         task = of_task[0].task
         samples = generate_samples(model, tokenizer, of_task, decoding, run.data, world)
         generated = [sample.completion for sample in samples]
-        protocol = {
-            "task": task.name,
-            "variant": run.data.variant,
-            "split": part,
-            "path": run.data.path,
-            "split_seed": run.data.split_seed,
-            "max_new_tokens": decoding.max_new_tokens,
-        }
+        protocol = {**task_protocol(run, task.name, part), "max_new_tokens": decoding.max_new_tokens}
         about = {**facts, "protocol": protocol, "truncated_prompts": cut}
         on_main_rank(partial(score_to_folder, of_task, generated, tokenizer, out / task.name, about), world)
 

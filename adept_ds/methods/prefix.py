@@ -57,8 +57,8 @@ class PrefixTuning(MethodDefaults):
             )
         if getattr(architecture, "kv_lora_rank", None):
             raise UserError(
-                f"method.name is 'prefix'; {architecture.name_or_path!r} (model type {architecture.model_type!r}) has latent "
-                "attention, whose keys are wider than its values"
+                f"method.name is 'prefix'; {architecture.name_or_path!r} (model type {architecture.model_type!r}) has "
+                "latent attention, whose keys are wider than its values"
             )
         width = getattr(architecture, "d_kv", None) or getattr(architecture, "head_dim", None)
         self._head_width: int = width or architecture.hidden_size // heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,26 @@ def run_problems(run: RunConfig, site: SiteConfig, nodes: int) -> list[str]:
     if not (problems or unseen) and (message := _message(lambda: _check_memory(run, site, nodes))):
         problems.append(message)
     return problems + unseen
+
+
+def site_problems(site: SiteConfig) -> Iterator[str]:
+    """Files that the site names and that are not there."""
+    image = site.container
+    if image and _is_image_path(site, image) and not Path(image).exists():
+        yield f"container is {image!r}: no such file or folder{did_you_mean_path(image)}"
+    if site.python and not image and "/" in site.python and not Path(site.python).exists():
+        yield f"python is {site.python!r}: no such file{did_you_mean_path(site.python)}"
+
+
+def _is_image_path(site: SiteConfig, image: str) -> bool:
+    """Whether a container's image is a file or a folder, and not a name in a registry."""
+    if "://" in image:
+        return False
+    reads_files = site.container_runtime == "command" and Path(site.container_command.split()[0]).name in (
+        "apptainer",
+        "singularity",
+    )
+    return reads_files or image.startswith(("/", "./", "../")) or image.endswith((".sif", ".simg", ".sqsh"))
 
 
 def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
@@ -69,7 +90,8 @@ def slurm_problems(site: SiteConfig, jobs: Sequence[Job]) -> list[str]:
         return [str(error)]
     problems = [
         f"{key} is {name!r}, and the partitions are {', '.join(known)}{did_you_mean(name, known)}"
-        for key, names in (("partition", site.partition), ("cpu_partition", site.cpu_partition))
+        for key in ("partition", "eval_partition", "cpu_partition")
+        for names in (getattr(site, key),)
         for name in (names or "").split(",")
         if name and name not in known
     ]
@@ -98,8 +120,22 @@ def _check_run_folder(run: RunConfig) -> None:
     folder = Path(run.logging.run_dir)
     if any(ord(letter) < 32 or letter == "\\" for letter in str(folder.absolute())):
         raise UserError(f"logging.run_dir is {str(folder)!r}: SLURM takes no log path with such characters in it")
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"logging.run_dir is {str(folder)!r}, and {place} is no folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"logging.run_dir is {str(folder)!r}, and you may not write to {place}, which is {_owner(place)}'s"
+        )
     if (folder / CONFIG_NAME).is_file():
         check_same_run(folder, run.model_dump(mode="json", by_alias=True))
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:  # a user whom this machine does not know
+        return f"user {path.stat().st_uid}"
 
 
 def _check_memory(run: RunConfig, site: SiteConfig, nodes: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from adept_ds.errors import UserError
 
 TIMEOUT_SECONDS = 60
-_FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "Reason", "RestartCnt", "TimeLeft", "NodeList", "Name")
+_FIELDS = ("ArrayJobID", "ArrayTaskID", "State", "Reason", "RestartCnt", "TimeLeft", "NodeList", "UserName", "Name")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class QueuedJob:
     """Until its time limit, in SLURM's form."""
     nodes: str
     """Its nodes in SLURM's short form."""
+    user: str = ""
+    """Whose it is."""
 
     @property
     def label(self) -> str:
@@ -45,18 +47,20 @@ def is_available() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
-def queued_jobs(users: Iterable[int] = ()) -> list[QueuedJob]:
-    """All jobs of some users (by number; this one if none is given) that are in the queue, pending array tasks each.
+def queued_jobs(users: Iterable[int] = (), names: Iterable[str] = ()) -> list[QueuedJob]:
+    """All jobs in the queue of some users (by number; this one if none is given), or of some names, whosever they are.
+
+    Pending tasks of an array are a job each.
 
     Raises:
         UserError: SLURM does not answer.
     """
     form = ",".join(f"{field}:|" for field in _FIELDS)
-    names = ",".join(map(str, users)) or str(os.getuid())
+    which = f"--name={','.join(names)}" if names else f"--user={','.join(map(str, users)) or os.getuid()}"
     jobs = []
-    for line in call("squeue", "--noheader", "--array", f"--user={names}", f"--Format={form}").splitlines():
+    for line in call("squeue", "--noheader", "--array", which, f"--Format={form}").splitlines():
         # The name comes last: it alone may have the separator in it.
-        job, task, state, reason, restarts, left, nodes, name = line.split("|", len(_FIELDS) - 1)
+        job, task, state, reason, restarts, left, nodes, user, name = line.split("|", len(_FIELDS) - 1)
         jobs.append(
             QueuedJob(
                 id=job,
@@ -67,6 +71,7 @@ def queued_jobs(users: Iterable[int] = ()) -> list[QueuedJob]:
                 restarts=int(restarts or 0),
                 time_left=left,
                 nodes=nodes,
+                user=user,
             )
         )
     return jobs

@@ -5,6 +5,7 @@ RUN/slurm/submission.json    {"jobs": {"train": "12", "eval": "13"}, "members": 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -74,18 +75,21 @@ def stop(run_dir: Path) -> str:
         What was done, for people.
 
     Raises:
-        UserError: No job of the run is in the queue.
+        UserError: No job of the run is in the queue, or another user has submitted it.
     """
     submission, task = find_task(run_dir)
     if submission is None:
         raise UserError(
             f"{run_dir}: there is no {SUBMISSION_NAME}; expected a run that launchers/submit.py has submitted"
         )
+    owner = (submission.folder / SUBMISSION_NAME).stat().st_uid
     mine = [
         job
-        for job in queue.queued_jobs()
+        for job in queue.queued_jobs([owner])
         if job.id in submission.jobs.values() and (task is None or job.array_task == task)
     ]
+    if mine and os.getuid() not in (0, owner):
+        raise UserError(f"{run_dir}: its jobs belong to {mine[0].user}, who can stop them")
     training = [job for job in mine if job.id == submission.jobs.get("train")]
     others = [job for job in mine if job not in training]
     # First what waits for the training: a run that has stopped ends without an error.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -97,9 +98,15 @@ def site_lines(
         "ADEPT_DS_MAX_RESTARTS": str(site.max_restarts),
         "ADEPT_DS_WARNING_SECONDS": str(site.warning_seconds),
     }
-    if site.container:
+    if site.container and site.container_runtime == "pyxis":
+        own["ADEPT_DS_CONTAINER_IMAGE"] = shlex.quote(site.container)
+        # Unlike apptainer's, a path of pyxis names both sides.
+        mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in (*map(str, binds), *site.container_mounts)]
+        own["ADEPT_DS_CONTAINER_MOUNTS"] = shlex.quote(",".join(dict.fromkeys(mounts)))
+        own["ADEPT_DS_TOOL_PYTHON"] = shlex.quote(sys.executable)
+    elif site.container:
         own["ADEPT_DS_CONTAINER"] = shlex.quote(f"{site.container_command} {site.container}")
-        own["APPTAINER_BINDPATH"] = shlex.quote(",".join(dict.fromkeys(map(str, binds))))
+        own["APPTAINER_BINDPATH"] = shlex.quote(",".join(dict.fromkeys([*map(str, binds), *site.container_mounts])))
     if site.scratch:
         own["ADEPT_DS_SCRATCH"] = quote_variable(site.scratch)
     if site.stage_weights:

@@ -19,6 +19,7 @@ from pydantic import Field, StrictBool, ValidationInfo, field_validator
 from adept_ds.config.base import Count, CountOrZero, Section, parse_bytes
 from adept_ds.config.loader import load_settings
 from adept_ds.errors import UserError
+from adept_ds.rank_environment import RANK_VARIABLES
 
 SITE_VARIABLE = "ADEPT_DS_SITE"
 SITE_NAME = Path("launchers") / "slurm" / "site.json"
@@ -37,8 +38,6 @@ class SiteConfig(Section):
     """What the file is for. JSON has no comments."""
     partition: str | None = None
     """Partition of jobs on GPUs; the cluster's default if not given."""
-    cpu_partition: str | None = None
-    """Partition without GPUs, for scoring and reports; `partition` if not given."""
     account: str | None = None
     """Account that pays."""
     qos: str | None = None
@@ -47,8 +46,26 @@ class SiteConfig(Section):
     """Features that nodes with GPUs must have."""
     time: str = "24:00:00"
     """Time limit of a try, in one of SLURM's forms; a run that needs longer requeues itself and goes on."""
+    eval_partition: str | None = None
+    """Partition of evaluations on GPUs; `partition` if not given."""
+    eval_account: str | None = None
+    """Account that pays for evaluations; `account` if not given."""
+    eval_qos: str | None = None
+    """Quality of service of evaluations; `qos` if neither this nor `eval_partition` is given."""
+    eval_constraint: str | None = None
+    """Features that nodes of evaluations must have; `constraint` if neither this nor `eval_partition` is given."""
+    eval_time: str | None = None
+    """Time limit of evaluations; `time` if not given."""
+    cpu_partition: str | None = None
+    """Partition without GPUs, for scoring and reports; `partition` if not given."""
+    cpu_account: str | None = None
+    """Account that pays for jobs without GPUs; `account` if not given."""
+    cpu_qos: str | None = None
+    """Quality of service of jobs without GPUs; `qos` if neither this nor `cpu_partition` is given."""
+    cpu_constraint: str | None = None
+    """Features that nodes of jobs without GPUs must have; `constraint` if neither this nor `cpu_partition` is given."""
     cpu_time: str = "02:00:00"
-    """Time limit of jobs on `cpu_partition`."""
+    """Time limit of jobs without GPUs."""
     gpus_per_node: CountOrZero = 8
     """GPUs to ask for on each node; 0 trains on CPUs."""
     gpu_memory: str | None = None
@@ -73,8 +90,12 @@ class SiteConfig(Section):
     """Lines of bash to run on a job's first node once the modules are loaded. They are taken as they are."""
     container: str | None = None
     """Image that ranks run in."""
+    container_runtime: Literal["command", "pyxis"] = "command"
+    """Whether `container_command` starts the image, or srun by the plugin pyxis (enroot)."""
     container_command: str = "apptainer exec --nv"
     """What stands in front of the image: the container's program with its options."""
+    container_mounts: tuple[str, ...] = ()
+    """Folders that a container sees beside those of the run, as FOLDER or FOLDER:WHERE."""
     python: str | None = None
     """Interpreter; the one that submits if not given, or python3 in a container."""
     env: dict[str, str] = Field(default={})
@@ -102,10 +123,11 @@ class SiteConfig(Section):
                 raise ValueError(f"{json.dumps(text)}: expected one line with something in it")
         return value
 
-    @field_validator("time", "cpu_time")
+    @field_validator("time", "eval_time", "cpu_time")
     @classmethod
-    def _check_time(cls, value: str) -> str:
-        parse_time(value)
+    def _check_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_time(value)
         return value
 
     @field_validator("gpu_memory")
@@ -121,6 +143,8 @@ class SiteConfig(Section):
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is no name of an environment variable")
+            if name in RANK_VARIABLES:
+                raise ValueError(f"{name} differs from rank to rank or job to job, and is set by the job itself")
         return value
 
     @field_validator("extra")
@@ -136,6 +160,14 @@ class SiteConfig(Section):
     def _check_image(cls, value: str | None) -> str | None:
         if value is not None and " " in value:
             raise ValueError(f"{value!r} has a space in it, at which the batch scripts would cut it")
+        return value
+
+    @field_validator("container_mounts")
+    @classmethod
+    def _check_mounts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for mount in value:
+            if "," in mount or not mount.startswith("/"):
+                raise ValueError(f"{mount!r}: expected an absolute path, FOLDER or FOLDER:WHERE, without a comma")
         return value
 
     @property

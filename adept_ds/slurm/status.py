@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from adept_ds.errors import UserError
-from adept_ds.evaluation.results import SUMMARY_NAME
+from adept_ds.evaluation.results import SUMMARY_NAME, adapter_digest
 from adept_ds.files import read_json
 from adept_ds.slurm import queue
 from adept_ds.slurm.queue import QueuedJob
@@ -23,6 +23,8 @@ from adept_ds.storage.run_folder import CONFIG_NAME, METRICS_NAME, STATUS_NAME, 
 SILENCE_SECONDS = 600
 """A run outside SLURM that has written nothing for so long is taken for dead."""
 FAILED = "failed"
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+"""SLURM's states of a job that has no nodes."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class RunState:
     run: str
     """Its folder."""
     state: str
-    """waiting (not submitted), pending, starting, running, interrupted, cancelled, failed, evaluating, finished."""
+    """waiting (not submitted), pending, starting, running, suspended, interrupted, cancelled, failed, evaluating,
+    finished."""
     job: str | None = None
     """Job of the training, or of what follows it and is in the queue now."""
     requeued: int = 0
@@ -45,6 +48,8 @@ class RunState:
     """Of training at that rate."""
     loss: float | None = None
     """Training loss of that line."""
+    gpu_hours: float = 0.0
+    """Of all tries of the training, GPUs times hours."""
     score: str | None = None
     """Figures of the evaluations."""
     note: str = ""
@@ -75,16 +80,24 @@ def run_folders(paths: Iterable[Path]) -> list[Path]:
     return folders
 
 
-def read_states(folders: Sequence[Path]) -> list[RunState]:
+def read_states(folders: Sequence[Path], warn: Callable[[str], Any]) -> list[RunState]:
     """Where each run stands now. SLURM is asked once for all of them.
 
+    Args:
+        folders: Run folders.
+        warn: Called with a line if SLURM is installed and does not answer; the runs' files then tell what they can.
+
     Raises:
-        UserError: SLURM does not answer, or a file is damaged.
+        UserError: A file is damaged.
     """
     jobs = None
     if queue.is_available():
         owners = {existing.stat().st_uid for folder in folders if (existing := _existing(folder))}
-        jobs = queue.queued_jobs(owners)
+        try:
+            jobs = queue.queued_jobs(owners)
+        except UserError as error:
+            reason = str(error).splitlines()[0]
+            warn(f"SLURM does not answer, so that what follows is from the runs' files alone ({reason})")
     return [_read_state(folder, jobs) for folder in folders]
 
 
@@ -121,6 +134,7 @@ def _read_state(folder: Path, queued: Sequence[QueuedJob] | None) -> RunState:
         requeued=sum(bool(one.requeued) for one in history if one.job == train_id),
         step=status.get("step", 0),
         total_steps=status.get("total_steps"),
+        gpu_hours=sum(map(_gpu_hours, history)),
         score=_scores(folder),
         note=status.get("reason") or "",
     )
@@ -137,12 +151,24 @@ def _read_state(folder: Path, queued: Sequence[QueuedJob] | None) -> RunState:
 
 def _in_queue(state: RunState, job: QueuedJob, status: dict[str, Any]) -> RunState:
     state = replace(state, job=job.label, requeued=max(state.requeued, job.restarts))
-    if job.state == "PENDING":
-        return replace(state, state="pending", note=job.reason, steps_per_second=None, seconds_left=None)
+    still = replace(state, steps_per_second=None, seconds_left=None)
+    if job.state in WAITING:
+        held = f"; `scontrol release {job.label}` lets it go on" if "held" in job.reason.lower() else ""
+        return replace(still, state="pending", note=f"{job.reason}{held}")
     where = f"on {job.nodes}, {job.time_left} to its time limit"
-    if status.get("state") in ("running", "finished"):
+    if job.state in ("SUSPENDED", "STOPPED"):
+        return replace(still, state="suspended", note=f"{job.state} {where}")
+    if job.state not in ("RUNNING", "CONFIGURING"):
+        where = f"{job.state} {where}"
+    if status.get("state") in ("running", "finished") and job.state != "CONFIGURING":
         return replace(state, state="running", note=where)
-    return replace(state, state="starting", note=where, steps_per_second=None, seconds_left=None)
+    return replace(still, state="starting", note=where)
+
+
+def _gpu_hours(one: Try) -> float:
+    """GPUs that a try had, times the hours until it ended, or until now."""
+    end = datetime.fromisoformat(one.ended) if one.ended else datetime.now().astimezone()
+    return one.gpus * (end - datetime.fromisoformat(one.started)) / timedelta(hours=1)
 
 
 def _trained(state: RunState, ids: dict[str, str], mine: dict[Any, QueuedJob], has_slurm: bool) -> RunState:
@@ -173,8 +199,17 @@ def _ended(
         return replace(state, state="interrupted" if last.ended_by == "stopped" else "cancelled")
     if last and last.ended_by not in (None, "finished"):
         return replace(state, state=FAILED, note=_first_line(last.error or status.get("error") or last.ended_by))
-    if status.get("state") in ("failed", "interrupted"):
-        return replace(state, state=status["state"], note=_first_line(status.get("error")))
+    if status.get("state") == "failed":
+        return replace(state, state=FAILED, note=_first_line(status.get("error")))
+    if last and has_slurm:
+        # The batch script had no time to say how the try ended. What the ranks have written is older.
+        ending = queue.last_state(state.job or last.job)
+        if ending == "CANCELLED":
+            return replace(state, state="cancelled")
+        said = f"; SLURM says {ending}" if ending else ""
+        return replace(state, state=FAILED, note=f"the batch script was killed{said}; submit the run again to go on")
+    if status.get("state") == "interrupted":
+        return replace(state, state="interrupted")
     if train_id and has_slurm:
         ending = queue.last_state(train_id if state.job is None else state.job)
         if ending == "CANCELLED":
@@ -228,8 +263,16 @@ def _scores(folder: Path) -> str | None:
             name, value = "pass@1", summary["pass@1"]["mean"]
         else:
             name, value = next((name, one["value"]) for name, one in summary["metrics"].items())
-        figures.append(f"{path.parent.relative_to(folder / 'eval')} {name} {100 * value:.1f} %")
+        stale = " (of an earlier adapter)" if _is_stale(summary, folder) else ""
+        figures.append(f"{path.parent.relative_to(folder / 'eval')} {name} {100 * value:.1f} %{stale}")
     return ", ".join(figures) or None
+
+
+def _is_stale(summary: dict[str, Any], folder: Path) -> bool:
+    """Whether a summary is of what the run's `best` held before."""
+    adapter, digest = summary.get("adapter"), adapter_digest(folder / "best")
+    is_of_best = adapter is not None and Path(adapter).parts[-2:] == (folder.absolute().name, "best")
+    return is_of_best and digest is not None and summary.get("adapter_sha256") != digest
 
 
 def _first_line(text: str | None) -> str:

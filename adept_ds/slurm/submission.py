@@ -28,6 +28,7 @@ from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME
 from adept_ds.files import atomic_write
 from adept_ds.formats import FORMATS
 from adept_ds.slurm import queue
+from adept_ds.slurm.evaluations import Request
 from adept_ds.slurm.record import SLURM_FOLDER, Submission, write_record
 from adept_ds.slurm.script import SCRIPTS, render, site_lines
 from adept_ds.slurm.site import SiteConfig
@@ -108,32 +109,15 @@ def benchmark(run: RunConfig) -> Benchmark:
     return found
 
 
-def evaluation_jobs(
-    run: RunConfig, cluster: Cluster, nodes: int, adapter: str | None, out: str, flags: Sequence[str] = ()
-) -> list[Job]:
-    """Samples, scores and report of an evaluation on what the run is trained for.
-
-    Args:
-        run: The run.
-        cluster: Where.
-        nodes: Nodes for the samples.
-        adapter: Adapter or model folder; None for the backbone alone.
-        out: Folder of the evaluation.
-        flags: Further flags of the program in `evals`.
-    """
+def evaluation_jobs(run: RunConfig, cluster: Cluster, nodes: int, request: Request) -> list[Job]:
+    """Samples, scores and report of an evaluation on what the run is trained for, the samples made on so many nodes."""
     folder = cluster.cwd / run.logging.run_dir
     # Generated programs are run apart, where no GPU waits for them. Texts are scored at once.
     apart = benchmark(run) == "mbpp"
-    evaluation = [
-        str(config_path(folder)),
-        *(("--adapter", adapter) if adapter else ()),
-        *("--out", out),
-        *["--samples_only"] * apart,
-        *flags,
-    ]
+    evaluation = [str(config_path(folder)), *request.flags, *["--samples_only"] * apart]
     words: list[tuple[Kind, str, list[str]]] = [("eval", f"eval_{benchmark(run)}", evaluation)]
     if apart:
-        words.append(("score", "score_mbpp", [out]))
+        words.append(("score", "score_mbpp", [request.out]))
     words.append(("report", "report", [run.logging.run_dir]))
     return [
         _job(kind, template, folder, run, cluster, _options(kind, folder, "%j", cluster, nodes), arguments)
@@ -141,12 +125,19 @@ def evaluation_jobs(
     ]
 
 
-def left_of_evaluation(jobs: Sequence[Job], run: RunConfig, out: Path) -> Sequence[Job]:
-    """Those jobs of an evaluation that are not done: samples of programs that are there are scored only."""
-    folders = [out / name for name in run.data.tasks] or [out]
-    if all((folder / SUMMARY_NAME).is_file() for folder in folders):
-        return []
-    return jobs[1:] if (out / GENERATION_NAME).is_file() else jobs
+def left_of_evaluation(jobs: Sequence[Job], run: RunConfig, request: Request) -> tuple[Sequence[Job], list[str]]:
+    """Those jobs of an evaluation that are not done, and why what is there does not count.
+
+    Samples of programs that are there are scored only.
+    """
+    if run.data.tasks:
+        foreign = [why for task in run.data.tasks if (why := request.foreign_figures(run, task))]
+        is_whole = all((Path(request.out) / task / SUMMARY_NAME).is_file() for task in run.data.tasks)
+        return ([] if is_whole and not foreign else jobs), foreign
+    why = request.foreign_samples(run)
+    if why or not (Path(request.out) / GENERATION_NAME).is_file():
+        return jobs, [why] if why else []
+    return ([] if request.has_scores() else jobs[1:]), []
 
 
 def config_path(folder: Path) -> Path:
@@ -189,14 +180,7 @@ def _options(kind: Kind, folder: Path, log: str, cluster: Cluster, nodes: int) -
     """Options of sbatch, all but dependencies on other jobs."""
     site = cluster.site
     on_gpus = kind in ("train", "eval")
-    partition = site.partition if on_gpus else site.cpu_partition or site.partition
-    values: dict[str, str | int | None] = {
-        "job-name": job_name(folder, kind),
-        "partition": partition,
-        "account": site.account,
-    }
-    if on_gpus or partition == site.partition:
-        values |= {"qos": site.qos, "constraint": site.constraint}
+    values: dict[str, str | int | None] = {"job-name": job_name(folder, kind), **_place(kind, site)}
     if on_gpus:
         values |= {
             "nodes": nodes,
@@ -204,7 +188,7 @@ def _options(kind: Kind, folder: Path, log: str, cluster: Cluster, nodes: int) -
             **_gpu_request(site),
             "cpus-per-task": site.cpus_per_task,
             "mem": site.mem,
-            "time": site.time,
+            "time": (site.eval_time if kind == "eval" else None) or site.time,
         }
     else:
         cpus = site.score_cpus if kind == "score" else 2
@@ -218,6 +202,25 @@ def _options(kind: Kind, folder: Path, log: str, cluster: Cluster, nodes: int) -
     else:
         options.append("--kill-on-invalid-dep=yes")
     return [*options, *site.extra]
+
+
+def _place(kind: Kind, site: SiteConfig) -> dict[str, str | None]:
+    """Partition, account, QOS and constraint of a job: those of its kind, else those of training."""
+    if kind == "train":
+        own: tuple[str | None, ...] = (None,) * 4
+    elif kind == "eval":
+        own = (site.eval_partition, site.eval_account, site.eval_qos, site.eval_constraint)
+    else:
+        own = (site.cpu_partition, site.cpu_account, site.cpu_qos, site.cpu_constraint)
+    partition, account, qos, constraint = own
+    # What is asked for on a partition may not be there on another.
+    is_same = partition in (None, site.partition)
+    return {
+        "partition": partition or site.partition,
+        "account": account or site.account,
+        "qos": qos or (site.qos if is_same else None),
+        "constraint": constraint or (site.constraint if is_same else None),
+    }
 
 
 def _gpu_request(site: SiteConfig) -> dict[str, str]:
@@ -236,11 +239,11 @@ def refuse_queued(folder: Path) -> None:
         UserError: Names the job.
     """
     order = [job_name(folder, kind) for kind in KINDS]
-    mine = sorted((job for job in queue.queued_jobs() if job.name in order), key=lambda job: order.index(job.name))
-    if mine:
-        job, shown = mine[0], shlex.quote(str(folder))
+    found = sorted(queue.queued_jobs(names=order), key=lambda job: order.index(job.name))
+    if found:
+        job, shown = found[0], shlex.quote(str(folder))
         raise UserError(
-            f"{folder} is in the queue already: job {job.label} ({job.name}) is {job.state}. See it by "
+            f"{folder} is in the queue already: job {job.label} of {job.user} ({job.name}) is {job.state}. See it by "
             f"`adept-ds status {shown}`, end it by `adept-ds submit stop {shown}`"
         )
 
@@ -264,17 +267,19 @@ def submit(jobs: Sequence[Job], members: Sequence[str] = ()) -> Submission:
 
     Raises:
         UserError: SLURM refuses one; those before it are cancelled.
+        OSError: Their record cannot be written; all are cancelled.
     """
     folder = jobs[0].script.parent.parent
     for name in members or (".",):
         (folder / name / STOP_NAME).unlink(missing_ok=True)
     ids: dict[str, str] = {}
     last = None
-    for job in jobs:
-        try:
+    try:
+        for job in jobs:
             last = queue.submit(str(job.script), *((f"--dependency=afterok:{last}",) if last else ()))
-        except UserError:
+            ids[job.kind] = last
+        return write_record(folder, ids, members, [job.script for job in jobs])
+    except (UserError, OSError):
+        if ids:
             queue.cancel(*ids.values())
-            raise
-        ids[job.kind] = last
-    return write_record(folder, ids, members, [job.script for job in jobs])
+        raise

@@ -21,7 +21,6 @@ Where every rank writes, all of them must see the folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -38,13 +37,21 @@ from adept_ds.distributed import World, gather_objects, on_main_rank
 from adept_ds.errors import UserError, did_you_mean, did_you_mean_path
 from adept_ds.files import json_text, read_json
 from adept_ds.storage import adapter_folder
-from adept_ds.storage.run_folder import CHECKPOINT_PREFIX, differing_settings, list_checkpoints
+from adept_ds.storage.run_folder import (
+    CHECKPOINT_PREFIX,
+    MANIFEST,
+    RNG_NAME,
+    SHARDED,
+    STATE_NAME,
+    check_named,
+    checked_manifest,
+    differing_settings,
+    file_proof,
+    list_checkpoints,
+)
 
-MANIFEST = "manifest.json"
-STATE_NAME, RNG_NAME, ORIGIN_NAME = "state.json", "rng.safetensors", "origin.json"
+ORIGIN_NAME = "origin.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
-SHARDED = "deepspeed"
-"""Folder of DeepSpeed's own checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ def save_checkpoint(
         if origin is not None:
             (folder / ORIGIN_NAME).write_text(json_text(asdict(origin), indent=2) + "\n", encoding="utf-8")
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        proofs = {name: _proof(folder, name) for name in names}
+        proofs = {name: file_proof(folder, name) for name in names}
         (folder / MANIFEST).write_text(json.dumps(proofs, indent=2) + "\n", encoding="utf-8")
 
     def prune() -> None:
@@ -221,23 +228,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         UserError: A file is missing or is not the one that was written.
     """
     try:
-        if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
         return _read_checkpoint(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror or error} ({error.filename})") from error
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    manifest = folder / MANIFEST
-    try:
-        proofs: dict[str, str | int] = json.loads(manifest.read_text(encoding="utf-8"))
-        damaged = [name for name, proof in proofs.items() if not _is_intact(folder, name, proof)]
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{manifest} is damaged: {error}") from error
-    if damaged:
-        raise UserError(f"{folder} is damaged: {', '.join(damaged)} missing or changed since it was written")
-    _check_named(folder, proofs, STATE_NAME, RNG_NAME)
+    manifest, proofs = folder / MANIFEST, checked_manifest(folder)
     try:
         state = TrainerState(**read_json(folder / STATE_NAME))
         origin = Origin(**read_json(folder / ORIGIN_NAME)) if ORIGIN_NAME in proofs else None
@@ -245,7 +242,7 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder} was written by another version: {error}") from error
     is_whole = state.zero_stage is None
     if is_whole:
-        _check_named(folder, proofs, OPTIMIZER_NAME, adapter_folder.CONFIG_NAME, adapter_folder.TENSORS_NAME)
+        check_named(folder, proofs, OPTIMIZER_NAME, adapter_folder.CONFIG_NAME, adapter_folder.TENSORS_NAME)
     elif not any(name.startswith(f"{SHARDED}/") for name in proofs):
         raise UserError(f"{manifest} is damaged: it names no file in {SHARDED}")
     return Checkpoint(
@@ -256,13 +253,6 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
         optimizer_states=load_file(folder / OPTIMIZER_NAME) if is_whole else {},
         origin=origin,
     )
-
-
-def _check_named(folder: Path, proofs: Mapping[str, object], *names: str) -> None:
-    """A file that the manifest does not name could be any."""
-    missing = [name for name in names if name not in proofs]
-    if missing:
-        raise UserError(f"{folder / MANIFEST} is damaged: it does not name {', '.join(missing)}")
 
 
 def find_checkpoint(root: Path, resume: str, warn: Callable[[str], Any]) -> Checkpoint | None:
@@ -342,14 +332,3 @@ def restore_rng(checkpoint: Checkpoint, world: World, seed: int) -> None:
     torch.set_rng_state(checkpoint.rng[f"{world.rank}.cpu"])
     if world.device.type == "cuda" and f"{world.rank}.cuda" in checkpoint.rng:
         torch.cuda.set_rng_state(checkpoint.rng[f"{world.rank}.cuda"], world.device)
-
-
-def _proof(folder: Path, name: str) -> str | int:
-    """What a file is recognised by: its sha256, or its size for those of DeepSpeed, which hold the model several times
-    over and would take minutes to read."""
-    path = folder / name
-    return path.stat().st_size if name.startswith(f"{SHARDED}/") else hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _is_intact(folder: Path, name: str, proof: str | int) -> bool:
-    return (folder / name).is_file() and _proof(folder, name) == proof

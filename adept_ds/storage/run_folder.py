@@ -1,14 +1,18 @@
-"""The folder of a run: who may write to it, which config it belongs to, and how its last try ended."""
+"""The folder of a run: who may write to it, which config it belongs to, what it holds, and how its last try ended."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import getpass
+import hashlib
 import json
+import os
+import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +35,15 @@ LITTER = re.compile(rf"\.(best-)?{CHECKPOINT_NAME.pattern}(-again)?\.tmp|best-{C
 """What a killed run may leave: folders that were being filled, and results that `best` no longer leads to."""
 LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
 """What `flock` says where another process holds the lock; all else is about the file system."""
+MANIFEST = "manifest.json"
+"""In a checkpoint: each of its files with its `file_proof`."""
+STATE_NAME, RNG_NAME = "state.json", "rng.safetensors"
+SHARDED = "deepspeed"
+"""Folder of DeepSpeed's own checkpoint within a checkpoint."""
+LOCK_NAME = ".lock"
+TRY_NAME = Path("slurm") / "try"
+"""Under SLURM, the newest of the run's tries; `TRY_VARIABLE` says to a rank which one it belongs to."""
+TRY_VARIABLE = "ADEPT_DS_TRY"
 
 MAY_CHANGE = (
     "_about",
@@ -85,10 +98,13 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            self._lock, holder = _take_lock(self.path, warn)
+            if holder:
+                raise UserError(
+                    f"logging.run_dir is {str(self.path)!r}, where another process is training now: {holder}"
+                )
             if self.checkpoints.is_dir():
                 tempfile.TemporaryFile(dir=self.checkpoints).close()
-            self._take(lock, warn)
             if holds_run(self.path):
                 if resume == "never":
                     raise UserError(
@@ -101,21 +117,6 @@ class RunFolder:
         except OSError as error:
             raise UserError(unwritable(self.path, error)) from error
 
-    def _take(self, lock: IO[str], warn: Callable[[str], object]) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in LOCKED:
-                raise UserError(
-                    f"logging.run_dir is {str(self.path)!r}, where another process is training now"
-                ) from error
-            warn(
-                f"logging.run_dir is {str(self.path)!r}, on a file system without locks ({error.strerror}): that no "
-                "other process trains there is for you to see to"
-            )
-        else:
-            self._lock = lock
-
     def clear_litter(self) -> None:
         """Remove what killed tries have left half-written. Not where another process may be writing it."""
         if self._lock is None:
@@ -126,6 +127,20 @@ class RunFolder:
         for folder in [*self.path.iterdir(), *(self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())]:
             if LITTER.fullmatch(folder.name) and folder.is_dir() and folder.resolve() != self.best.resolve():
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def newer_try(self, environment: Mapping[str, str]) -> str | None:
+        """The try that has taken the folder over from the one that this process belongs to; None if there is none.
+
+        A node that SLURM cannot reach is given up, and its job started again elsewhere, while its ranks may train on.
+        """
+        own = environment.get(TRY_VARIABLE)
+        if own is None:
+            return None
+        try:
+            newest = (self.path / TRY_NAME).read_text(encoding="utf-8").strip()
+        except OSError:  # a file system that is away for a moment is no reason to stop
+            return None
+        return newest if newest != own else None
 
     def status(self) -> dict[str, Any]:
         """How the last try ended; empty if none has."""
@@ -159,6 +174,48 @@ def differing_settings(stored: dict[str, Any], config: dict[str, Any]) -> list[s
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
     ]
+
+
+def lock_holder(run_dir: Path, warn: Callable[[str], object]) -> str | None:
+    """Who trains in a run folder at this moment, as far as its lock says; None if nobody does.
+
+    Args:
+        run_dir: The folder, which is there.
+        warn: Called with a line where the file system has no locks.
+    """
+    lock, holder = _take_lock(run_dir, warn)
+    if lock is not None:
+        lock.close()
+    return holder
+
+
+def _take_lock(run_dir: Path, warn: Callable[[str], object]) -> tuple[IO[str] | None, str | None]:
+    """The lock's open file, held until it is closed, if there can be one, and who holds it, if another process does."""
+    path = run_dir / LOCK_NAME
+    lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with lock:
+            if error.errno in LOCKED:
+                return None, lock.read().strip() or f"it holds {path} and does not say who it is"
+        warn(
+            f"logging.run_dir is {str(run_dir)!r}, on a file system without locks ({error.strerror}): that no other "
+            "process trains there is for you to see to"
+        )
+        return None, None
+    lock.truncate(0)
+    job = os.environ.get("SLURM_JOB_ID")
+    lock.write(f"process {os.getpid()} of {_user()} on {platform.node()}{f', SLURM job {job}' if job else ''}\n")
+    lock.flush()
+    return lock, None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        return f"user {os.getuid()}"
 
 
 def check_same_run(run_dir: Path, config: dict[str, Any]) -> None:
@@ -207,9 +264,48 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Step that a run would go on from by its newest checkpoint; 0 if it has none."""
-    folders = list_checkpoints(run_dir / CHECKPOINTS_NAME)
-    return int(folders[-1].name.removeprefix(CHECKPOINT_PREFIX)) if folders else 0
+    """Step that a run would go on from by its newest whole checkpoint; 0 if it has none."""
+    for folder in reversed(list_checkpoints(run_dir / CHECKPOINTS_NAME)):
+        with suppress(UserError, OSError):
+            checked_manifest(folder)
+            return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
+    return 0
+
+
+def checked_manifest(folder: Path) -> dict[str, str | int]:
+    """Return a checkpoint's manifest: the name of each of its files, and its `file_proof`.
+
+    Raises:
+        UserError: There is none, it is damaged, or a file is not the one that was written.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"{folder} is not a whole checkpoint: it has no {MANIFEST}")
+    try:
+        proofs: dict[str, str | int] = json.loads(manifest.read_text(encoding="utf-8"))
+        damaged = [
+            name for name, proof in proofs.items() if not (folder / name).is_file() or file_proof(folder, name) != proof
+        ]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{manifest} is damaged: {error}") from error
+    if damaged:
+        raise UserError(f"{folder} is damaged: {', '.join(damaged)} missing or changed since it was written")
+    check_named(folder, proofs, STATE_NAME, RNG_NAME)
+    return proofs
+
+
+def check_named(folder: Path, proofs: Mapping[str, object], *names: str) -> None:
+    """Raise UserError if a checkpoint's manifest does not name these files, which could then be any."""
+    missing = [name for name in names if name not in proofs]
+    if missing:
+        raise UserError(f"{folder / MANIFEST} is damaged: it does not name {', '.join(missing)}")
+
+
+def file_proof(folder: Path, name: str) -> str | int:
+    """What a checkpoint's file is recognised by: its sha256, or its size for those of DeepSpeed, which hold the model
+    several times over and would take minutes to read."""
+    path = folder / name
+    return path.stat().st_size if name.startswith(f"{SHARDED}/") else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,7 @@ class Trainer:
         self.log = log
         self.stop = stop
         self.origin = origin
+        self._newer_try: str | None = None
         self.state = TrainerState(step=0, world_size=self.world.world_size, zero_stage=result.zero_stage)
         self._refused: dict[str, str] = {}
         """What the disk has not taken and nothing later has made good, with the reason."""
@@ -108,7 +110,8 @@ class Trainer:
             if stop_ranks and not is_last and not self._early_stop:
                 self._check_written()
                 self._finish("interrupted")
-                self.log.say(f"interrupted by {self.stop.reason} and saved; go on by --resume auto")
+                why = f"try {self._newer_try}, which has taken over," if self._newer_try else self.stop.reason
+                self.log.say(f"interrupted by {why} and saved; go on by --resume auto")
                 return
         progress.close()
         if self._early_stop:
@@ -157,7 +160,7 @@ class Trainer:
         counts = [(count_labels(batch), int(batch["attention_mask"].sum())) for batch in micro_batches]
         labels, tokens = sum_over_ranks([sum(column) for column in zip(*counts, strict=True)], self.world)
         own_loss = self.engine.forward_backward(micro_batches, labels)
-        loss, stop_ranks = sum_over_ranks([float(own_loss), float(self.stop.received is not None)], self.world)
+        loss, stop_ranks = sum_over_ranks([float(own_loss), float(self._wants_to_stop())], self.world)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of step {step + 1} is {loss}; the step was not taken. Lower train.learning_rate "
@@ -165,6 +168,12 @@ class Trainer:
             )
         self.engine.step()
         return loss / labels, tokens, stop_ranks
+
+    def _wants_to_stop(self) -> bool:
+        """Whether this rank has had a signal, or, on rank 0, SLURM has started the run's job again elsewhere."""
+        if self.world.is_main:
+            self._newer_try = self.folder.newer_try(os.environ)
+        return self.stop.received is not None or self._newer_try is not None
 
     def _collate(self, indices: list[int]) -> dict[str, Tensor]:
         """Pad the examples into one batch. None at all gives an example without labels, so that a rank with nothing

@@ -17,7 +17,8 @@ from adept_ds.config.loader import config_hash
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import on_main_rank
 from adept_ds.storage.adapter_folder import save_adapter
-from adept_ds.storage.checkpoint import OPTIMIZER_NAME, SHARDED, Checkpoint, write_tensors
+from adept_ds.storage.checkpoint import OPTIMIZER_NAME, Checkpoint, write_tensors
+from adept_ds.storage.run_folder import SHARDED
 from adept_ds.training.engine import Engine
 
 

@@ -1,8 +1,19 @@
 # shellcheck shell=bash
-# What the batch scripts of this folder share. It sets `root`, `python`, `container` and `scratch`, and gives functions to
-# run ranks and to pass signals on to them.
+# What the batch scripts of this folder share. It sets `job`, `root`, `python`, `container`, `pyxis` and `scratch`, and gives
+# functions to run ranks, to pass signals on to them, and to have SLURM start the job once more.
 
 : "${warned:=0}"
+# The job as SLURM's commands take it.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
+# sbatch hands on the whole environment of the shell that called it. What torchrun, deepspeed, accelerate, MPI or a step of
+# salloc have left there would make other ranks of ours.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE NODE_RANK GROUP_RANK GROUP_WORLD_SIZE CROSS_RANK CROSS_SIZE \
+    MASTER_ADDR MASTER_PORT "${!ROLE_@}" "${!TORCHELASTIC_@}" "${!ACCELERATE_@}" "${!OMPI_COMM_WORLD_@}" \
+    "${!MV2_COMM_WORLD_@}" "${!PMI_@}" PMIX_RANK PMIX_NAMESPACE MPI_LOCALRANKID MPI_LOCALNRANKS "${!SLURM_STEP_@}" \
+    "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}"
+
 # The repository; empty where `adept-ds submit` has written the script for a package that is installed.
 root=${ADEPT_DS_ROOT-$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)}
 if [[ -n ${ADEPT_DS_PYTHON:-} ]]; then
@@ -12,7 +23,14 @@ elif [[ -x $root/.venv/bin/python ]]; then
 else
     python=python3
 fi
+# A container is a command in front of the interpreter, or what srun does with the plugin pyxis. The latter cannot be had
+# outside of a step, so that what this shell runs itself has an interpreter of its own.
 read -ra container <<<"${ADEPT_DS_CONTAINER:-}"
+pyxis=()
+[[ -z ${ADEPT_DS_CONTAINER_IMAGE:-} ]] || pyxis=(
+    --container-image="$ADEPT_DS_CONTAINER_IMAGE" --container-mounts="${ADEPT_DS_CONTAINER_MOUNTS:-}"
+    --container-workdir="$PWD"
+)
 scratch=${ADEPT_DS_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}/adept_ds.$(id -un)}}
 
 export ADEPT_DS_SCRATCH=$scratch
@@ -33,7 +51,7 @@ export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30}
 srun_options=(--wait=60)
 
 # tool MODULE ARGUMENT..: a module of adept_ds.slurm, on this node.
-tool() { "${container[@]}" "$python" -P -m "adept_ds.slurm.$1" "${@:2}"; }
+tool() { "${container[@]}" "${ADEPT_DS_TOOL_PYTHON:-$python}" -P -m "adept_ds.slurm.$1" "${@:2}"; }
 
 # What a task runs: `rank LOG COMMAND..` keeps LOG-RANK.log beside the labelled stream, and in LOG-RANK.exit when, how and
 # where the rank ended, for the job's last words. The interpreter starts with USR1 ignored, since a warning may come
@@ -58,7 +76,7 @@ run_ranks() {
     # srun itself starts with USR1 ignored, too: it takes the signal up once it can pass it on.
     (
         trap '' USR1
-        exec srun --label --kill-on-bad-exit=1 "${srun_options[@]}" \
+        exec srun --label --kill-on-bad-exit=1 "${srun_options[@]}" "${pyxis[@]}" \
             bash -c "$(declare -f rank); rank \"\$@\"" rank "$log" "${container[@]}" "$python" -P "$@"
     ) &
     step=$!
@@ -73,19 +91,33 @@ run_ranks() {
     step=
 }
 
-# run_evaluation ARGUMENT..: run_ranks, with a log for each rank in a folder beside the job's own, to the end of the job.
-run_evaluation() {
-    local log logs
-    log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
-    logs=${log%.log}.ranks
-    mkdir -p "$logs"
-    run_ranks "$logs/rank" "$@"
-    ((status == 0)) || tool tries failure "$logs"
-    exit "$status"
+# Has SLURM start this job once more, which ends this script. Where SLURM refuses it returns, with SLURM's words in `refusal`.
+requeue() {
+    local attempt
+    trap - TERM
+    for attempt in 1 2 3; do
+        if refusal=$(scontrol requeue "$job" 2>&1); then
+            sleep 60
+            exit 75
+        fi
+        ((attempt == 3)) || sleep 3
+    done
 }
 
-# run_here ARGUMENT..: the interpreter with ARGUMENT.. as one task. Nothing passes signals on: these jobs start anew.
-run_here() { srun --ntasks=1 --label "${container[@]}" "$python" -P "$@"; }
+# run_to_the_end ARGUMENT..: run_ranks, with a log for each rank in a folder beside the job's own, to the end of the job.
+# Nothing passes signals on: these jobs start anew.
+run_to_the_end() {
+    local log logs
+    log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+    logs=${log%.log}.ranks${SLURM_RESTART_COUNT:+-$SLURM_RESTART_COUNT}
+    mkdir -p "$logs"
+    run_ranks "$logs/rank" "$@"
+    if ((status)) && tool tries failure "$logs" "${SLURM_NTASKS:-1}"; (($? == 75)); then
+        requeue
+        echo "adept_ds: SLURM refused to requeue the job: $refusal" >&2
+    fi
+    exit "$status"
+}
 
 # Nodes of the job on which no process can be started within half a minute.
 silent_nodes() {

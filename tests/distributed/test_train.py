@@ -208,6 +208,24 @@ def test_a_signal_saves_at_the_next_step_and_nothing_is_lost(
     assert losses(run_dir) == losses(long_run)
 
 
+def test_a_run_that_slurm_has_started_again_elsewhere_stops_and_saves(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = run_settings(tiny_llama, run_dir, max_steps=3)
+    newest = run_dir / "slurm" / "try"
+    newest.parent.mkdir(parents=True)
+    newest.write_text("7.1\n")
+    older = run_ranks(2, TRAIN, settings, ADEPT_DS_TRY="7.0")
+    assert older.returncode == 0, older.stdout
+    assert "stopped by try 7.1, which has taken over, after step 1, saved" in older.stdout
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "interrupted"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+    newer = run_ranks(2, TRAIN, settings, "--resume", "auto", ADEPT_DS_TRY="7.1")
+    assert newer.returncode == 0, newer.stdout
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
+
+
 def wait_for_steps(run_dir: Path, steps: int, process: Any) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from adept_ds.config.command_line import parse_command_line
 from adept_ds.files import write_json
-from adept_ds.storage.run_folder import newest_step
+from adept_ds.storage.run_folder import MANIFEST, file_proof, newest_step
 
 SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str]) -> None:
 
     def save(step: int) -> None:
         if rank == 0 and not os.environ.get("STUB_NO_PROGRESS"):
-            (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+            checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+            write_json(checkpoint / "state.json", {"step": step})
+            write_json(checkpoint / MANIFEST, {"state.json": file_proof(checkpoint, "state.json")})
 
     def set_status(state: str, step: int) -> None:
         if rank == 0:

@@ -63,6 +63,7 @@ def test_a_run_ends_and_its_history_has_one_line(cluster: Cluster, stub: StubRun
         "ended_by": "finished",
         "requeued": False,
         "error": None,
+        "gpus": 2,
     }
 
 

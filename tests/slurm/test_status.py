@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def state_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(status.queue, "is_available", lambda: True)
         monkeypatch.setattr(status.queue, "queued_jobs", lambda users: list(queued))
         monkeypatch.setattr(status.queue, "last_state", lambda job: ended)
-        return read_states([folder])[0]
+        return read_states([folder], warn=print)[0]
 
     return read
 
@@ -92,6 +93,68 @@ def test_a_running_run_has_rate_and_time_left(tmp_path: Path, state_of: Any) -> 
     found = state_of(run, job("7", restarts=1))
     assert (found.state, found.step, found.total_steps, found.loss, found.requeued) == ("running", 40, 100, 0.5, 1)
     assert (found.steps_per_second, found.seconds_left) == (2.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "shown", "note"),
+    [
+        ("SUSPENDED", "None", "suspended", "SUSPENDED on n[1-2]"),
+        ("STOPPED", "None", "suspended", "STOPPED on n[1-2]"),
+        ("CONFIGURING", "None", "starting", "on n[1-2]"),
+        ("COMPLETING", "None", "running", "COMPLETING on n[1-2]"),
+        ("REQUEUE_HOLD", "launch failed requeued held", "pending", "held; `scontrol release 7` lets it go on"),
+        ("PENDING", "JobHeldUser", "pending", "JobHeldUser; `scontrol release 7` lets it go on"),
+    ],
+)
+def test_a_jobs_state_is_shown_as_what_it_is(
+    state: str, reason: str, shown: str, note: str, tmp_path: Path, state_of: Any
+) -> None:
+    run = make_run(tmp_path / "run", "running", 20)
+    submitted(run, train="7")
+    found = state_of(run, job("7", state, reason))
+    assert found.state == shown
+    assert note in found.note
+
+
+@pytest.mark.parametrize(
+    ("ended", "shown", "note"),
+    [("FAILED", "failed", "the batch script was killed; SLURM says FAILED"), ("CANCELLED", "cancelled", "")],
+)
+def test_a_killed_batch_script_is_no_interruption(
+    ended: str, shown: str, note: str, tmp_path: Path, state_of: Any
+) -> None:
+    run = make_run(tmp_path / "run", "interrupted", 20)  # by ranks that SLURM has told to stop
+    submitted(run, train="7")
+    write_history(run, {"ended_by": None, "requeued": None})
+    found = state_of(run, ended=ended)
+    assert found.state == shown
+    assert note in found.note
+
+
+def test_gpu_hours_are_those_of_all_tries(tmp_path: Path, state_of: Any) -> None:
+    run = make_run(tmp_path / "run", "finished", 100)
+    start = "2026-01-01T00:00:00+00:00"
+    write_history(
+        run,
+        {"started": start, "ended": "2026-01-01T02:00:00+00:00"},  # before GPUs were noted
+        {"started": start, "ended": "2026-01-01T02:00:00+00:00", "gpus": 8},
+        {"started": start, "ended": "2026-01-01T00:30:00+00:00", "gpus": 4},
+    )
+    assert state_of(run).gpu_hours == 18.0
+    with_one = {**TRY, "started": (datetime.now().astimezone() - timedelta(hours=3)).isoformat(), "gpus": 2}
+    write_history(run, {**with_one, "ended": None, "ended_by": None})
+    assert state_of(run).gpu_hours == pytest.approx(6.0, abs=0.1)
+
+
+def test_a_figure_of_an_earlier_adapter_is_marked(tmp_path: Path, state_of: Any) -> None:
+    run = make_run(tmp_path / "run", "finished", 100)
+    (run / "best").mkdir()
+    (run / "best" / "adapter_config.json").write_text('{"tensors_sha256": "new"}')
+    (run / "eval" / "adept").mkdir(parents=True)
+    for digest, mark in (("old", " (of an earlier adapter)"), ("new", "")):
+        summary = {"pass@1": {"mean": 0.5}, "adapter": "runs/run/best", "adapter_sha256": digest}
+        (run / "eval" / "adept" / "summary.json").write_text(json.dumps(summary))
+        assert state_of(run, ended="COMPLETED").score == f"adept pass@1 50.0 %{mark}"
 
 
 def test_an_evaluation_that_is_under_way_is_told(tmp_path: Path, state_of: Any) -> None:
@@ -157,11 +220,11 @@ def test_the_members_of_a_sweep_are_its_tasks(tmp_path: Path, state_of: Any) -> 
     assert state_of(folders[1], *tasks).job == "7_1"
 
 
-def call(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def call(*arguments: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, REPOSITORY / "launchers" / "status.py", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "PATH": "/nowhere"},
+        env={**os.environ, "PATH": "/nowhere", **variables},
         capture_output=True,
         text=True,
         timeout=60,
@@ -190,6 +253,20 @@ def test_without_slurm_a_runs_files_tell(tmp_path: Path) -> None:
         "dead": "failed",
     }
     assert states["dead"]["note"].startswith("has written nothing for 2:00:")
+
+
+def test_where_slurm_does_not_answer_a_runs_files_tell(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "finished", 100)
+    for name in ("sbatch", "squeue"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+        program.chmod(0o755)
+    done = call("run", cwd=tmp_path, PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert done.returncode == 0
+    assert "finished" in done.stdout
+    assert "SLURM does not answer" in done.stderr
+    assert "Unable to contact slurm controller" in done.stderr
 
 
 def test_a_watch_ends_when_nothing_is_under_way(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
+from adept_ds.evaluation.results import program_protocol, task_protocol
 from adept_ds.slurm.script import quote_option, quote_variable, render
 from adept_ds.slurm.site import SiteConfig, parse_time
 from adept_ds.slurm.submission import job_name
@@ -115,6 +117,122 @@ def test_a_dry_run_prints_complete_scripts_and_writes_nothing(tmp_path: Path) ->
         if SHELLCHECK:
             subprocess.run([SHELLCHECK, "--severity=warning", "-"], input=script, text=True, check=True)
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_evaluations_and_jobs_without_gpus_have_places_of_their_own(tmp_path: Path) -> None:
+    arguments = ("train", "--config", config(tmp_path), "--dry-run", "--then-eval", "mbpp", "--gpus-per-node", "1")
+    arguments += (
+        "--partition",
+        "gpu",
+        "--account",
+        "us",
+        "--qos",
+        "high",
+        "--constraint",
+        "a100",
+        "--time",
+        "20:00:00",
+    )
+    own = ("--eval-time", "60", "--eval-qos", "short", "--cpu-partition", "cpu", "--cpu-account", "free")
+    own += ("--cpu-constraint", "avx2")
+    found = {kind: places(script) for kind, script in scripts(submit(*arguments, *own, cwd=tmp_path).stdout).items()}
+    assert found["train"] == ("gpu", "us", "high", "a100", "20:00:00")
+    assert found["eval"] == ("gpu", "us", "short", "a100", "60")
+    assert found["score"] == ("cpu", "free", None, "avx2", "02:00:00")
+    assert found["report"] == found["score"]
+    # What is asked for on one partition may not be there on another.
+    elsewhere = scripts(submit(*arguments, "--eval-partition", "small", cwd=tmp_path).stdout)
+    assert places(elsewhere["eval"]) == ("small", "us", None, None, "20:00:00")
+    assert places(elsewhere["score"])[:4] == ("gpu", "us", "high", "a100")
+
+
+def places(script: str) -> tuple[str | None, ...]:
+    """Partition, account, QOS, constraint and time of a script."""
+    values = dict(option.removeprefix("--").partition("=")[::2] for option in options(script))
+    return tuple(values.get(name) for name in ("partition", "account", "qos", "constraint", "time"))
+
+
+def test_pyxis_starts_a_container_by_options_of_srun(tmp_path: Path) -> None:
+    done = submit(
+        *("train", "--config", config(tmp_path), "--dry-run", "--container-runtime", "pyxis"),
+        *("--container", "nvcr.io#nvidia/pytorch:25.01-py3", "--container-mounts", "/data", "/nvme:/scratch"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    script = scripts(done.stdout)["train"]
+    names = ["ADEPT_DS_CONTAINER_IMAGE", "ADEPT_DS_CONTAINER_MOUNTS", "ADEPT_DS_PYTHON", "ADEPT_DS_TOOL_PYTHON"]
+    image, mounts, python, tool = run_site_block(script, names, tmp_path)[:4]
+    assert image == "nvcr.io#nvidia/pytorch:25.01-py3"
+    assert f"{tmp_path}:{tmp_path}" in mounts.split(",")
+    assert mounts.endswith(",/data:/data,/nvme:/scratch")
+    # Ranks run in the container; what the batch script itself runs cannot.
+    assert (python, tool) == ("python3", sys.executable)
+    shared = (REPOSITORY / "launchers" / "slurm" / "job.sh").read_text()
+    shell = shared + '\nsrun() { printf \'%s\\n\' "$@"; }\nexec() { "$@"; }\nrun_ranks /logs/rank -m adept_ds train\n'
+    ran = subprocess.run(
+        ["bash", "-c", shell],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1", names[0]: image, names[1]: mounts, names[2]: python},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    words = ran.stdout.splitlines()
+    assert f"--container-image={image}" in words
+    assert f"--container-mounts={mounts}" in words
+    assert f"--container-workdir={tmp_path}" in words
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--container", "nowhere/image.sif"), "container is 'nowhere/image.sif': no such file or folder"),
+        (("--container", "imge"), "container is 'imge': no such file or folder"),
+        (("--container", "/x.sqsh", "--container-runtime", "pyxis"), "container is '/x.sqsh': no such file or folder"),
+        (("--container", "docker://python:3.11"), None),
+        (("--container", "nvidia/pytorch:25.01-py3", "--container-runtime", "pyxis"), None),
+        (("--container", "image", "--container-command", "podman run"), None),
+        (("--python", "/nowhere/python"), "python is '/nowhere/python': no such file"),
+        (("--python", "python3"), None),
+    ],
+)
+def test_an_image_or_interpreter_that_is_not_there_is_told_before(
+    flags: tuple[str, ...], problem: str | None, tmp_path: Path
+) -> None:
+    done = submit("train", "--config", config(tmp_path), "--dry-run", "--gpus-per-node", "1", *flags, cwd=tmp_path)
+    assert done.returncode == (problem is not None)
+    assert (problem or "") in done.stderr
+
+
+def test_what_makes_a_rank_is_no_setting_of_a_site(tmp_path: Path) -> None:
+    done = submit("train", "--config", config(tmp_path), "--env", "MASTER_PORT=29500", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "MASTER_PORT differs from rank to rank or job to job, and is set by the job itself" in done.stderr
+
+
+def test_a_run_folder_below_a_file_is_told_before(tmp_path: Path) -> None:
+    path = config(tmp_path, logging={"run_dir": "run.json/x"})
+    done = submit("train", "--config", path, "--dry-run", "--gpus-per-node", "1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"logging.run_dir is 'run.json/x', and {path} is no folder" in done.stderr
+
+
+def test_a_shells_rank_does_not_silence_a_mistake(tmp_path: Path) -> None:
+    done = submit("train", "--config", "nope.json", cwd=tmp_path, RANK="3", WORLD_SIZE="8")
+    assert done.returncode == 2
+    assert "nope.json" in done.stderr
+
+
+def test_leftovers_of_a_login_shell_do_not_reach_the_ranks(tmp_path: Path) -> None:
+    left_over = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PMI_RANK")
+    left_over += ("OMPI_COMM_WORLD_RANK", "SLURM_STEP_NUM_TASKS", "SLURM_CPU_BIND", "ACCELERATE_USE_DEEPSPEED")
+    kept = {"SLURM_JOB_ID": "1", "OMPI_MCA_btl": "tcp", "NCCL_SOCKET_IFNAME": "ib0"}
+    script = (REPOSITORY / "launchers" / "slurm" / "job.sh").read_text() + "\nenv\n"
+    environment = {"PATH": os.environ["PATH"], **dict.fromkeys(left_over, "7"), **kept}
+    shown = subprocess.run(["bash", "-uc", script], env=environment, capture_output=True, text=True, check=True).stdout
+    names = {line.partition("=")[0] for line in shown.splitlines()}
+    assert not names & set(left_over)
+    assert names >= kept.keys()
 
 
 def test_flags_beat_the_site_and_the_site_beats_defaults(tmp_path: Path) -> None:
@@ -283,10 +401,78 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "runs/x is finished; nothing to do\n")
     arguments = ("train", "--config", path, "--then-eval", "mbpp", "--dry-run")
     assert list(scripts(submit(*arguments, cwd=tmp_path).stdout)) == ["eval", "score", "report"]
-    (run_dir / "eval" / "adept" / "generation.json").write_text("{}")
+    write_adapter(run_dir / "best", "new")
+    samples = write_samples(run_dir / "eval" / "adept", path, "new")
     assert list(scripts(submit(*arguments, cwd=tmp_path).stdout)) == ["score", "report"]
-    (run_dir / "eval" / "adept" / "summary.json").write_text("{}")
+    (samples.parent / "summary.json").write_text('{"samples_sha256": "of other samples"}')
+    assert list(scripts(submit(*arguments, cwd=tmp_path).stdout)) == ["score", "report"]
+    (samples.parent / "summary.json").write_text('{"samples_sha256": "s"}')
     assert "nothing to do" in submit(*arguments, cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("adapter", "change", "reason"),
+    [
+        ("old", {}, "not of the adapter that is in runs/x/best now"),
+        (None, {}, "not of the adapter that is in runs/x/best now"),
+        ("new", {"split": "validation"}, "by another protocol (split)"),
+        ("new", {"generation": {}}, "by another protocol (generation)"),
+        ("new", {"k": [1, 10]}, "of other settings (k)"),
+        ("new", {"max_examples": 5}, "of other settings (max_examples)"),
+    ],
+)
+def test_figures_of_another_adapter_or_protocol_do_not_count(
+    adapter: str | None, change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    path = config(tmp_path)
+    run_dir = tmp_path / "runs" / "x"
+    write_adapter(run_dir / "best", "new")
+    (run_dir / "status.json").write_text('{"state": "finished", "step": 20, "total_steps": 20}')
+    samples = write_samples(run_dir / "eval" / "adept", path, adapter, **change)
+    (samples.parent / "summary.json").write_text('{"samples_sha256": "s"}')
+    done = submit("train", "--config", path, "--then-eval", "mbpp", "--dry-run", cwd=tmp_path)
+    assert list(scripts(done.stdout)) == ["eval", "score", "report"]
+    assert f"evaluated anew: runs/x/eval/adept/generation.json: {reason}" in done.stderr
+
+
+def test_a_tuned_model_without_a_digest_is_told_by_time(tmp_path: Path) -> None:
+    path = config(tmp_path)
+    run_dir = tmp_path / "runs" / "x"
+    samples = write_samples(run_dir / "eval" / "adept", path, None)
+    (samples.parent / "summary.json").write_text('{"samples_sha256": "s"}')
+    (run_dir / "status.json").write_text('{"state": "finished", "step": 20, "total_steps": 20}')
+    (run_dir / "best").mkdir()
+    (run_dir / "best" / "config.json").write_text("{}")
+    arguments = ("train", "--config", path, "--then-eval", "mbpp", "--dry-run")
+    for age, left in ((60, []), (-60, ["eval", "score", "report"])):
+        now = samples.stat().st_mtime
+        os.utime(run_dir / "best" / "config.json", (now - age, now - age))
+        assert list(scripts(submit(*arguments, cwd=tmp_path).stdout)) == left
+
+
+def write_adapter(folder: Path, digest: str) -> None:
+    """What an adapter folder says of its tensors."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"tensors_sha256": digest}))
+
+
+def write_samples(out: Path, path: Path, digest: str | None, **change: Any) -> Path:
+    """A `generation.json` of the run of a config and of an adapter, with some of it changed."""
+    run = RunConfig.model_validate(json.loads(path.read_text()))
+    protocol = program_protocol(run, "test")
+    protocol |= {name: value for name, value in change.items() if name in protocol}
+    facts = {"adapter": "runs/x/best", "adapter_sha256": digest, "protocol": protocol, "samples_sha256": "s"}
+    stored = {
+        "facts": facts,
+        "data": run.data.model_dump(mode="json"),
+        "max_examples": run.eval.max_examples,
+        "k": [1],
+        "paper_scoring": False,
+    }
+    stored |= {name: value for name, value in change.items() if name in stored}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "generation.json").write_text(json.dumps(stored))
+    return out / "generation.json"
 
 
 def test_tasks_are_scored_where_they_are_generated(tmp_path: Path) -> None:
@@ -301,10 +487,17 @@ def test_tasks_are_scored_where_they_are_generated(tmp_path: Path) -> None:
 
     (tmp_path / "runs" / "x").mkdir(parents=True)
     (tmp_path / "runs" / "x" / "status.json").write_text('{"state": "finished"}')
-    for task, left in (("rte", ["eval", "report"]), ("cb", [])):
+    write_adapter(tmp_path / "runs" / "x" / "best", "new")
+    run = RunConfig.model_validate(json.loads(path.read_text()))
+    for task, digest, left in (
+        ("rte", "new", ["eval", "report"]),
+        ("cb", "new", []),
+        ("cb", "old", ["eval", "report"]),
+    ):
         folder = tmp_path / "runs" / "x" / "eval" / "adept" / task
-        folder.mkdir(parents=True)
-        (folder / "summary.json").write_text("{}")
+        folder.mkdir(parents=True, exist_ok=True)
+        protocol = {**task_protocol(run, task, "test"), "max_new_tokens": 4}
+        (folder / "summary.json").write_text(json.dumps({"adapter_sha256": digest, "protocol": protocol}))
         assert list(scripts(submit(*arguments, "text2text", cwd=tmp_path).stdout)) == left
 
     refused = submit(*arguments, "mbpp", cwd=tmp_path)
