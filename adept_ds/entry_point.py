@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,8 @@ from adept_ds.rank_environment import is_main_rank, take_slurm_ranks
 USER_ERROR_STATUS = 2
 CLOSED_OUTPUT_STATUS = 141
 """As a shell tells of a program that SIGPIPE has ended."""
+OUTSIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EIO}
+"""Errors of a file that lie outside the program: it may not be written, or there is no room."""
 
 
 def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -58,10 +61,11 @@ def run_entry_point(main: Callable[[Sequence[str]], int | None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         _record_error(f"{type(error).__name__}: {error}", of_rank=True)
-        if error.strerror is None or error.filename is None:
+        if error.errno not in OUTSIDE and (error.strerror is None or error.filename is None):
             _tell_fault(error)
         # The disk, or a permission: where in the program it was met helps nobody.
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
     except Exception as error:
         _record_error(f"{type(error).__name__}: {error}", of_rank=True)

@@ -323,7 +323,8 @@ def test_operators_belong_to_the_part_that_they_are_in_forward_and_backward():
     of_operator: dict[str, list[str]] = {}
     for event, group in zip(events, event_groups(events), strict=True):
         of_operator.setdefault(event.name, []).append(group)
-    assert of_operator["aten::mm"] == [LINEAR, LINEAR]  # the product, and that of its gradient
+    assert of_operator["aten::addmm"] == [LINEAR]
+    assert of_operator["aten::mm"] == [LINEAR]  # of the gradient
     assert of_operator["_FrozenLinearFunctionBackward"] == [LINEAR]
     assert of_operator["aten::_scaled_dot_product_flash_attention_for_cpu"] == [ATTENTION]
     assert of_operator["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] == [ATTENTION]

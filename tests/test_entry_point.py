@@ -54,7 +54,7 @@ def test_what_lies_outside_the_program_is_told_without_a_traceback(what: str, st
     [
         ("raise OutOfMemoryError('CUDA out of memory')", "the GPU has no memory left"),
         ("raise OSError('odd')", "please report the lines above"),
-        ("raise OSError(28, 'No space left on device')", "'No space left on device': look at the disks"),
+        ("raise OSError(24, 'Too many open files')", "'Too many open files': look at the disks and limits"),
         ("1 / 0", "please report the lines above"),
     ],
 )

@@ -54,7 +54,7 @@ def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
-    loss_head = LossHead(head, None)
+    loss_head = LossHead(head)
     with loss_head.summing(targets):
         return loss_head(hidden).sum()
 
@@ -126,7 +126,7 @@ def test_soft_targets_add_the_divergence_from_a_teacher(bias):
     head.requires_grad_(False)
     labelled, weight, temperature = targets != IGNORE_INDEX, 0.3, 1.7
     rows = torch.randn(int(labelled.sum()), 16)
-    loss_head = LossHead(head, None)
+    loss_head = LossHead(head)
     with loss_head.summing(targets, SoftTargets(rows, weight, temperature)):
         actual = loss_head(hidden).sum()
     ours, theirs = (head(states) / temperature for states in (hidden[labelled], rows))
@@ -139,7 +139,7 @@ def test_soft_targets_add_the_divergence_from_a_teacher(bias):
 
 def test_a_recording_head_computes_nothing():
     head, hidden, targets = head_and_input(bias=False)
-    loss_head = LossHead(head, None)
+    loss_head = LossHead(head)
     with loss_head.recording(targets) as rows:
         assert loss_head(hidden).shape == (1, 1, 1)
     assert torch.equal(rows[0], hidden[targets != IGNORE_INDEX])
@@ -148,7 +148,7 @@ def test_a_recording_head_computes_nothing():
 
 def test_outside_of_summing_the_head_gives_logits():
     head, hidden, targets = head_and_input(bias=True)
-    loss_head = LossHead(head, None)
+    loss_head = LossHead(head)
     with loss_head.summing(targets):
         loss_head(hidden)
     torch.testing.assert_close(loss_head(hidden), head(hidden))

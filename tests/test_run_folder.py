@@ -67,7 +67,7 @@ def test_a_file_system_without_locks_is_told_and_goes_on(tmp_path, monkeypatch, 
 
     monkeypatch.setattr("fcntl.flock", refuse)
     RunFolder(tmp_path).open(resolved(), "never")
-    assert "the file system has no locks (No locks available)" in capsys.readouterr().out
+    assert "on a file system without locks (No locks available)" in capsys.readouterr().out
     assert (tmp_path / "config.json").is_file()
 
 

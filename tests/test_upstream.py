@@ -42,6 +42,7 @@ class Use:
 
 
 LOAD, SHARDING, STREAMING = (f"adept_ds/backbone/{name}.py" for name in ("load", "sharding", "streaming"))
+SOURCES, TAIL = "adept_ds/backbone/weight_sources.py", "adept_ds/model/logits_tail.py"
 QUANTIZATION, FROZEN = "adept_ds/backbone/quantization.py", "adept_ds/backbone/frozen_linear.py"
 HIDING, ADAPTED = "adept_ds/model/prompt_hiding.py", "adept_ds/model/adapted_model.py"
 LAYERS, PREFIX, DEPT, BITFIT = (f"adept_ds/methods/{name}.py" for name in ("layers", "prefix", "dept", "bitfit"))
@@ -100,7 +101,13 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.utils.CONFIG_NAME", MODEL_FOLDER),
         Use("transformers.AutoConfig.for_model", LOAD, "model_type"),
         Use("t5.all_tied_weights_keys", STREAMING),
-        Use("t5.base_model_prefix", STREAMING),
+        Use("t5.base_model_prefix", SOURCES),
+        Use("llama._init_weights", STREAMING, "module"),
+        Use("generation_config._from_model_config", LOAD),
+        Use("llama._adjust_missing_and_unexpected_keys", SOURCES, "loading_info"),
+        Use("llama._get_dtype_plan", LOAD, "dtype"),
+        Use("llama.config._attn_implementation", PREFIX),
+        Use("transformers.AutoModelForCausalLM._model_mapping", "adept_ds/backbone/text_part.py"),
         # Models.
         Use("llama.activation_checkpointing_enable", f"{ADAPTED} {CONTENDERS}", "activation_checkpointing_kwargs"),
         Use("llama.disable_input_require_grads", ADAPTED),
@@ -220,12 +227,14 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("torch.distributed.DistError", "adept_ds/slurm/node_check.py"),
         # A step on the meta device.
         Use("torch.utils._python_dispatch.TorchDispatchMode", META_STEP),
-        Use("torch.utils._pytree.tree_leaves", META_STEP, "tree"),
+        Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL}", "tree"),
+        Use("torch.utils._pytree.tree_map", TAIL),
         Use("torch.utils._pytree.tree_map_only", META_STEP),
         Use("torch._C._current_graph_task_id", META_STEP),
-        Use("storage._cdata", META_STEP),
+        Use("storage._cdata", f"{META_STEP} {TAIL}"),
         Use("torch.ops.aten._local_scalar_dense.default.namespace", META_STEP),
         Use("torch.ops.aten.index.Tensor", META_STEP),
+        Use("torch.ops.aten._grouped_mm.default", META_STEP),
         Use("torch.ops.aten.logsumexp.default", META_STEP),
         Use("torch.native_dropout", META_STEP),
         Use("torch.nn.functional.scaled_dot_product_attention", META_STEP),

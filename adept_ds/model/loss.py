@@ -134,7 +134,7 @@ class LossHead(nn.Module):
     `tail` is None where it is not known; see `trace_tail`.
     """
 
-    def __init__(self, head: nn.Linear, tail: LogitsTail | None) -> None:
+    def __init__(self, head: nn.Linear, tail: LogitsTail | None = None) -> None:
         super().__init__()
         self.tail = tail
         self.weight = head.weight

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from adept_ds.config.command_line import parse_command_line
 from adept_ds.files import write_json
-from adept_ds.storage.run_folder import MANIFEST, file_proof, newest_step
+from adept_ds.storage.run_folder import MANIFEST, RNG_NAME, STATE_NAME, file_proof, newest_step
 
 SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -50,8 +50,9 @@ def main(arguments: Sequence[str]) -> None:
     def save(step: int) -> None:
         if rank == 0 and not os.environ.get("STUB_NO_PROGRESS"):
             checkpoint = folder / "checkpoints" / f"step-{step:08d}"
-            write_json(checkpoint / "state.json", {"step": step})
-            write_json(checkpoint / MANIFEST, {"state.json": file_proof(checkpoint, "state.json")})
+            write_json(checkpoint / STATE_NAME, {"step": step})
+            (checkpoint / RNG_NAME).touch()
+            write_json(checkpoint / MANIFEST, {name: file_proof(checkpoint, name) for name in (STATE_NAME, RNG_NAME)})
 
     def set_status(state: str, step: int) -> None:
         if rank == 0:

@@ -27,7 +27,7 @@ from adept_ds.slurm.tries import (
     why_no_more,
     write_history,
 )
-from adept_ds.storage.run_folder import file_proof
+from adept_ds.storage.run_folder import MANIFEST, RNG_NAME, STATE_NAME, file_proof
 
 from .conftest import REPOSITORY, write_config
 
@@ -365,8 +365,10 @@ def test_a_damaged_checkpoint_is_none_to_start_from(tmp_path: Path) -> None:
     for step in (5, 10):
         folder = script.run_dir / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
-        (folder / "state.json").write_text("{}")
-        (folder / "manifest.json").write_text(json.dumps({"state.json": file_proof(folder, "state.json")}))
+        for name in (STATE_NAME, RNG_NAME):
+            (folder / name).write_text("{}")
+        proofs = {name: file_proof(folder, name) for name in (STATE_NAME, RNG_NAME)}
+        (folder / MANIFEST).write_text(json.dumps(proofs))
     (script.run_dir / "checkpoints" / "step-notes.txt").touch()
     assert "from step 10" in script.begin().stderr
     (folder / "state.json").write_text("")
