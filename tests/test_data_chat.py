@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adept_ds.config.run import DataConfig
-from adept_ds.data.encode import EncodedDataset, encode, encode_prompt
+from adept_ds.data.encode import EncodedDataset, encode, encode_prompt, end_of_answers
 from adept_ds.data.own import OwnExamples
 from adept_ds.errors import UserError
-from adept_ds.formats import Conversation, Message
+from adept_ds.formats import Conversation, Example, Message
 
 ALTERNATE = """\
 {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
@@ -280,3 +280,26 @@ def test_a_form_for_tokenizers_without_a_template() -> None:
     summary = EncodedDataset(OwnExamples([example], ()), plain, CFG, 0, encoder_decoder=False).summary()
     assert summary.endswith("the tokenizer has no chat template, so prompts are shown without one")
     assert learnt_parts(example, tokenizer_with(CHATML))[1] == ["A<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, "<|im_end|>"),
+        (CHATML_MARKED, "<|im_end|>"),
+        (LLAMA_3, "<|eot_id|>"),
+        (LLAMA_2, "</s>"),
+        (GEMMA, "<end_of_turn>"),
+        (QWEN_3, "<|im_end|>"),
+        (ZEPHYR, "</s>"),
+    ],
+    ids=["chatml", "chatml-marked", "llama-3", "llama-2", "gemma", "qwen-3", "zephyr"],
+)
+def test_an_answer_ends_with_the_token_that_ends_its_turn(template: str, end: str) -> None:
+    tokenizer = tokenizer_with(template)
+    assert end_of_answers([chat(*CHAT)], tokenizer) == [tokenizer.convert_tokens_to_ids(end)]
+
+
+def test_an_answer_outside_a_chat_has_no_such_end() -> None:
+    assert end_of_answers([Example("1", "a", "b")], tokenizer_with(CHATML)) == []
+    assert end_of_answers([Example("1", "a", "b", chat=True)], tokenizer_with("{{ messages[0].wrong.thing }}")) == []

@@ -43,6 +43,11 @@ class MethodSettings(Section):
         """Adapters that training starts from, by the setting that names each."""
         return {}
 
+    @property
+    def decoder_positions(self) -> int:
+        """Positions that are taken in front of what the decoder reads, soft prompt aside."""
+        return 0
+
 
 class PromptlessSettings(MethodSettings):
     """Base for methods that put no tokens in front of the input."""
@@ -246,6 +251,11 @@ class PrefixTuningConfig(AdapterSettings, PromptlessSettings):
     """Make them from embeddings by an MLP instead of training them themselves."""
     hidden_size: Count | None = None
     """Width of that MLP; that of the embeddings if not given."""
+
+    @property
+    @override
+    def decoder_positions(self) -> int:
+        return self.prefix_length
 
 
 class LoraConfig(AdapterSettings, PromptlessSettings):

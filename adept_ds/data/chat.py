@@ -52,6 +52,16 @@ class ChatTemplate:
         """
         return self._render(messages, where, add_generation_prompt=True)
 
+    def turn_end(self) -> int | None:
+        """Return the id of the token that ends an assistant's turn; None if the template writes none, or cannot be
+        asked."""
+        try:
+            text, spans = self.learnt((Message("user", "a"), Message(ASSISTANT, "b")), "")
+        except UserError:
+            return None
+        found = re.search(f"({self._special})\\s*$", text[slice(*spans[-1])])
+        return cast(int, self._tokenizer.convert_tokens_to_ids(found[1])) if found and found[1] else None
+
     def learnt(self, messages: Sequence[Message], where: str) -> tuple[str, list[Span]]:
         """Return the text of a chat and the spans of it that are learnt.
 

@@ -243,6 +243,14 @@ def _encode_prompts(
             yield head + ids[len(ids) - limit + len(head) :], True
 
 
+def end_of_answers(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that end an answer to these examples: in a chat, the token that ends its turn."""
+    if not any(_is_rendered(example, tokenizer) for example in examples):
+        return []
+    end = _chat_template(tokenizer).turn_end()
+    return [] if end is None else [end]
+
+
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise UserError(

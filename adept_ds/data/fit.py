@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from adept_ds.config.method import MethodConfig
 from adept_ds.config.run import DataConfig
 from adept_ds.data.encode import EncodedDataset, EncodedPrompts
 from adept_ds.errors import UserError
@@ -54,7 +55,7 @@ def check_examples(
     dataset: EncodedDataset,
     tokenizer: PreTrainedTokenizerBase,
     architecture: PreTrainedConfig,
-    num_virtual_tokens: int,
+    method: MethodConfig,
     cfg: DataConfig,
 ) -> str | None:
     """Refuse examples that the backbone cannot read; return what is to be said of their length, if anything.
@@ -65,7 +66,10 @@ def check_examples(
     _check_ids(dataset.highest_id(), tokenizer, architecture)
     limit = most_positions(architecture)
     source, target = dataset.longest()
-    longest = max(source + num_virtual_tokens, target if architecture.is_encoder_decoder else 0)
+    added = method.num_virtual_tokens + (0 if architecture.is_encoder_decoder else method.decoder_positions)
+    longest = source + added
+    if architecture.is_encoder_decoder and target + method.decoder_positions > longest:
+        added, longest = method.decoder_positions, target + method.decoder_positions
     if limit is None:
         trained = getattr(architecture.get_text_config(), "max_position_embeddings", None)
         if trained is None or longest <= trained:
@@ -75,7 +79,7 @@ def check_examples(
         )
     if longest <= limit:
         return None
-    prompt = f", {num_virtual_tokens} of them the soft prompt's" if num_virtual_tokens else ""
+    prompt = f", {added} of them method.name {method.name}'s" if added else ""
     if FORMATS[cfg.format].has_tasks:
         expected = "shorter data.max_source_length and data.max_target_length"
     else:
@@ -90,7 +94,7 @@ def check_prompts(
     prompts: EncodedPrompts,
     tokenizer: PreTrainedTokenizerBase,
     architecture: PreTrainedConfig,
-    num_virtual_tokens: int,
+    method: MethodConfig | None,
     max_new_tokens: int,
 ) -> None:
     """Refuse prompts that the backbone cannot read, or has too few positions to go on from.
@@ -102,14 +106,13 @@ def check_prompts(
     limit = most_positions(architecture)
     if limit is None:
         return
-    longest = max(map(len, prompts.ids), default=0) + num_virtual_tokens
-    needed = max(longest, max_new_tokens) if architecture.is_encoder_decoder else longest + max_new_tokens
-    if needed > limit:
+    read = max(map(len, prompts.ids), default=0) + (method.num_virtual_tokens if method else 0)
+    before = (0 if architecture.is_encoder_decoder else read) + (method.decoder_positions if method else 0)
+    if max(read, before + max_new_tokens) > limit:
         raise UserError(
-            f"model.name_or_path {architecture.name_or_path!r} has {limit} positions, and the longest prompt with its "
-            f"soft prompt has {longest} tokens; expected eval.generation.max_new_tokens of at most "
-            f"{limit - (0 if architecture.is_encoder_decoder else longest)} (now {max_new_tokens}), or a shorter "
-            "data.max_prompt_length"
+            f"model.name_or_path {architecture.name_or_path!r} has {limit} positions, and the longest prompt has "
+            f"{max(read, before)} tokens with what the method puts in front; expected eval.generation.max_new_tokens "
+            f"of at most {max(0, limit - before)} (now {max_new_tokens}), or a shorter data.max_prompt_length"
         )
 
 

@@ -25,7 +25,7 @@ from transformers import (
 from adept_ds.config import run as settings
 from adept_ds.contexts import attribute_set
 from adept_ds.data.continuation import CONTEXT_TOKENS, ContinuationDecoder, end_tokens, until_end
-from adept_ds.data.encode import Encoded, collate, encode_prompts, task_number
+from adept_ds.data.encode import Encoded, collate, encode_prompts, end_of_answers, task_number
 from adept_ds.data.tasks import TaskExample
 from adept_ds.distributed import World, gather_objects
 from adept_ds.formats import Example, Problem, Sample, stop_at
@@ -200,7 +200,7 @@ def _complete(
         if any(is_complete):
             criteria.append(StopWhenComplete(decode, is_complete, read))
     theirs = model.backbone.generation_config
-    ends = end_tokens(tokenizer, theirs)
+    ends = [*end_tokens(tokenizer, theirs), *end_of_answers(examples, tokenizer)]
     greedy = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig, RunConfig
+from adept_ds.data.encode import encode_prompts
 from adept_ds.data.own import own_columns
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
@@ -104,6 +106,11 @@ class SideBySide:
             generation: Decoding, with `stop` given.
         """
         model = self._alone if self._alone and not is_tuned else self._tuned
+        prompts = encode_prompts(
+            [example], self.tokenizer, self._data, model.num_virtual_tokens, model.is_encoder_decoder
+        )
+        if is_tuned and (note := prompts.note(self._data)) and self._world.is_main:
+            print(note, file=sys.stderr)
         with nullcontext() if is_tuned or self._alone else model.disable_adapter():
             samples = generate_samples(model, self.tokenizer, [example], generation, self._data, self._world)
         return samples[0].completion

@@ -42,7 +42,8 @@ class Tuned:
         """
         length = self.adapter.method.num_virtual_tokens if self.adapter else 0
         prompts = encode_prompts(examples, self.tokenizer, data, length, self.architecture.is_encoder_decoder)
-        check_prompts(prompts, self.tokenizer, self.architecture, length, max_new_tokens)
+        method = self.adapter.method if self.adapter else None
+        check_prompts(prompts, self.tokenizer, self.architecture, method, max_new_tokens)
         if (note := prompts.note(data)) and is_main_rank():
             print(note)
         return prompts.truncated

@@ -94,11 +94,11 @@ def prepare_data(run: RunConfig) -> RunData:
     data = RunData(tokenizer, architecture, train, encode(validation) if validation else None)
     length = run.method.num_virtual_tokens
     for dataset in filter(None, (data.train, data.validation)):
-        if (note := check_examples(dataset, tokenizer, architecture, length, run.data)) and is_main_rank():
+        if (note := check_examples(dataset, tokenizer, architecture, run.method, run.data)) and is_main_rank():
             print(note)
     if run.eval.metric == "pass@1" and validation:
         prompts = encode_prompts(validation, tokenizer, run.data, length, architecture.is_encoder_decoder)
-        check_prompts(prompts, tokenizer, architecture, length, run.eval.generation.max_new_tokens)
+        check_prompts(prompts, tokenizer, architecture, run.method, run.eval.generation.max_new_tokens)
     return data
 
 
