@@ -19,7 +19,6 @@ import pytest
 from adept_ds.errors import UserError
 from adept_ds.sandbox import Limits, Program, Sandbox, Tests, Verdict
 from adept_ds.sandbox.inside import channel, codec
-from adept_ds.sandbox.inside import judge as inside_judge
 from adept_ds.sandbox.split import plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -251,11 +250,14 @@ def test_a_judge_that_has_grown_ends(length: int, goes_on: bool) -> None:
     with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
         file.write(json.dumps(job).encode())
         socket.send_fds(station, [b"."], [file.fileno(), at_desk.fileno(), at_talk.fileno()])
-    pid = os.fork()
-    if pid == 0:
-        for ours, _ in pairs:
-            ours.close()
-        inside_judge.serve([at_station.detach()])
+    # Forked from a fresh interpreter, as by a fork server: this process may have freed what the judge would grow by, and
+    # its peak is also that of what it starts.
+    number = at_station.fileno()
+    code = (
+        "import os\nfrom adept_ds.sandbox.inside import judge\n"
+        f"if os.fork() == 0:\n    judge.serve([{number}])\nos.close({number})\nos.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[number], cwd=REPOSITORY)
     for _, theirs in pairs:
         theirs.close()
     for answer in ({"loaded": []}, {"value": 1}):
@@ -263,7 +265,7 @@ def test_a_judge_that_has_grown_ends(length: int, goes_on: bool) -> None:
     assert channel.receive(desk.fileno()) == {"passed": True}
     assert station.recv(1) == (b"." if goes_on else b"")
     station.close()
-    os.waitpid(pid, 0)
+    process.wait()
     desk.close()
     talk.close()
 

@@ -27,6 +27,8 @@ while stop.received is None:
 (folder / f"saving-{name}").write_text(stop.received)
 time.sleep(float(sys.argv[2]))
 (folder / f"saved-{name}").touch()
+while len(list(folder.glob("saved-*"))) < int(os.environ.get("WORLD_SIZE", "1")):
+    time.sleep(0.01)  # a run ends together
 stop.close()
 """
 """Writes what a rank does on a signal; a save takes as many seconds as the second argument says."""
@@ -44,10 +46,13 @@ Begin = Callable[..., subprocess.Popen]
 def begin(tmp_path: Path) -> Iterator[Begin]:
     """Start a rank, by a starter if one is given, and wait until `ranks` of them take signals."""
     (tmp_path / "rank.py").write_text(RANK)
+    # Tests may run under `nohup`, which programs inherit.
+    usual = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     begun: list[subprocess.Popen] = []
 
     def start(*starter: str, seconds: float = 0.5, ranks: int = 1) -> subprocess.Popen:
-        variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_JOB_ID")}
+        others = ("RANK", "WORLD_SIZE", "SLURM_JOB_ID")
+        variables = {name: value for name, value in os.environ.items() if name not in others}
         begun.append(
             subprocess.Popen(
                 [*(starter or [sys.executable]), str(tmp_path / "rank.py"), str(tmp_path), str(seconds)],
@@ -62,6 +67,7 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
     for process in begun:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    signal.signal(signal.SIGHUP, usual)
 
 
 def wait_for(folder: Path, what: str, count: int) -> list[str]:

@@ -218,7 +218,7 @@ def test_a_run_that_slurm_has_started_again_elsewhere_stops_and_saves(
     newest.write_text("7.1\n")
     older = run_ranks(2, TRAIN, settings, ADEPT_DS_TRY="7.0")
     assert older.returncode == 0, older.stdout
-    assert "stopped by try 7.1, which has taken over, after step 1, saved" in older.stdout
+    assert "interrupted by try 7.1, which has taken over, and saved" in older.stdout
     assert json.loads((run_dir / "status.json").read_text())["state"] == "interrupted"
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
     newer = run_ranks(2, TRAIN, settings, "--resume", "auto", ADEPT_DS_TRY="7.1")
