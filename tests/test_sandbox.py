@@ -250,8 +250,8 @@ def test_a_judge_that_has_grown_ends(length: int, goes_on: bool) -> None:
     with os.fdopen(os.memfd_create("job"), "wb", buffering=0) as file:
         file.write(json.dumps(job).encode())
         socket.send_fds(station, [b"."], [file.fileno(), at_desk.fileno(), at_talk.fileno()])
-    # Forked from a fresh interpreter, as by a fork server: this process may have freed what the judge would grow by, and
-    # its peak is also that of what it starts.
+    # Forked from a fresh interpreter, as by a fork server: this process may have freed what the judge would grow by,
+    # and its peak is also that of what it starts.
     number = at_station.fileno()
     code = (
         "import os\nfrom adept_ds.sandbox.inside import judge\n"
