@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import sandbox_corpus as corpus  # noqa: E402
 
-from adept_ds.sandbox import Program, Sandbox, Tests  # noqa: E402
+from adept_ds.sandbox import Limits, Program, Sandbox, Tests  # noqa: E402
 
 UNSTABLE = {
     "memory_of_children",
@@ -56,7 +56,8 @@ def main() -> None:
     generator = random.Random(0)
     programs = [generator.choice(hostile if generator.random() < 0.05 else honest) for _ in range(arguments.count)]
     seen: dict[str, set[tuple[str, str | None]]] = defaultdict(set)
-    with Sandbox(arguments.isolation, workers=arguments.workers) as sandbox:
+    # As much memory as the corpus is made for.
+    with Sandbox(arguments.isolation, Limits(memory_mb=512), arguments.workers) as sandbox:
         before = None
         started = time.monotonic()
         for number, verdict in enumerate(sandbox.run(programs), 1):
