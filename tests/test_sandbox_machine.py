@@ -202,6 +202,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "object.json").write_text('{"a": 1}')
     (tmp_path / "broken.json").write_text("[")
     (tmp_path / "half.json").write_text('["assert f("]')
+    (tmp_path / "nothing.json").write_text('["pass", "x = 1"]')
     return tmp_path
 
 
@@ -239,6 +240,7 @@ def test_the_command_prints_one_verdict(
         ("@right.py --tests @broken.json", "broken.json: not JSON"),
         ("@right.py --tests @object.json", "object.json: expected a JSON list"),
         ("@right.py --tests @half.json", "do not parse"),
+        ("@right.py --tests @nothing.json", "nothing.json: an empty program passes too, so the tests test nothing"),
         ("@right.py --tests @tests.json --timeout 0", "--timeout: '0': expected a positive number"),
         ("@right.py --tests @tests.json --memory 3", "--memory: '3': expected a whole number of MB"),
         ("@right.py --tests @tests.json --isolation namespace", "did you mean 'namespaces'"),

@@ -51,10 +51,13 @@ def _run(arguments: argparse.Namespace) -> int:
         source = importlib.util.decode_source(data)
     except (SyntaxError, UnicodeDecodeError):  # which the verdict will say
         source = data.decode("utf-8", "surrogateescape")
-    program = Program(arguments.file.name, source, Tests(asserts=_read_asserts(arguments.tests)))
+    tests = Tests(asserts=_read_asserts(arguments.tests))
+    program = Program(arguments.file.name, source, tests)
     limits = Limits(wall_seconds=2 * arguments.timeout, cpu_seconds=arguments.timeout, memory_mb=arguments.memory)
     with Sandbox(arguments.isolation, limits, 1, arguments.cache, arguments.packages) as sandbox:
         (verdict,) = sandbox.run([program])
+        if verdict.status == "passed" and next(sandbox.run([Program("none", "", tests)])).status == "passed":
+            raise UserError(f"{arguments.tests}: an empty program passes too, so the tests test nothing")
         print(json.dumps(asdict(verdict) | {"isolation": sandbox.isolation}))
     return 0 if verdict.status == "passed" else 1
 
