@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
+from transformers import GPT2Config, LEDConfig, LlamaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
 from adept_ds.backbone.quantization import Scheme, quantize_linears
 from adept_ds.config.run import RunConfig
+from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.model.loss import IGNORE_INDEX
 from adept_ds.planner.meta_step import StepShape, StepTrace, meta_model, trace_step
@@ -197,3 +198,10 @@ def test_a_real_70b_shape_from_its_config_alone(tmp_path: Path):
     trace = trace_step(meta_model(run, load_architecture(run.model)), StepShape(1, 512, 128))
     inputs = 80 * 512 * 8192 * 2
     assert inputs < trace.held_bytes < 1.5 * inputs
+
+
+def test_a_backbone_that_asks_for_values_cannot_be_planned_and_says_so() -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    led = LEDConfig(vocab_size=99, d_model=32, attention_window=[4], encoder_ffn_dim=48, decoder_ffn_dim=48, **sizes)
+    with pytest.raises(UserError, match=r"LEDForConditionalGeneration cannot be gone through without its weights"):
+        predict(run_of(), led)

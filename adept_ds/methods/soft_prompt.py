@@ -52,6 +52,11 @@ class PromptedEmbedding(nn.Module):
         self.offset_in_evaluation = offset_in_evaluation
         self.enabled = True
 
+    @property
+    def weight(self) -> Tensor:
+        """The table's, which some backbones ask for its type or place."""
+        return self.table.weight
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed ids below V, and prompt ids from V on."""
         if not self.enabled:

@@ -104,13 +104,7 @@ def meta_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
             quantize_linears(backbone, scheme)
         model = AdaptedModel(backbone, create_method(run.method), seed=None).train()
     if model.backbone.get_output_embeddings().tail is None:
-        try:
-            trace_step(model, StepShape(1, model.num_virtual_tokens + 2, 2))
-        except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"model.name_or_path is {run.model.name_or_path!r}: {type(model.backbone).__name__} cannot take a "
-                f"training step here ({error})"
-            ) from error
+        trace_step(model, StepShape(1, model.num_virtual_tokens + 2, 2))  # which tells whether it can be trained
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
     return model
@@ -124,6 +118,9 @@ def trace_step(model: AdaptedModel, shape: StepShape, device_type: Literal["cuda
         shape: Sizes of the micro-batch. Of more than one example all but the longest are padded, so the attention
             mask is materialised; a single example has no padding.
         device_type: Whose kernels are meant. A CPU has no fused dropout.
+
+    Raises:
+        UserError: The backbone cannot be trained, or asks for values that there are none of.
     """
     memory = _LiveBytes(model, shape)
     columns = shape.input_length - model.num_virtual_tokens
@@ -135,9 +132,17 @@ def trace_step(model: AdaptedModel, shape: StepShape, device_type: Literal["cuda
         stack.enter_context(_fused_kernels(device_type))
         stack.enter_context(memory)
         task_ids = ids.new_zeros(shape.micro_batch_size)
-        loss = model(ids, torch.ones_like(ids), labels=targets, reduction="sum", task_ids=task_ids).loss
-        held = memory.total
-        loss.backward()
+        try:
+            loss = model(ids, torch.ones_like(ids), labels=targets, reduction="sum", task_ids=task_ids).loss
+            held = memory.total
+            loss.backward()
+        except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+            name, architecture = model.backbone.config.name_or_path, type(model.backbone).__name__
+            raise UserError(
+                f"model.name_or_path is {name!r}: a training step of {architecture} cannot be gone through without "
+                f"its weights ({str(error).splitlines()[0]}), so its memory cannot be planned; if it trains at all, it "
+                "does so with train.sharding replicate, node or global"
+            ) from error
     for parameter in model.parameters():
         parameter.grad = None
     return StepTrace(

@@ -109,6 +109,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 8,
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
+    "llama4_text": {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64, "attention_chunk_size": 64},
     "mamba": {},
     "t5": _T5,
     "mt5": _T5,
@@ -120,6 +121,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "marian": _TWO_SIDES,
     "m2m_100": _TWO_SIDES,
     "blenderbot": _TWO_SIDES,
+    "led": {**_TWO_SIDES, "attention_window": [4, 4], "max_encoder_position_embeddings": 128},
     "prophetnet": {
         "encoder_ffn_dim": 64,
         "decoder_ffn_dim": 64,
