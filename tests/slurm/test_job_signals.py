@@ -96,7 +96,7 @@ def test_a_warned_run_saves_requeues_itself_and_goes_on_in_the_same_log_up_to_th
 
 def test_a_warning_while_the_ranks_import_is_not_lost(cluster: Cluster, stub: StubRun) -> None:
     job = stub.submit(STUB_IMPORT_SECONDS="2", STUB_STEP_SECONDS=SLOWLY)
-    ranks = "adept_ds train"
+    ranks = f"adept_ds train --resume auto --config {stub.config}"  # other jobs have ranks, too
     wait_for(lambda: all(cluster.processes(node, ranks) for node in ("n1", "n2")), 30, stub.last_words)
     warn(cluster, job)
     cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1)
