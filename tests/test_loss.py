@@ -204,16 +204,20 @@ def loss_by_whole_logits(model: AdaptedModel, batch: dict[str, Tensor]) -> Tenso
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
-@pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "codegen", "t5-tied", "t5-untied"])
-def test_models_loss_and_gradients_are_those_of_whole_logits(make_backbone, name):
-    model, batch = model_and_batch(make_backbone, name)
+def assert_loss_and_gradients_are_those_of_whole_logits(model: AdaptedModel, batch: dict[str, Tensor]) -> None:
     parameters = list(model.trainable_parameters().values())
     actual, expected = model(**batch).loss, loss_by_whole_logits(model, batch)
     assert_equal_up_to_rounding(actual, expected)
     for a, b in zip(gradients(actual, *parameters), gradients(expected, *parameters), strict=True):
         assert b.any()
         assert_equal_up_to_rounding(a, b)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "codegen", "t5-tied", "t5-untied"])
+def test_models_loss_and_gradients_are_those_of_whole_logits(make_backbone, name):
+    model, batch = model_and_batch(make_backbone, name)
+    assert_loss_and_gradients_are_those_of_whole_logits(model, batch)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5-tied"])
@@ -271,12 +275,7 @@ BEHIND_THE_HEAD = {
 @pytest.mark.parametrize("build", BEHIND_THE_HEAD.values(), ids=BEHIND_THE_HEAD)
 def test_what_a_backbone_does_to_its_logits_is_in_the_loss(build):
     model, batch = model_and_batch(lambda _: build(), "")
-    parameters = list(model.trainable_parameters().values())
-    actual, expected = model(**batch).loss, loss_by_whole_logits(model, batch)
-    assert_equal_up_to_rounding(actual, expected)
-    for a, b in zip(gradients(actual, *parameters), gradients(expected, *parameters), strict=True):
-        assert b.any()
-        assert_equal_up_to_rounding(a, b)
+    assert_loss_and_gradients_are_those_of_whole_logits(model, batch)
 
 
 def test_a_buffer_behind_the_head_counts_with_the_values_that_it_has_in_the_end():

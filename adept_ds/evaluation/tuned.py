@@ -40,9 +40,9 @@ class Tuned:
         Raises:
             UserError: The backbone cannot read one of them, or go on from it by so many tokens.
         """
-        length = self.adapter.method.num_virtual_tokens if self.adapter else 0
-        prompts = encode_prompts(examples, self.tokenizer, data, length, self.architecture.is_encoder_decoder)
         method = self.adapter.method if self.adapter else None
+        length = method.num_virtual_tokens if method else 0
+        prompts = encode_prompts(examples, self.tokenizer, data, length, self.architecture.is_encoder_decoder)
         check_prompts(prompts, self.tokenizer, self.architecture, method, max_new_tokens)
         if (note := prompts.note(data)) and is_main_rank():
             print(note)

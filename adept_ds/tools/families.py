@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,8 @@ HF_HUB_OFFLINE=1 python -m adept_ds.tools.families docs/families.md
 """
 
 
-@dataclass
-class Findings:
-    """What was found of one architecture."""
-
-    cells: dict[str, str] = field(default_factory=dict)
-    """By column: `yes`, a figure, or a dash with the number of a note."""
+Findings = dict[str, str]
+"""What was found of one architecture, by column: `yes`, a share, or `no` with the number of a note."""
 
 
 class Wrong(Exception):
@@ -320,23 +316,23 @@ COLUMNS: dict[str, Callable[..., str]] = {
 
 def examine(model_type: str, notes: list[str]) -> Findings:
     """Try all columns on one architecture; reasons go to `notes`, each once."""
-    findings = Findings()
+    findings: Findings = {}
     with tempfile.TemporaryDirectory() as name:
         build(model_type).save_pretrained(Path(name) / "model")
         for column, check in COLUMNS.items():
-            if findings.cells.get("train", "yes") != "yes" and isinstance(check, _HasMethod):
-                findings.cells[column] = "-"
+            if findings.get("train", "yes") != "yes" and isinstance(check, _HasMethod):
+                findings[column] = "-"
                 continue
             try:
-                findings.cells[column] = (
+                findings[column] = (
                     check(model_type, Path(name)) if check in (_shards, _quantises, _saves) else check(model_type)
                 )
             except UserError as error:
-                findings.cells[column] = _noted(f"refused: {_without(str(error), name)}", notes)
+                findings[column] = _noted(f"refused: {_without(str(error), name)}", notes)
             except Wrong as error:
-                findings.cells[column] = _noted(f"WRONG: {error}", notes)
+                findings[column] = _noted(f"WRONG: {error}", notes)
             except Exception as error:
-                findings.cells[column] = _noted(f"ERROR: {type(error).__name__}: {str(error)[:120]}", notes)
+                findings[column] = _noted(f"ERROR: {type(error).__name__}: {str(error)[:120]}", notes)
     return findings
 
 
@@ -357,8 +353,7 @@ def table(found: dict[str, Findings], notes: Sequence[str]) -> str:
     """The findings as Markdown."""
     head = ["| architecture | " + " | ".join(COLUMNS) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     rows = [
-        f"| {name} | " + " | ".join(findings.cells[column] for column in COLUMNS) + " |"
-        for name, findings in found.items()
+        f"| {name} | " + " | ".join(findings[column] for column in COLUMNS) + " |" for name, findings in found.items()
     ]
     return "\n".join([*head, *rows, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])
 
