@@ -83,15 +83,15 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
         UserError: There is none at that place, it cannot be reached, it is that of no language model or of a quantised
             checkpoint, or it does not work as `config` says.
     """
-    return _trained_part(config, _checkpoint_config(config))
+    return trained_part(config, checkpoint_config(config))
 
 
-def _checkpoint_config(config: ModelConfig) -> PreTrainedConfig:
+def checkpoint_config(config: ModelConfig) -> PreTrainedConfig:
     """The checkpoint's own config, which may be that of a language model and a vision model together."""
     return _from_source(AutoConfig, "model.name_or_path", config.name_or_path, revision=config.revision)
 
 
-def _trained_part(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedConfig:
+def trained_part(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the model that is trained.
 
     Raises:
@@ -124,7 +124,7 @@ def resolve_architecture(config: ModelConfig) -> tuple[PreTrainedConfig, str]:
     if Path(name).is_dir() or not shipped.is_file():
         return load_architecture(config), f"config of {name}"
     architecture = AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
-    return _trained_part(config, architecture), "shape shipped with adept_ds"
+    return trained_part(config, architecture), "shape shipped with adept_ds"
 
 
 def check_attention(config: ModelConfig, architecture: PreTrainedConfig) -> None:
@@ -213,11 +213,11 @@ def load_backbone(
     if not show_progress:
         disable_progress_bar()
     device = device or torch.device("cpu")
-    checkpoint = _checkpoint_config(config)
-    architecture = _trained_part(config, checkpoint)
+    checkpoint = checkpoint_config(config)
+    architecture = trained_part(config, checkpoint)
     check_attention(config, architecture)
     weights = weight_files(config)
-    backbone = _empty_backbone(config, architecture)
+    backbone = empty_backbone(config, architecture)
     if deepspeed_config is None and config.quantization is None:
         _keep_in_fp32(backbone, DTYPES[config.dtype])
     partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
@@ -250,7 +250,7 @@ def random_backbone(
     """
     global _zero_init
     _zero_init = None
-    backbone = _empty_backbone(config, architecture)
+    backbone = empty_backbone(config, architecture)
     partitioner = Partitioner(deepspeed_config, backbone, device, shard_group) if deepspeed_config else None
     fill_randomly(backbone, config, device, partitioner)
     return backbone.requires_grad_(False).eval()
@@ -262,7 +262,7 @@ def _auto_model(config: ModelConfig, architecture: PreTrainedConfig) -> tuple[An
     return auto, {"dtype": DTYPES[config.dtype], "attn_implementation": config.attn_implementation}
 
 
-def _empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
+def empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrainedModel:
     """The backbone with its parameters on the meta device."""
     auto, options = _auto_model(config, architecture)
     with init_empty_weights(include_buffers=False):

@@ -1,0 +1,117 @@
+"""A backbone of which the input embedding alone has values: enough for methods that work on it.
+
+Everything else stays on the meta device, and the table is mapped from its file, so that of a model of any size nothing
+is read but the rows that are asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from adept_ds.backbone.hub import cached_commit
+from adept_ds.backbone.load import DTYPES, checkpoint_config, empty_backbone, trained_part, weight_files
+from adept_ds.backbone.text_part import weight_transforms
+from adept_ds.backbone.weight_sources import WeightFiles, WeightMap, map_weights
+from adept_ds.config.run import ModelConfig
+from adept_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class OpenTable:
+    """A checkpoint's input table in a backbone without other weights; valid until its context ends."""
+
+    backbone: PreTrainedModel
+    """The backbone; all but the input table, and what is tied to it, is on the meta device."""
+    table: nn.Embedding
+    """The layer that reads the input first, an encoder-decoder's encoder's; it may scale its rows."""
+    checkpoint: PreTrainedConfig
+    """The checkpoint's own config, which may be a composite's."""
+    paths: list[Path]
+    """The checkpoint's files."""
+    files: WeightFiles
+    """Their tensors."""
+    weights: WeightMap
+    """Which of them make which weights."""
+
+    def name_of(self, weight: Tensor) -> str:
+        """The name of a parameter in the backbone that the checkpoint has a tensor for; its first name if it has none."""
+        names = [name for name, value in self.backbone.state_dict(keep_vars=True).items() if value is weight]
+        return next((name for name in names if name in self.weights.sources), names[0])
+
+    def tensor_of(self, name: str) -> str | None:
+        """Name in the files of the tensor that is the weight `name` as it is; None if there is none, or several."""
+        source = self.weights.sources.get(name)
+        return source.tensors[0][1] if source and source.is_plain else None
+
+
+@contextmanager
+def open_table(config: ModelConfig) -> Iterator[OpenTable]:
+    """Open the input table of a checkpoint, in the precision of `config.dtype`; where that is the file's, it is mapped.
+
+    Raises:
+        UserError: There is no such checkpoint, it is not whole, or its table is made of several tensors.
+    """
+    checkpoint = checkpoint_config(config)
+    architecture = trained_part(config, checkpoint)
+    paths = weight_files(config)
+    backbone = empty_backbone(config.model_copy(update={"attn_implementation": None}), architecture)
+    with WeightFiles(paths) as files:
+        weights = map_weights(backbone, files, weight_transforms(backbone, checkpoint))
+        reader = backbone.get_encoder() if architecture.is_encoder_decoder else backbone
+        table = cast(nn.Embedding, reader.get_input_embeddings())
+        opened = OpenTable(backbone, table, checkpoint, paths, files, weights)
+        name = opened.name_of(table.weight)
+        if opened.tensor_of(name) is None:
+            raise UserError(
+                f"model.name_or_path is {config.name_or_path!r}, whose input table {name} is not one tensor of its files"
+            )
+        values = weights.read(name, files).to(DTYPES[config.dtype])
+        _put(backbone, table.weight, nn.Parameter(values, requires_grad=False))
+        backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
+        yield opened
+
+
+def stored_dtype(config: ModelConfig) -> str:
+    """The precision that the checkpoint's input table is stored in, in the words of `model.dtype`.
+
+    Raises:
+        UserError: As `open_table`.
+    """
+    with open_table(config) as opened:
+        name = opened.tensor_of(opened.name_of(opened.table.weight)) or ""
+        stored = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+        return stored[opened.files.type_name(name)]
+
+
+def row_scale(table: nn.Embedding) -> float:
+    """The factor by which the layer multiplies its rows, as Gemma's does; 1 in most.
+
+    Raises:
+        UserError: It does something else to them.
+    """
+    probe = copy.copy(table)
+    probe._parameters = dict(table._parameters)
+    probe.weight = nn.Parameter(torch.ones(2, table.embedding_dim, dtype=table.weight.dtype), requires_grad=False)
+    probe.weight[1], probe.padding_idx = 2, None
+    with torch.no_grad():
+        one, two = probe(torch.arange(2)).float()
+    if not (torch.equal(one, one[:1].expand_as(one)) and torch.equal(two, 2 * one)):
+        raise UserError(f"{type(table).__name__} does something to its rows that is no multiplication by a number")
+    return float(one[0])
+
+
+def _put(backbone: nn.Module, old: Tensor, new: nn.Parameter) -> None:
+    """Make `new` the parameter in every place that `old` has."""
+    for module in backbone.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[attribute] = new
