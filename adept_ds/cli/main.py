@@ -43,6 +43,7 @@ COMMANDS = {
         "compare": ("cli.compare", "two evaluations of the same problems, pair by pair"),
         "report": ("cli.report", "a page for one run, tables for many"),
         "analyse": ("cli.analysis", "the paper's analyses of trained adapters"),
+        "export": ("cli.export", "write an adapter in the form that other programs load"),
         "import": ("tools.import_adapter", "convert an adapter that the authors of DePT or ADePT published"),
     },
     "measure": {

@@ -41,10 +41,13 @@ class TokenSharedNetwork(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(width))
         self.dropout = nn.Dropout(dropout)
 
+    def hidden(self, embeddings: Tensor) -> Tensor:
+        """Return ReLU(E W_down + b1) [..., r] of fp32 embeddings [..., d]."""
+        return F.relu(embeddings @ self.w_down.float() + self.b1.float())
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return the offsets of fp32 embeddings [..., d], in fp32 whatever the parameters are stored in."""
-        hidden = F.relu(embeddings @ self.w_down.float() + self.b1.float())
-        return self.dropout(hidden) @ self.w_up.float() + self.b2.float()
+        return self.dropout(self.hidden(embeddings)) @ self.w_up.float() + self.b2.float()
 
 
 def down_projection_bound(rule: str, width: int, bottleneck: int) -> float:
@@ -72,21 +75,6 @@ class AdeptEmbedding(PromptedEmbedding):
     @override
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
         return tokens + self.network(tokens)
-
-    @torch.no_grad()
-    def folded_weight(self, rows: int = 8_192) -> Tensor:
-        """Return E + f(E) [V, d], what this embedding gives for each token, computed `rows` rows at a time.
-
-        E is what the backbone's embedding layer returns, which may scale its weight. The offset depends on the token
-        alone, so with these rows as the embedding a tuned model costs what the backbone costs with l more tokens. The
-        table must not be sharded.
-        """
-        ids = torch.arange(self.num_embeddings, device=self.table.weight.device)
-        parts = []
-        for part in ids.split(rows):
-            tokens = self.table(part)
-            parts.append((tokens.float() + self.network(tokens.float())).to(tokens.dtype))
-        return torch.cat(parts)
 
 
 class Adept(PromptedMethod):
