@@ -7,7 +7,7 @@ is read but the rows that are asked for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +41,23 @@ class OpenTable:
     """Their tensors."""
     weights: WeightMap
     """Which of them make which weights."""
+    name: str
+    """Name of the table's weight in the backbone."""
+    tied: Mapping[str, Sequence[str]]
+    """Name of each weight of the backbone to all the names that it has there."""
 
-    def name_of(self, weight: Tensor) -> str:
-        """Name of a parameter in the backbone, one that the checkpoint has a tensor for if there is one."""
-        names = [name for name, value in self.backbone.state_dict(keep_vars=True).items() if value is weight]
-        return next((name for name in names if name in self.weights.sources), names[0])
+    def read(self, name: str) -> Tensor:
+        """The values of a weight of the backbone: its own tensor of the checkpoint, or that of what it is tied to."""
+        return self.weights.read(self.source_of(name), self.files)
+
+    def source_of(self, name: str) -> str:
+        """The name, among those of a weight, that the checkpoint has values for; its own where there are such."""
+        return next((one for one in (name, *self.tied[name]) if one in self.weights.sources), name)
+
+    @property
+    def type_name(self) -> str:
+        """Type of the table in its file, in the file's words."""
+        return self.files.type_name(self.tensor_of(self.source_of(self.name)) or "")
 
     def tensor_of(self, name: str) -> str | None:
         """Name in the files of the tensor that is the weight `name` as it is; None if there is none, or several."""
@@ -68,14 +80,21 @@ def open_table(config: ModelConfig) -> Iterator[OpenTable]:
         weights = map_weights(backbone, files, weight_transforms(backbone, checkpoint))
         reader = backbone.get_encoder() if architecture.is_encoder_decoder else backbone
         table = cast(nn.Embedding, reader.get_input_embeddings())
-        opened = OpenTable(backbone, table, checkpoint, paths, files, weights)
-        name = opened.name_of(table.weight)
-        if opened.tensor_of(name) is None:
+        path = next(name for name, module in backbone.named_modules() if module is table)
+        opened = OpenTable(backbone, table, checkpoint, paths, files, weights, f"{path}.weight", _tied(backbone))
+        if opened.tensor_of(opened.source_of(opened.name)) is None:
             raise UserError(
-                f"model.name_or_path is {config.name_or_path!r}, whose input table {name} is not one tensor of a file"
+                f"model.name_or_path is {config.name_or_path!r}, whose input table {opened.name} is not one tensor of "
+                "a file"
             )
-        values = weights.read(name, files).to(DTYPES[config.dtype])
-        _put(backbone, table.weight, nn.Parameter(values, requires_grad=False))
+        values: dict[str, nn.Parameter] = {}
+        for name in opened.tied[opened.name]:
+            # The checkpoint decides what is tied, as in loading: see `adept_ds.backbone.streaming`.
+            source = opened.source_of(name)
+            if source not in values:
+                values[source] = nn.Parameter(opened.read(source).to(DTYPES[config.dtype]), requires_grad=False)
+            layer, _, attribute = name.rpartition(".")
+            backbone.get_submodule(layer)._parameters[attribute] = values[source]
         backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
         yield opened
 
@@ -87,9 +106,8 @@ def stored_dtype(config: ModelConfig) -> str:
         UserError: As `open_table`.
     """
     with open_table(config) as opened:
-        name = opened.tensor_of(opened.name_of(opened.table.weight)) or ""
         stored = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-        return stored[opened.files.type_name(name)]
+        return stored[opened.type_name]
 
 
 def row_scale(table: nn.Embedding) -> float:
@@ -109,9 +127,9 @@ def row_scale(table: nn.Embedding) -> float:
     return float(one[0])
 
 
-def _put(backbone: nn.Module, old: Tensor, new: nn.Parameter) -> None:
-    """Make `new` the parameter in every place that `old` has."""
-    for module in backbone.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is old:
-                module._parameters[attribute] = new
+def _tied(backbone: nn.Module) -> dict[str, list[str]]:
+    """Name of each parameter to all names of it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: alike for alike in names.values() for name in alike}

@@ -157,7 +157,7 @@ def export_serving_base(model: ModelConfig, rows: int, out: Path) -> None:
             refuse_composite(opened)
             facts = backbone_facts(opened.backbone)
             vocabulary = Vocabulary(opened, DTYPES[model.dtype])
-            size = max(len(vocabulary.table), max(prompt.ids) + 1)
+            size = max(vocabulary.rows, max(prompt.ids) + 1)
             changes = vocabulary.longer(size, prompt.ids)
             files = rewrite(opened.paths, folder, changes.changed, changes.added, DTYPES[model.dtype])
             weights = fingerprint(opened.paths)
@@ -205,11 +205,10 @@ def export_lora(request: Request, serving_base: Path) -> Agreement | None:
     serving = ModelConfig(name_or_path=str(serving_base.absolute()), dtype=served.dtype)  # type: ignore[arg-type]
     with _new_folder(request.out) as folder, open_table(config) as opened, open_table(serving) as serving_table:
         facts = _checked_facts(adapter, opened)
-        vocabulary = Vocabulary(opened, torch.float32)
         table = TokenTable.of(loaded_method(adapter, opened), prompt.ids, task)
         base_rows = serving_table.table.weight[list(prompt.ids)]
         lora = EmbeddingLora(table, serving_table.table.num_embeddings, base_rows)
-        module = vocabulary.table_name.removesuffix(".weight")
+        module = opened.name.removesuffix(".weight")
         is_encoder_decoder = opened.backbone.config.is_encoder_decoder
         files = write_embedding_lora(folder, lora, module, is_encoder_decoder, serving.name_or_path)
         agreement = _verify_lora(request, folder, serving, prompt, task) if request.verify else None

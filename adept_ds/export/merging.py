@@ -35,12 +35,11 @@ def merged(adapter: Adapter, opened: OpenTable, dtype: torch.dtype) -> Changes:
     """
     edits = _edits(adapter, opened.backbone)
     changes = Changes()
-    state = opened.backbone.state_dict(keep_vars=True)
     for name, edit in edits.items():
         stored = opened.tensor_of(name)
-        places = [other for other, value in state.items() if name in state and value is state[name]]
+        places = opened.tied.get(name, [name])
         if stored is None or len(places) > 1:
-            why = f"it is tied to {places[1]}" if len(places) > 1 else "the checkpoint has no one tensor for it"
+            why = f"{' and '.join(places)} are one" if len(places) > 1 else "the checkpoint has no one tensor for it"
             raise UserError(
                 f"--to folded: the adapter {adapter.folder} changes {name} of the backbone, which cannot be merged, as "
                 f"{why}"
@@ -51,7 +50,7 @@ def merged(adapter: Adapter, opened: OpenTable, dtype: torch.dtype) -> Changes:
 
 
 def _parts(opened: OpenTable, name: str, edit: _Edit) -> Callable[[], Iterable[Tensor]]:
-    return lambda: [edit(opened.weights.read(name, opened.files).float())]
+    return lambda: [edit(opened.read(name).float())]
 
 
 def _edits(adapter: Adapter, backbone: nn.Module) -> dict[str, _Edit]:

@@ -43,19 +43,14 @@ class Vocabulary:
         self._opened, self._type = opened, NAMES[dtype]
         backbone = opened.backbone
         self.config: Any = backbone.config
-        modules = {id(module): name for name, module in backbone.named_modules(remove_duplicate=False)}
         head = backbone.get_output_embeddings()
-        self.head_name = f"{modules[id(head)]}.weight"
-        self.bias_name = f"{modules[id(head)]}.bias" if getattr(head, "bias", None) is not None else None
-        self.table_name = f"{modules[id(opened.table)]}.weight"
-        state = backbone.state_dict(keep_vars=True)
-        self.table_names = [
-            name for name, value in state.items() if value is opened.table.weight and name != self.head_name
-        ]
-        self.table = opened.weights.read(opened.name_of(opened.table.weight), opened.files)
+        path = next(name for name, module in backbone.named_modules(remove_duplicate=False) if module is head)
+        self.head_name = f"{path}.weight"
+        self.bias_name = f"{path}.bias" if getattr(head, "bias", None) is not None else None
+        self.table_names = [name for name in opened.tied[opened.name] if name != self.head_name]
         # The checkpoint decides what is tied, as in loading: see `adept_ds.backbone.streaming`.
         self.is_tied = self.head_name not in opened.weights.sources
-        self.head = self.table if self.is_tied else opened.weights.read(self.head_name, opened.files)
+        self.rows, self.width = opened.read(opened.name).shape
         self._check()
 
     def _check(self) -> None:
@@ -66,7 +61,7 @@ class Vocabulary:
                 f"{', '.join(self.table_names)}: load it by transformers and save it anew"
             )
         handled = {opened.tensor_of(one) for one in (*self.table_names, self.head_name, self.bias_name or "")}
-        size = len(self.table)
+        size = self.rows
         others = [one for one in opened.files.names() if one not in handled and size in opened.files.shape(one)]
         if others:
             raise UserError(
@@ -83,8 +78,8 @@ class Vocabulary:
         """
         changes = Changes(config={"vocab_size": rows, "tie_word_embeddings": False})
         for name in self.table_names:
-            is_input = name == self.table_name
-            self._put(changes, name, rows, parts if is_input else self._old_table(rows, prompt_ids))
+            is_input = name == self._opened.name
+            self._put(changes, name, rows, parts if is_input else self._old_table(name, rows, prompt_ids))
         scale = 1.0
         if getattr(self.config, "scale_decoder_outputs", False):
             # T5 multiplies before a head that is tied; older readers know it by the tie alone.
@@ -98,17 +93,18 @@ class Vocabulary:
         changes = Changes(config={"vocab_size": rows})
         for name in self.table_names:
             if name in self._opened.weights.sources:
-                self._put(changes, name, rows, self._old_table(rows, prompt_ids))
+                self._put(changes, name, rows, self._old_table(name, rows, prompt_ids))
         if not self.is_tied:
             self._put_head(changes, rows, prompt_ids, 1.0)
         return changes
 
-    def _old_table(self, rows: int, prompt_ids: Sequence[int]) -> Callable[[], Iterator[Tensor]]:
-        mean = mean_row(self.table, prompt_ids)
-        return lambda: lengthened(self.table, rows, prompt_ids, mean)
+    def _old_table(self, name: str, rows: int, prompt_ids: Sequence[int]) -> Callable[[], Iterator[Tensor]]:
+        table = self._opened.read(name)
+        mean = mean_row(table, prompt_ids)
+        return lambda: lengthened(table, rows, prompt_ids, mean)
 
     def _put_head(self, changes: Changes, rows: int, prompt_ids: Sequence[int], scale: float) -> None:
-        head = self.head
+        head = self._opened.read(self.head_name)
         row = torch.zeros(head.shape[1]) if self.bias_name else mean_row(head, prompt_ids)
 
         def parts() -> Iterator[Tensor]:
@@ -116,12 +112,12 @@ class Vocabulary:
 
         self._put(changes, self.head_name, rows, parts)
         if self.bias_name:
-            bias, never = self._opened.weights.read(self.bias_name, self._opened.files), torch.tensor(NEVER)
+            bias, never = self._opened.read(self.bias_name), torch.tensor(NEVER)
             self._put(changes, self.bias_name, rows, lambda: lengthened(bias, rows, prompt_ids, never))
 
     def _put(self, changes: Changes, name: str, rows: int, parts: Callable[[], Iterable[Tensor]]) -> None:
         is_vector = name == self.bias_name
-        made = Made(self._type, (rows,) if is_vector else (rows, self.table.shape[1]), parts)
+        made = Made(self._type, (rows,) if is_vector else (rows, self.width), parts)
         stored = self._opened.tensor_of(name)
         if stored is None:
             changes.added[name] = made
