@@ -133,6 +133,7 @@ def compare(
     model: Any,
     rows_of: Callable[[Batch], list[list[int]]],
     prompt_ids: Sequence[int],
+    are_padded: bool = True,
 ) -> Agreement:
     """Compare a model of `transformers` or PEFT with the live one.
 
@@ -144,14 +145,17 @@ def compare(
         model: The other one.
         rows_of: Gives the ids that it is to read for each prompt of a batch, with the prompt's tokens.
         prompt_ids: The prompt's tokens, which must never be the best.
+        are_padded: Whether prompts of a batch are read together, padded on the left, or each alone.
     """
     differing = ties = prompts = 0
     difference = largest = 0.0
     limit = LIMITS[model.dtype]
     for batch in batches:
         rows = rows_of(batch)
-        ids, mask = left_padded(rows, 0)
-        theirs = _greedy(model, model.generate, ids.to(model.device), mask.to(model.device))
+        read = [left_padded(some, 0) for some in ([rows] if are_padded else [[row] for row in rows])]
+        theirs = torch.cat(
+            [_greedy(model, model.generate, ids.to(model.device), mask.to(model.device)) for ids, mask in read]
+        )
         their_logits = _logits_after(model, model, rows, batch.written)
         vocabulary = batch.logits.shape[-1]
         real = torch.tensor([number for number in range(vocabulary) if number not in set(prompt_ids)])

@@ -1,9 +1,10 @@
-"""Adapters published by the authors of DePT and ADePT, in the form of this project.
+"""Adapters of HF PEFT, and those that the authors of DePT and ADePT published, in the form of this project.
 
     adept-ds import IN OUT [--backbone NAME_OR_PATH]
 
-IN is a folder with `adapter_config.json` and `adapter_model.bin` as their fork of HF PEFT writes them, OUT an adapter
-folder. The tensors are read without running code that a pickle may hold (`weights_only`).
+IN is a folder with `adapter_config.json` and the tensors, as PEFT writes them (prompt tuning, P-tuning, prefix tuning,
+LoRA, IA3; see `adept_ds.export.peft_folder`) or the authors' fork of it; OUT is an adapter folder. Tensors are read
+without running code that a pickle may hold (`weights_only`). The fork's are
 
     prompt_embeddings                  P [l, d]
     prompt_encoder.lora_embedding_A    DePT: A [S, r]    ADePT: W_down [d, r]
@@ -23,12 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
-from adept_ds.backbone.load import resolve_architecture
+from adept_ds.backbone.load import empty_backbone, resolve_architecture
 from adept_ds.config.command_line import parse_flags
-from adept_ds.config.method import AdeptConfig, DeptConfig
+from adept_ds.config.method import AdeptConfig, DeptConfig, MethodConfig
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
+from adept_ds.export.peft_folder import is_peft_folder, read_peft_folder
+from adept_ds.files import read_json
 from adept_ds.storage import adapter_folder
 
 PUBLISHED_CONFIG, PUBLISHED_TENSORS = "adapter_config.json", "adapter_model.bin"
@@ -47,11 +51,11 @@ _ADEPT = {
 }
 
 
-def import_adapter(source: str | Path, folder: str | Path, backbone: str | None = None) -> DeptConfig | AdeptConfig:
-    """Write the published adapter in `source` to `folder`; return the method's settings.
+def import_adapter(source: str | Path, folder: str | Path, backbone: str | None = None) -> MethodConfig:
+    """Write the adapter in `source` to `folder`; return the method's settings.
 
     Args:
-        source: Folder of the published adapter.
+        source: Folder of an adapter of PEFT's, or of a published one.
         folder: The adapter folder to write.
         backbone: Hub id or folder of the backbone that it was trained on; what its config names if not given.
 
@@ -60,6 +64,8 @@ def import_adapter(source: str | Path, folder: str | Path, backbone: str | None 
             cannot be had.
     """
     source = Path(source)
+    if is_peft_folder(source):
+        return _import_peft(source, folder, backbone)
     for name in (PUBLISHED_CONFIG, PUBLISHED_TENSORS):
         if not (source / name).is_file():
             raise UserError(f"{source} is not a published adapter: it has no {name}")
@@ -86,19 +92,39 @@ def import_adapter(source: str | Path, folder: str | Path, backbone: str | None 
         shapes |= {"network.b1": (rank,), "network.b2": (width,)}
     adapter_folder.check_tensors(values, shapes)
     name = backbone or published["base_model_name_or_path"]
-    architecture, _ = resolve_architecture(ModelConfig(name_or_path=name))
+    architecture = _architecture(name)
     if architecture.hidden_size != width:
         raise UserError(f"{source} has vectors of width {width}; {name!r} has embeddings of {architecture.hidden_size}")
-    facts = {
+    adapter_folder.save_adapter(
+        folder, method_config, values, _facts(name, architecture), {"imported_from": str(source)}
+    )
+    return method_config
+
+
+def _import_peft(source: Path, folder: str | Path, backbone: str | None) -> MethodConfig:
+    name = backbone or read_json(source / PUBLISHED_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{source} does not say which backbone it belongs to; name it by --backbone")
+    config = ModelConfig(name_or_path=name)
+    architecture = _architecture(name)
+    method, tensors = read_peft_folder(source, empty_backbone(config, architecture))
+    adapter_folder.save_adapter(folder, method, tensors, _facts(name, architecture), {"imported_from": str(source)})
+    return method
+
+
+def _architecture(name: str) -> PreTrainedConfig:
+    return resolve_architecture(ModelConfig(name_or_path=name))[0]
+
+
+def _facts(name: str, architecture: PreTrainedConfig) -> dict[str, Any]:
+    return {
         "name_or_path": name,
         "revision": None,
         "model_type": architecture.model_type,
-        "hidden_size": width,
+        "hidden_size": architecture.hidden_size,
         "vocab_size": architecture.vocab_size,
         "embedding_fingerprint": None,
     }
-    adapter_folder.save_adapter(folder, method_config, values, facts, {"imported_from": str(source)})
-    return method_config
 
 
 def _read_config(path: Path) -> dict[str, Any]:
