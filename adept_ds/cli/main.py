@@ -42,6 +42,7 @@ COMMANDS = {
         "score": ("cli.score", "score samples that are there already, of any origin"),
         "compare": ("cli.compare", "two evaluations of the same problems, pair by pair"),
         "report": ("cli.report", "a page for one run, tables for many"),
+        "xray": ("cli.xray", "look into an adapter without data: dead units, moved tokens, the prompt"),
         "analyse": ("cli.analysis", "the paper's analyses of trained adapters"),
         "import": ("tools.import_adapter", "convert an adapter that the authors of DePT or ADePT published"),
     },

@@ -41,10 +41,13 @@ class TokenSharedNetwork(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(width))
         self.dropout = nn.Dropout(dropout)
 
+    def hidden(self, embeddings: Tensor) -> Tensor:
+        """Return ReLU(E W_down + b1) [..., r] of fp32 embeddings [..., d]."""
+        return F.relu(embeddings @ self.w_down.float() + self.b1.float())
+
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return the offsets of fp32 embeddings [..., d], in fp32 whatever the parameters are stored in."""
-        hidden = F.relu(embeddings @ self.w_down.float() + self.b1.float())
-        return self.dropout(hidden) @ self.w_up.float() + self.b2.float()
+        return self.dropout(self.hidden(embeddings)) @ self.w_up.float() + self.b2.float()
 
 
 def down_projection_bound(rule: str, width: int, bottleneck: int) -> float:

@@ -32,6 +32,7 @@ from adept_ds.contexts import attribute_set
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.methods import Method, create_method
+from adept_ds.methods.base import load_values
 from adept_ds.methods.soft_prompt import inserted
 from adept_ds.model.distillation import last_hidden_states, teacher_states
 from adept_ds.model.logits_tail import trace_tail
@@ -319,17 +320,9 @@ class AdaptedModel(nn.Module):
         model.load_trained(adapter.tensors)
         return model.eval()
 
-    @torch.no_grad()
-    def load_trained(self, values: dict[str, Tensor]) -> None:
-        """Copy the values of an adapter file by their names to their places. Parameters must not be sharded.
-
-        Raises:
-            UserError: A name is missing or unknown, or a shape is another one.
-        """
-        parameters: dict[str, Tensor] = {**self.trainable_parameters(), **self.method.constants()}
-        adapter_folder.check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+    def load_trained(self, values: Mapping[str, Tensor]) -> None:
+        """As `load_values` of `adept_ds.methods.base`."""
+        load_values(self.method, values)
 
 
 def decoder_inputs(backbone: Any, labels: Tensor) -> Tensor:
