@@ -43,6 +43,7 @@ COMMANDS = {
         "compare": ("cli.compare", "two evaluations of the same problems, pair by pair"),
         "report": ("cli.report", "a page for one run, tables for many"),
         "xray": ("cli.xray", "look into an adapter without data: dead units, moved tokens, the prompt"),
+        "card": ("cli.card", "write a model card beside an adapter, push both to the hub"),
         "analyse": ("cli.analysis", "the paper's analyses of trained adapters"),
         "import": ("tools.import_adapter", "convert an adapter that the authors of DePT or ADePT published"),
     },

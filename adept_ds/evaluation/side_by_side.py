@@ -47,7 +47,7 @@ def origin_of(result: Path, base: str | None) -> Origin:
     """Find the backbone of an adapter or a fully tuned model, and the run that trained it.
 
     Args:
-        result: An adapter or a model folder, such as a run's `best` or one of its checkpoints.
+        result: An adapter or a model folder, such as a run's `best` or one of its checkpoints; or an adapter's hub id.
         base: Hub id or folder of the backbone, in place of the one that is on record.
 
     Raises:
@@ -68,8 +68,8 @@ def origin_of(result: Path, base: str | None) -> Origin:
 
 
 def _run_of(result: Path) -> RunConfig | None:
-    """The run whose `best` or checkpoint this is."""
-    for folder in list(result.absolute().parents)[:2]:
+    """The run whose `best` or checkpoint this is; None for an adapter of the hub."""
+    for folder in list(result.absolute().parents)[:2] if result.is_dir() else ():
         path = folder / CONFIG_NAME
         if path.is_file() and "train" in (values := read_json(path)):
             try:

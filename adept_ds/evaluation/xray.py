@@ -172,25 +172,25 @@ class XRay:
         return self.offsets[some] / self.rows[some]
 
 
-def xray(folder: Path, model: ModelConfig) -> XRay:
+def xray(source: Path, model: ModelConfig) -> XRay:
     """Look at an adapter on its backbone's input table.
 
     Args:
-        folder: Adapter folder.
+        source: Adapter folder, or an adapter's hub id.
         model: Its backbone, of which the config, the tokenizer and the table are read.
 
     Raises:
         UserError: The folder holds no whole adapter, one whose method is no function of the token, or one of another
             backbone; or the backbone's table cannot be had.
     """
-    adapter = load_adapter(folder)
+    adapter = load_adapter(source)
     method = _token_method(adapter)
     with open_table(model) as opened, torch.no_grad():
         check_backbone(adapter, backbone_facts(opened.backbone))
         tokenizer = load_tokenizer(model)
         method.inject(opened.backbone, None, None)
         load_values(method, adapter.tensors)
-        return _Look(adapter, model.name_or_path, method.embedding.eval(), tokenizer).seen()
+        return _Look(adapter, method.embedding.eval(), tokenizer).seen(str(source), model.name_or_path)
 
 
 def _token_method(adapter: Adapter) -> PromptedMethod:
@@ -227,9 +227,9 @@ class _Look:
     """One adapter on one table."""
 
     def __init__(
-        self, adapter: Adapter, backbone: str, embedding: PromptedEmbedding, tokenizer: PreTrainedTokenizerBase
+        self, adapter: Adapter, embedding: PromptedEmbedding, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        self.adapter, self.backbone, self.embedding, self.tokenizer = adapter, backbone, embedding, tokenizer
+        self.adapter, self.embedding, self.tokenizer = adapter, embedding, tokenizer
         vocabulary = sorted({id for id in tokenizer.get_vocab().values() if id < embedding.num_embeddings})
         self.ids = torch.tensor(vocabulary)
         self.warnings: list[str] = []
@@ -237,8 +237,8 @@ class _Look:
         if left := embedding.num_embeddings - len(vocabulary):
             self.notes.append(f"Rows of the table that belong to no token, left out: {left:,}.")
 
-    def seen(self) -> XRay:
-        """Look at everything."""
+    def seen(self, adapter: str, backbone: str) -> XRay:
+        """Look at everything; the names are for the report."""
         self.network = self.embedding.network if isinstance(self.embedding, AdeptEmbedding) else None
         has_offsets = type(self.embedding).add_offset is not PromptedEmbedding.add_offset
         prompt = self._prompt()
@@ -259,8 +259,8 @@ class _Look:
         if has_offsets:
             seen |= {"offsets": self.offsets, **self._moved(), **self._units(woken, woken_most), **self._pairs()}
         return XRay(
-            adapter=str(self.adapter.folder),
-            backbone=self.backbone,
+            adapter=adapter,
+            backbone=backbone,
             method=self.adapter.method.model_dump(mode="json"),
             tokens=len(self.ids),
             rows=self.rows,

@@ -6,7 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from adept_ds.backbone.hub import TOKENIZER_CONFIG_NAME, is_local, is_tokenizer_here, missing_model_files
+from adept_ds.backbone.hub import (
+    TOKENIZER_CONFIG_NAME,
+    hub_adapter,
+    is_adapter_cached,
+    is_local,
+    is_tokenizer_here,
+    missing_model_files,
+)
 from adept_ds.config.base import parse_bytes
 from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.run import RunConfig
@@ -28,7 +35,7 @@ def run_problems(run: RunConfig, site: SiteConfig, nodes: int) -> list[str]:
         lambda: _check_run_folder(run),
     ]
     problems = [message for check in checks if (message := _message(check)) is not None]
-    unseen = [*path_problems(run, site.offline), *adapter_problems(run)]
+    unseen = [*path_problems(run, site.offline), *adapter_problems(run, site.offline)]
     if not (problems or unseen) and (message := _message(lambda: _check_memory(run, site, nodes))):
         problems.append(message)
     return problems + unseen
@@ -73,10 +80,13 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
                 yield f"the data set {name!r} is not in this machine's cache, and the nodes are offline; {PREFETCH}"
 
 
-def adapter_problems(run: RunConfig) -> Iterator[str]:
-    """Adapters that the training of a run starts from and that are not there."""
+def adapter_problems(run: RunConfig, offline: bool) -> Iterator[str]:
+    """Adapters that the training of a run starts from and a job could not read. `offline` as in `path_problems`."""
     for key, folder in run.method.adapter_folders.items():
-        if not Path(folder).is_dir():
+        if hub_adapter(folder):
+            if offline and not is_adapter_cached(folder):
+                yield f"{key} is {folder!r}: not in this machine's cache, and the nodes are offline; {PREFETCH}"
+        elif not Path(folder).is_dir():
             yield f"{key} is {folder!r}: no such folder{did_you_mean_path(folder)}"
 
 
