@@ -43,7 +43,7 @@ class OpenTable:
     """Which of them make which weights."""
 
     def name_of(self, weight: Tensor) -> str:
-        """The name of a parameter in the backbone that the checkpoint has a tensor for; its first name if it has none."""
+        """Name of a parameter in the backbone, one that the checkpoint has a tensor for if there is one."""
         names = [name for name, value in self.backbone.state_dict(keep_vars=True).items() if value is weight]
         return next((name for name in names if name in self.weights.sources), names[0])
 
@@ -72,7 +72,7 @@ def open_table(config: ModelConfig) -> Iterator[OpenTable]:
         name = opened.name_of(table.weight)
         if opened.tensor_of(name) is None:
             raise UserError(
-                f"model.name_or_path is {config.name_or_path!r}, whose input table {name} is not one tensor of its files"
+                f"model.name_or_path is {config.name_or_path!r}, whose input table {name} is not one tensor of a file"
             )
         values = weights.read(name, files).to(DTYPES[config.dtype])
         _put(backbone, table.weight, nn.Parameter(values, requires_grad=False))

@@ -23,12 +23,12 @@ def check_weight_files(paths: Sequence[Path]) -> None:
     """Refuse files that are not whole.
 
     Raises:
-        UserError: As `_read_header`.
+        UserError: As `read_header`.
     """
     from safetensors import SafetensorError, safe_open
 
     for path in paths:
-        _read_header(path)
+        read_header(path)
         try:
             with safe_open(path, "pt"):
                 pass  # It compares types, shapes and places of all tensors.
@@ -45,7 +45,7 @@ def fingerprint(paths: Sequence[Path]) -> str:
     """
     found: dict[str, bytes] = {}
     for path in paths:
-        start, header = _read_header(path)
+        start, header = read_header(path)
         with path.open("rb") as file:
             for name, tensor in header.items():
                 first, last = tensor["data_offsets"]
@@ -60,8 +60,8 @@ def fingerprint(paths: Sequence[Path]) -> str:
     return whole.hexdigest()
 
 
-def _read_header(path: Path) -> tuple[int, Header]:
-    """Return where the tensors of a file start, and what it says of each.
+def read_header(path: Path) -> tuple[int, Header]:
+    """Return where the tensors of a file start, and what it says of each: `dtype`, `shape`, `data_offsets` from there.
 
     Raises:
         UserError: It cannot be read, is none, is what git leaves in place of a large file, or is not as long as its

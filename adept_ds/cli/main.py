@@ -45,6 +45,7 @@ COMMANDS = {
         "xray": ("cli.xray", "look into an adapter without data: dead units, moved tokens, the prompt"),
         "card": ("cli.card", "write a model card beside an adapter, push both to the hub"),
         "analyse": ("cli.analysis", "the paper's analyses of trained adapters"),
+        "export": ("cli.export", "write an adapter in the form that other programs load"),
         "import": ("tools.import_adapter", "convert an adapter that the authors of DePT or ADePT published"),
     },
     "measure": {

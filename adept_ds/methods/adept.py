@@ -76,21 +76,6 @@ class AdeptEmbedding(PromptedEmbedding):
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
         return tokens + self.network(tokens)
 
-    @torch.no_grad()
-    def folded_weight(self, rows: int = 8_192) -> Tensor:
-        """Return E + f(E) [V, d], what this embedding gives for each token, computed `rows` rows at a time.
-
-        E is what the backbone's embedding layer returns, which may scale its weight. The offset depends on the token
-        alone, so with these rows as the embedding a tuned model costs what the backbone costs with l more tokens. The
-        table must not be sharded.
-        """
-        ids = torch.arange(self.num_embeddings, device=self.table.weight.device)
-        parts = []
-        for part in ids.split(rows):
-            tokens = self.table(part)
-            parts.append((tokens.float() + self.network(tokens.float())).to(tokens.dtype))
-        return torch.cat(parts)
-
 
 class Adept(PromptedMethod):
     """Soft prompt and token-shared offset network in the input embedding; made from an `AdeptConfig`."""

@@ -1,0 +1,103 @@
+"""Write an adapter as a folder that other programs load, with no code of this project.
+
+    adept-ds export --adapter runs/my/best --to folded --out exports/my
+    adept-ds export --serving-base --rows 100 --base meta-llama/Meta-Llama-3-8B --out exports/llama3-base
+    adept-ds export --adapter runs/my/best --to lora --serving-base exports/llama3-base --out exports/my-lora
+
+`folded` is a whole model in the hub's format. `lora` is a small PEFT folder beside a serving base, which is made once
+and shared by any number of adapters. `peft` is PEFT's own format of the methods that are PEFT's. What was written is
+loaded again and compared with the live model; if it computes something else, nothing stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from adept_ds.config.command_line import parse_count, parse_flags
+from adept_ds.errors import UserError, did_you_mean_path
+
+PROGRAM = "adept-ds export"
+MAKE = ""
+"""Value of --serving-base without a folder: one is to be made."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All arguments."""
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter to export")
+    parser.add_argument("--to", choices=("folded", "lora", "peft"), help="form of what is written")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder to write")
+    parser.add_argument(
+        "--serving_base",
+        nargs="?",
+        const=MAKE,
+        metavar="FOLDER",
+        help="the base that a lora goes onto; without FOLDER: make one, of --base, with --rows tokens for prompts",
+    )
+    parser.add_argument("--rows", type=parse_count, metavar="L", help="tokens of a serving base for the longest prompt")
+    parser.add_argument("--base", metavar="MODEL", help="hub id or folder of the backbone (default: the one on record)")
+    parser.add_argument("--revision", metavar="NAME", help="commit, tag or branch of --base")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="precision (default: the checkpoint's)")
+    parser.add_argument("--task", metavar="NAME", help="whose prompt, where an adapter has one for each task")
+    parser.add_argument(
+        "--prompt_in",
+        choices=("both", "text", "chat", "none"),
+        default="both",
+        help="where the prompt's tokens come from in a folded model: the tokenizer, for plain text, the chat template, "
+        "both, or neither (default: both)",
+    )
+    parser.add_argument("--no_verify", action="store_true", help="do not load and compare what was written")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where models are compared (default: cpu)")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parse, write, compare, tell."""
+    flags = parse_flags(arguments, PROGRAM, __doc__ or "", add_flags)
+    if flags.out is None:
+        raise UserError("--out FOLDER is needed, a new folder for what is written")
+    if flags.serving_base == MAKE:
+        _make_serving_base(flags)
+        return
+    if flags.adapter is None:
+        raise UserError("--adapter FOLDER is needed, for example runs/my/best")
+    if not flags.adapter.is_dir():
+        raise UserError(f"--adapter {flags.adapter}: no such folder{did_you_mean_path(str(flags.adapter))}")
+    if flags.to is None:
+        raise UserError("--to is needed: folded, lora or peft")
+    if flags.to == "lora" and flags.serving_base is None:
+        raise UserError(
+            "--to lora needs --serving-base FOLDER, which is made once by "
+            "`adept-ds export --serving-base --rows L --base MODEL --out FOLDER`"
+        )
+    # The libraries behind these take seconds to load; a mistake on the command line is told before.
+    from adept_ds.export.export import Request, backbone_of, export_folded, export_lora
+    from adept_ds.storage.adapter_folder import load_adapter
+
+    adapter = load_adapter(flags.adapter)
+    request = Request(
+        adapter=adapter,
+        model=backbone_of(adapter, flags.base, flags.revision, flags.dtype),
+        out=flags.out,
+        task=flags.task,
+        prompt_in=flags.prompt_in,
+        verify=not flags.no_verify,
+        device=flags.device,
+    )
+    agreement = export_folded(request) if flags.to == "folded" else export_lora(request, Path(flags.serving_base))
+    print(f"{flags.out}: {agreement or 'not compared with the live model'}")
+
+
+def _make_serving_base(flags: argparse.Namespace) -> None:
+    if flags.base is None or flags.rows is None:
+        raise UserError("--serving-base without a folder makes one: --base MODEL and --rows L are needed")
+    if flags.adapter is not None or flags.to is not None:
+        raise UserError("--serving-base without a folder makes one, of no adapter; expected --serving-base FOLDER")
+    from adept_ds.backbone.table import stored_dtype
+    from adept_ds.config.run import ModelConfig
+    from adept_ds.export.export import export_serving_base
+
+    model = ModelConfig(name_or_path=flags.base, revision=flags.revision)
+    model = model.model_copy(update={"dtype": flags.dtype or stored_dtype(model)})
+    export_serving_base(model, flags.rows, flags.out)
+    print(f"{flags.out}: a serving base for prompts of up to {flags.rows} tokens")

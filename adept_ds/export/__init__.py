@@ -1,0 +1,1 @@
+"""What leaves the toolkit: adapters in the forms that other programs load."""

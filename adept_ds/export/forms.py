@@ -1,0 +1,50 @@
+"""Which methods leave the toolkit in which form, and why others cannot."""
+
+from __future__ import annotations
+
+from adept_ds.config.method import MethodConfig
+from adept_ds.errors import UserError
+
+FOLDED, LORA, PEFT = "folded", "lora", "peft"
+FORMS: dict[str, tuple[str, ...]] = {
+    "adept": (FOLDED, LORA),
+    "pt": (FOLDED, LORA, PEFT),
+    "p_tuning": (FOLDED, LORA, PEFT),
+    "mpt": (FOLDED, LORA),
+    "pt_embedding": (FOLDED,),
+    "lora": (FOLDED, PEFT),
+    "ia3": (FOLDED, PEFT),
+    "prefix": (PEFT,),
+    "bitfit": (FOLDED,),
+    "full": (),
+    "dept": (),
+    "attempt": (),
+    "adapter": (),
+    "adapter_drop": (),
+}
+"""Name of each method to its forms. What a method does must be a change of the backbone's own weights, or of those and
+rows in front of the input: nothing else has a place in a folder that programs load without our code."""
+_HERE = "use it here: `adept-ds eval`, `text2text`, `try`, or AdaptedModel.from_pretrained"
+REASONS = {
+    "dept": f"its offsets go by a token's position, so no table of tokens gives them; {_HERE}, or train method adept",
+    "attempt": f"its prompt is made for each input from that input; {_HERE}, or train method adept or pt",
+    "adapter": f"its bottlenecks are layers that the backbone's architecture does not have; {_HERE}",
+    "adapter_drop": f"its bottlenecks are layers that the backbone's architecture does not have; {_HERE}",
+    "prefix": "its keys and values stand in front of every layer's, and no hub folder has a place for them",
+    "pt_embedding": "it moves every token freely, which no low rank holds",
+    "full": "it is a whole model already: its folder is what other programs load",
+}
+
+
+def check_form(method: MethodConfig, form: str) -> None:
+    """Refuse a form that the method cannot have.
+
+    Raises:
+        UserError: Says why, and what to do.
+    """
+    possible = FORMS.get(method.name, ())
+    if form in possible:
+        return
+    reason = REASONS.get(method.name, "its values are of another kind")
+    ways = f"; expected --to {' or '.join(possible)}" if possible else ""
+    raise UserError(f"--to {form}: method {method.name!r} cannot be exported so, since {reason}{ways}")
