@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from adept_ds.backbone.hub import hub_adapter, is_adapter_cached
 from adept_ds.config.method import AdeptConfig
+from adept_ds.config.run import ModelConfig, RunConfig
 from adept_ds.errors import UserError
+from adept_ds.evaluation.side_by_side import origin_of
+from adept_ds.evaluation.tuned import open_tuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
+from adept_ds.slurm.checks import adapter_problems
 from adept_ds.storage.adapter_folder import adapter_path, load_adapter
+from tests.conftest import WORLD
 from tests.models import BACKBONES, seeded
 from tests.small_hub import SmallHub, small_hub
 
@@ -82,6 +88,38 @@ def test_a_refused_upload_is_told(hub: SmallHub, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match=r"me/house: the hub refuses .*hf auth login"):
         tuned().push_to_hub("me/house")
+
+
+def test_a_hub_that_cannot_be_reached_is_told(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"me/house: the hub refuses the upload, or cannot be reached: .*refused"):
+        tuned().push_to_hub("me/house")
+    with pytest.raises(UserError, match="me/house: no such folder, and as a repository of the hub not to be had"):
+        load_adapter("me/house")
+
+
+def test_an_evaluation_and_a_start_take_a_hub_id(hub: SmallHub, tiny_llama: Path) -> None:
+    config = AdeptConfig(num_virtual_tokens=2)
+    model = get_adept_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    model.push_to_hub("me/tiny")
+    assert origin_of(Path("me/tiny"), None).model.name_or_path == str(tiny_llama)
+    backbone = ModelConfig(name_or_path=str(tiny_llama), dtype="fp32")
+    loaded = open_tuned(backbone, Path("me/tiny")).load(WORLD)
+    assert torch.equal(loaded.trainable_parameters()["soft_prompt"], model.trainable_parameters()["soft_prompt"])
+    start = config.model_copy(update={"init_from": "me/tiny"})
+    started = get_adept_model(AutoModelForCausalLM.from_pretrained(tiny_llama), start, seed=9)
+    assert torch.equal(started.trainable_parameters()["soft_prompt"], model.trainable_parameters()["soft_prompt"])
+
+
+def test_a_job_without_the_hub_needs_its_adapters_in_the_cache(hub: SmallHub) -> None:
+    run = RunConfig.model_validate(
+        {"model": {"name_or_path": "me/base"}, "method": {"init_from": "me/house"}, "train": {"max_steps": 900}}
+    )
+    tuned().push_to_hub("me/house")
+    assert not list(adapter_problems(run, offline=False))
+    assert "not in this machine's cache" in next(adapter_problems(run, offline=True))
+    adapter_path("me/house")
+    assert not list(adapter_problems(run, offline=True))
 
 
 def test_folders_come_before_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

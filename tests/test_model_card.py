@@ -198,6 +198,8 @@ def test_an_export_has_the_card_of_its_form(
         "prompt_tokens": ["<p0>", "<p1>", "<p2>"],
         "prompt_in": "both" if form == "folded" else "none",
         "verification": {"prompts": 8, "differing_texts": 0},
+        "dtype": "fp32",
+        "files": {},
         "versions": {"adept_ds": "1"},
     }
     (folder / "adept_export.json").write_text(json.dumps(manifest))
@@ -217,7 +219,10 @@ def test_a_serving_base_says_what_it_is(tmp_path: Path) -> None:
         "form": "serving-base",
         "base": {"name_or_path": BASE, "revision": "c" * 40, "model_type": "llama"},
         "adapter": None,
+        "format": "adept_ds-export/1",
         "prompt_tokens": ["<p0>", "<p1>"],
+        "dtype": "fp32",
+        "files": {},
         "versions": {},
     }
     (tmp_path / "adept_export.json").write_text(json.dumps(manifest))

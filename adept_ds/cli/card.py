@@ -46,10 +46,10 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--out {flags.out} is there already; name a new folder")
     # The libraries behind these take seconds to load; a mistake on the command line is told before.
     from adept_ds.backbone.hub import push_folder
-    from adept_ds.reports.model_card import card_run, publishing_notes, run_of
-    from adept_ds.storage.model_card import make_card, read_subject
+    from adept_ds.reports.model_card import card_run, publishing_notes, run_of, subject_of
+    from adept_ds.storage.model_card import make_card
 
-    subject = read_subject(flags.folder)
+    subject = subject_of(flags.folder)
     path = flags.run or run_of(subject)
     run, notes = card_run(subject, path) if path else (None, ["no run is known (--run RUN): the card has no figures"])
     card = make_card(subject, run, flags.base, flags.push, flags.license)

@@ -18,7 +18,9 @@ from adept_ds.config.command_line import parse_flags
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All arguments."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter folder or hub id, for example runs/my/best")
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="adapter folder (or hub id), such as runs/my/best"
+    )
     parser.add_argument("--base", metavar="MODEL", help="its backbone (default: the one on record)")
     parser.add_argument(
         "--out", type=Path, default=Path("xray"), metavar="FOLDER", help="where both files go (default: xray)"

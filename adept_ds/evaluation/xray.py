@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,9 @@ from adept_ds.backbone.table import open_table
 from adept_ds.config.method import MptConfig
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
+from adept_ds.export.token_table import loaded_method
 from adept_ds.methods import create_method
 from adept_ds.methods.adept import AdeptEmbedding
-from adept_ds.methods.base import load_values
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding
 from adept_ds.storage.adapter_folder import Adapter, backbone_facts, check_backbone, load_adapter
@@ -184,24 +184,22 @@ def xray(source: Path, model: ModelConfig) -> XRay:
             backbone; or the backbone's table cannot be had.
     """
     adapter = load_adapter(source)
-    method = _token_method(adapter)
+    _check_method(adapter)
     with open_table(model) as opened, torch.no_grad():
         check_backbone(adapter, backbone_facts(opened.backbone))
         tokenizer = load_tokenizer(model)
-        method.inject(opened.backbone, None, None)
-        load_values(method, adapter.tensors)
+        method = cast(PromptedMethod, loaded_method(adapter, opened))
         return _Look(adapter, method.embedding.eval(), tokenizer).seen(str(source), model.name_or_path)
 
 
-def _token_method(adapter: Adapter) -> PromptedMethod:
-    """The adapter's method, not injected yet. UserError if what it does to the input is no function of the token."""
-    method, name = create_method(adapter.method), adapter.method.name
-    if name in NOT_BY_TOKEN or not isinstance(method, PromptedMethod):
+def _check_method(adapter: Adapter) -> None:
+    """Refuse a method whose change of the input is no function of the token."""
+    name = adapter.method.name
+    if name in NOT_BY_TOKEN or not isinstance(create_method(adapter.method), PromptedMethod):
         raise UserError(
             f"{adapter.folder} is an adapter of method {name!r}: {NOT_BY_TOKEN.get(name, IN_LAYERS)} (expected one of "
             "adept, pt, p_tuning, pt_embedding, mpt)"
         )
-    return method
 
 
 @dataclass
@@ -226,9 +224,7 @@ class _Best:
 class _Look:
     """One adapter on one table."""
 
-    def __init__(
-        self, adapter: Adapter, embedding: PromptedEmbedding, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def __init__(self, adapter: Adapter, embedding: PromptedEmbedding, tokenizer: PreTrainedTokenizerBase) -> None:
         self.adapter, self.embedding, self.tokenizer = adapter, embedding, tokenizer
         vocabulary = sorted({id for id in tokenizer.get_vocab().values() if id < embedding.num_embeddings})
         self.ids = torch.tensor(vocabulary)

@@ -11,13 +11,35 @@ from typing import Any
 
 from adept_ds.evaluation.comparison import compare_with_baselines
 from adept_ds.evaluation.results import Evaluation, ProgramEvaluation
+from adept_ds.export.manifest import MANIFEST_NAME, read_manifest
 from adept_ds.reports.run_report import run_facts
 from adept_ds.reports.runs import BUNDLED, RunRecord, read_run
-from adept_ds.storage.model_card import ADAPTER, CardResult, CardRun, CardSubject, hub_base
+from adept_ds.storage.model_card import ADAPTER, CardResult, CardRun, CardSubject, hub_base, read_subject
 from adept_ds.storage.run_folder import CONFIG_NAME
 
 HUB_DATA = {"mbpp": "google-research-datasets/mbpp", "humaneval": "openai/openai_humaneval"}
 """Benchmark, by the start of `data.format`, to its data set on the hub."""
+
+
+def subject_of(folder: Path) -> CardSubject:
+    """Read what an adapter, a fully tuned model or an export says about itself.
+
+    Raises:
+        UserError: The folder holds none of them, or a file of it is damaged.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return read_subject(folder)
+    manifest = read_manifest(folder)
+    made_of = manifest.adapter or {}
+    return CardSubject(
+        folder,
+        manifest.form,
+        manifest.base,
+        made_of.get("method", {}),
+        made_of.get("tensors_sha256"),
+        manifest.versions,
+        manifest=manifest.model_dump(),
+    )
 
 
 def run_of(subject: CardSubject) -> Path | None:

@@ -24,7 +24,6 @@ from adept_ds.files import read_json
 from adept_ds.storage.adapter_folder import CONFIG_NAME, TENSORS_NAME, load_adapter
 from adept_ds.storage.model_folder import TRAINING_NAME
 
-MANIFEST_NAME = "adept_export.json"
 README_NAME = "README.md"
 TEMPLATE = "model_card.md.jinja"
 ADAPTER, MODEL = "adapter", "model"
@@ -105,20 +104,18 @@ class CardRun:
 
 
 def read_subject(folder: Path) -> CardSubject:
-    """Read what a folder says about itself.
+    """Read what an adapter or a fully tuned model says about itself; of exports see `adept_ds.reports.model_card`.
 
     Raises:
-        UserError: It holds no adapter, no fully tuned model and no export; or a file of it is damaged.
+        UserError: The folder holds neither, or a file of it is damaged.
     """
-    if (folder / MANIFEST_NAME).is_file():
-        return _export(folder, read_json(folder / MANIFEST_NAME))
     if (folder / TRAINING_NAME).is_file():
         facts = read_json(folder / TRAINING_NAME)
         return CardSubject(folder, MODEL, facts["backbone"], facts["method"], None, facts["versions"])
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(
             f"{folder}: expected an adapter ({CONFIG_NAME}), a fully tuned model ({TRAINING_NAME}), or a folder that "
-            f"`adept-ds export` has written ({MANIFEST_NAME})"
+            "`adept-ds export` has written (adept_export.json)"
         )
     adapter = load_adapter(folder)
     return CardSubject(
@@ -130,16 +127,6 @@ def read_subject(folder: Path) -> CardSubject:
         adapter.facts.get("versions", {}),
         sum(tensor.numel() for tensor in adapter.tensors.values()),
     )
-
-
-def _export(folder: Path, manifest: dict[str, Any]) -> CardSubject:
-    adapter = manifest.get("adapter") or {}
-    try:
-        form, base, versions = str(manifest["form"]), dict(manifest["base"]), dict(manifest["versions"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / MANIFEST_NAME} is not the manifest of an export: {error}") from error
-    method, digest = adapter.get("method", {}), adapter.get("tensors_sha256")
-    return CardSubject(folder, form, base, method, digest, versions, manifest=manifest)
 
 
 def make_card(
