@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from adept_ds.backbone.hub import hub_adapter, is_adapter_cached
+from adept_ds.backbone.hub import cached_adapter, hub_adapter
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import ModelConfig, RunConfig
 from adept_ds.errors import UserError
+from adept_ds.evaluation.results import adapter_digest
 from adept_ds.evaluation.side_by_side import origin_of
 from adept_ds.evaluation.tuned import open_tuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
@@ -64,9 +65,10 @@ def test_a_revision_is_another_adapter(hub: SmallHub) -> None:
 
 def test_the_cache_serves_without_a_hub(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned().push_to_hub("me/house")
-    assert not is_adapter_cached("me/house")
+    assert cached_adapter("me/house") is None
     folder = adapter_path("me/house")
-    assert is_adapter_cached("me/house")
+    assert cached_adapter("me/house") == folder
+    assert adapter_digest(Path("me/house")) == load_adapter(folder).facts["tensors_sha256"]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert adapter_path("me/house") == folder
     with pytest.raises(UserError, match="me/other: no such folder, and as a repository of the hub not to be had"):
@@ -117,7 +119,11 @@ def test_a_job_without_the_hub_needs_its_adapters_in_the_cache(hub: SmallHub) ->
     )
     tuned().push_to_hub("me/house")
     assert not list(adapter_problems(run, offline=False))
-    assert "not in this machine's cache" in next(adapter_problems(run, offline=True))
+    (problem,) = adapter_problems(run, offline=True)
+    assert problem == (
+        "method.init_from is 'me/house': not in this machine's cache, and the nodes are offline; fetch it by "
+        "`hf download me/house`"
+    )
     adapter_path("me/house")
     assert not list(adapter_problems(run, offline=True))
 

@@ -59,10 +59,13 @@ def hub_adapter(source: str | Path) -> tuple[str, str | None] | None:
     return (name, revision or None) if is_id and not Path(source).is_dir() else None
 
 
-def is_adapter_cached(source: str) -> bool:
-    """Whether an adapter of the hub is in this machine's cache."""
-    name, revision = hub_adapter(source) or (source, None)
-    return _find(name, revision, ADAPTER_CONFIG_NAME) is not None
+def cached_adapter(source: str | Path) -> Path | None:
+    """Return the folder of an adapter: of one of the hub that in this machine's cache; None if it is not there."""
+    named = hub_adapter(source)
+    if named is None:
+        return Path(source)
+    found = _find(*named, ADAPTER_CONFIG_NAME)
+    return found.parent if found else None
 
 
 def fetch_files(source: str, revision: str | None, names: Sequence[str]) -> Path:

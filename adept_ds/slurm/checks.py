@@ -8,8 +8,8 @@ from pathlib import Path
 
 from adept_ds.backbone.hub import (
     TOKENIZER_CONFIG_NAME,
+    cached_adapter,
     hub_adapter,
-    is_adapter_cached,
     is_local,
     is_tokenizer_here,
     missing_model_files,
@@ -82,12 +82,18 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
 
 def adapter_problems(run: RunConfig, offline: bool) -> Iterator[str]:
     """Adapters that the training of a run starts from and a job could not read. `offline` as in `path_problems`."""
-    for key, folder in run.method.adapter_folders.items():
-        if hub_adapter(folder):
-            if offline and not is_adapter_cached(folder):
-                yield f"{key} is {folder!r}: not in this machine's cache, and the nodes are offline; {PREFETCH}"
-        elif not Path(folder).is_dir():
-            yield f"{key} is {folder!r}: no such folder{did_you_mean_path(folder)}"
+    for key, source in run.method.adapter_folders.items():
+        yield from unreadable_adapter(f"{key} is {source!r}", source, offline)
+
+
+def unreadable_adapter(named: str, source: str, offline: bool) -> Iterator[str]:
+    """What speaks against an adapter; `named` is how a message begins that is about it."""
+    if hub := hub_adapter(source):
+        if offline and cached_adapter(source) is None:
+            get = f"hf download {hub[0]}" + (f" --revision {hub[1]}" if hub[1] else "")
+            yield f"{named}: not in this machine's cache, and the nodes are offline; fetch it by `{get}`"
+    elif not Path(source).is_dir():
+        yield f"{named}: no such folder{did_you_mean_path(source)}"
 
 
 def slurm_problems(site: SiteConfig, jobs: Sequence[Job]) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from transformers import GenerationConfig
 
-from adept_ds.backbone.hub import hub_adapter, is_adapter_cached, is_local, missing_model_files
+from adept_ds.backbone.hub import cached_adapter, hub_adapter, is_local, missing_model_files
 from adept_ds.backbone.load import load_architecture, load_tokenizer, weight_files
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data.hub import hub_data_sets, is_dataset_cached
@@ -30,7 +30,7 @@ def prefetch(run: RunConfig) -> Iterator[str]:
     yield from _fetch_data(run.data)
     for source in run.method.adapter_folders.values():
         if hub_adapter(source):
-            was_here = is_adapter_cached(source)
+            was_here = cached_adapter(source) is not None
             load_adapter(source)
             yield f"{source}: adapter, {_how(False, was_here)}"
 
