@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
             "`adept-ds export --serving-base --rows L --base MODEL --out FOLDER`"
         )
     # The libraries behind these take seconds to load; a mistake on the command line is told before.
-    from adept_ds.export.export import Request, backbone_of, export_folded, export_lora
+    from adept_ds.export.export import Request, backbone_of, export_folded, export_lora, export_peft
     from adept_ds.storage.adapter_folder import load_adapter
 
     adapter = load_adapter(flags.adapter)
@@ -84,7 +84,10 @@ def main(arguments: Sequence[str]) -> None:
         verify=not flags.no_verify,
         device=flags.device,
     )
-    agreement = export_folded(request) if flags.to == "folded" else export_lora(request, Path(flags.serving_base))
+    if flags.to == "lora":
+        agreement = export_lora(request, Path(flags.serving_base))
+    else:
+        agreement = export_folded(request) if flags.to == "folded" else export_peft(request)
     print(f"{flags.out}: {agreement or 'not compared with the live model'}")
 
 

@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from adept_ds.backbone.hub import is_local
 from adept_ds.backbone.load import DTYPES, load_backbone, load_tokenizer
 from adept_ds.backbone.table import OpenTable, open_table, stored_dtype
 from adept_ds.backbone.weight_files import fingerprint
@@ -27,10 +28,11 @@ from adept_ds.data.fit import most_positions
 from adept_ds.errors import UserError
 from adept_ds.export.checkpoint import rewrite
 from adept_ds.export.embedding_lora import EmbeddingLora, write_embedding_lora
-from adept_ds.export.forms import FOLDED, LORA, check_form
+from adept_ds.export.forms import FOLDED, LORA, PEFT, check_form
 from adept_ds.export.hub_folder import Base, write_model_files, write_tokenizer_files
 from adept_ds.export.manifest import SERVING_BASE, Manifest, read_manifest, versions, write_manifest
 from adept_ds.export.merging import merged
+from adept_ds.export.peft_folder import write_peft_folder
 from adept_ds.export.prompt_tokens import (
     TEMPLATE_LENGTH,
     PromptTokens,
@@ -245,6 +247,31 @@ def _adapter_facts(adapter: Adapter, task: str | None) -> dict[str, Any]:
     }
 
 
+def export_peft(request: Request) -> Agreement | None:
+    """Write a folder in PEFT's own format of the method. Returns, raises: As `export_folded`."""
+    adapter, config = request.adapter, request.model
+    check_form(adapter.method, PEFT)
+    with _new_folder(request.out) as folder, open_table(config) as opened:
+        facts = _checked_facts(adapter, opened)
+        name = config.name_or_path
+        base = str(Path(name).absolute()) if is_local(name) else name
+        files = write_peft_folder(folder, adapter, opened, base)
+        agreement = _verify_peft(request, folder) if request.verify else None
+        write_manifest(
+            folder,
+            Manifest(
+                form=PEFT,
+                base=facts,
+                adapter=_adapter_facts(adapter, None),
+                dtype="fp32",
+                files=files,
+                verification=asdict(agreement) if agreement else None,
+                versions=versions(),
+            ),
+        )
+    return agreement
+
+
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` that is renamed to it at the end, and removed after an exception.
@@ -283,7 +310,7 @@ def _verify_folded(
         return rows if has_prompt else [[*prompt.ids, *row] for row in rows]
 
     _check_ids(batches, rows_of, prompt, "the tokenizer that was written")
-    agreement = compare(batches, _loaded(folder, request), rows_of, _vocabulary(request.adapter))
+    agreement = compare(batches, _loaded(folder, request), rows_of, prompt.ids)
     check(agreement, "the folder that was written")
     return agreement
 
@@ -298,10 +325,22 @@ def _verify_lora(request: Request, folder: Path, serving: ModelConfig, prompt: P
         return [[*prompt.ids, *written(text)["input_ids"]] for text in batch.texts]
 
     _check_ids(batches, rows_of, prompt, "the serving base's tokenizer")
-    backbone = _loaded(Path(serving.name_or_path), request)
+    backbone = _loaded(serving.name_or_path, request)
     model = PeftModel.from_pretrained(backbone, folder).eval()
-    agreement = compare(batches, model, rows_of, _vocabulary(request.adapter))
+    agreement = compare(batches, model, rows_of, prompt.ids)
     check(agreement, "the LoRA on its serving base")
+    return agreement
+
+
+def _verify_peft(request: Request, folder: Path) -> Agreement:
+    batches = _live_batches(request, load_tokenizer(request.model), 0)
+
+    def rows_of(batch: Batch) -> list[list[int]]:
+        return batch.rows
+
+    model = PeftModel.from_pretrained(_loaded(request.model.name_or_path, request), folder).eval()
+    agreement = compare(batches, model, rows_of, ())
+    check(agreement, "the folder in PEFT's format")
     return agreement
 
 
@@ -313,18 +352,12 @@ def _live_batches(request: Request, tokenizer: PreTrainedTokenizerBase, task: in
     return live_batches(model, tokenizer, task, None if positions is None else positions - room)
 
 
-def _loaded(folder: Path, request: Request) -> Any:
+def _loaded(folder: str | Path, request: Request) -> Any:
     """A model as anybody loads it."""
     dtype = DTYPES[request.model.dtype]
-    auto: Any = AutoModelForCausalLM
-    if AutoConfig.from_pretrained(folder).is_encoder_decoder:
-        auto = AutoModelForSeq2SeqLM
+    is_encoder_decoder = AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder
+    auto: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=dtype, trust_remote_code=False).to(request.device).eval()
-
-
-def _vocabulary(adapter: Adapter) -> int:
-    size: int = adapter.backbone["vocab_size"]
-    return size
 
 
 def _check_ids(
@@ -332,8 +365,8 @@ def _check_ids(
 ) -> None:
     """Refuse a tokenizer that reads a text as other tokens than the backbone's with the prompt in front."""
     for batch in batches:
-        for row, (text, ids) in enumerate(zip(batch.texts, rows_of(batch), strict=True)):
-            expected = [*prompt.ids, *batch.ids[row][batch.mask[row].bool()].tolist()]
+        for text, row, ids in zip(batch.texts, batch.rows, rows_of(batch), strict=True):
+            expected = [*prompt.ids, *row]
             if ids != expected:
                 raise UserError(
                     f"{what} reads {text!r} as {ids}, and the live model as {expected}, with the prompt in front; "

@@ -42,7 +42,8 @@ def add_prompt_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[T
     first = next(number for number in range(len(taken) + 1) if NAME.format(number) not in taken)
     names = tuple(NAME.format(first + number) for number in range(count))
     core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    ids = tuple(core.token_to_id(name) for name in names)
+    assigned = core.get_vocab(with_added_tokens=True)
+    ids = tuple(assigned[name] for name in names)
     if doubled := sorted(set(ids) & set(taken.values())):
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} has gaps among its ids and gives new tokens the id "

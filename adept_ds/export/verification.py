@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -39,13 +40,12 @@ class Batch:
 
     texts: tuple[str, ...]
     is_chat: bool
-    ids: Tensor
-    """[B, S], padded on the left, without the soft prompt."""
-    mask: Tensor
+    rows: list[list[int]]
+    """Their token ids, without the soft prompt."""
     written: Tensor
-    """What was generated [B, T]."""
+    """What was generated of them, padded on the left [B, T]."""
     logits: Tensor
-    """At each generated token, fp32 [B, T, V]."""
+    """At each of these tokens, of each row alone, fp32 [B, T, V]."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,21 @@ def live_batches(
     if tokenizer.chat_template:
         groups += [(CHATS, True), (CHATS[:1], True)]
     batches = []
+    device = model.backbone.device
+
+    def for_task(function: Callable[..., Any], **inputs: Any) -> Any:
+        tasks = torch.full((len(inputs["input_ids"]),), task, device=device)
+        return function(**inputs, task_ids=tasks)
+
     for texts, is_chat in groups:
         rows = [chat_ids(tokenizer, text) if is_chat else tokenizer(text)["input_ids"] for text in texts]
         longest = max(map(len, rows))
         if not all(rows) or (most_tokens is not None and longest > most_tokens):
             continue
         ids, mask = left_padded(rows, tokenizer.pad_token_id or 0)
-        ids, mask = ids.to(model.backbone.device), mask.to(model.backbone.device)
-        tasks = torch.full((len(ids),), task, device=ids.device)
-        output = _greedy(model.backbone, partial(model.generate, task_ids=tasks), ids, mask)
-        batches.append(Batch(tuple(texts), is_chat, ids.cpu(), mask.cpu(), *_taken(output)))
+        written = _greedy(model.backbone, partial(for_task, model.generate), ids.to(device), mask.to(device))
+        logits = _logits_after(model.backbone, partial(for_task, model), rows, written)
+        batches.append(Batch(tuple(texts), is_chat, rows, written, logits))
     return batches
 
 
@@ -127,78 +132,79 @@ def compare(
     batches: Sequence[Batch],
     model: Any,
     rows_of: Callable[[Batch], list[list[int]]],
-    vocabulary: int,
+    prompt_ids: Sequence[int],
 ) -> Agreement:
     """Compare a model of `transformers` or PEFT with the live one.
+
+    Where a table has rows to spare, prompt tokens have ids that the live model could write, for nothing. From there on
+    a text is not compared.
 
     Args:
         batches: What the live model did.
         model: The other one.
         rows_of: Gives the ids that it is to read for each prompt of a batch, with the prompt's tokens.
-        vocabulary: V; tokens from there on must never be the best.
+        prompt_ids: The prompt's tokens, which must never be the best.
     """
     differing = ties = prompts = 0
     difference = largest = 0.0
     limit = LIMITS[model.dtype]
     for batch in batches:
-        ids, mask = left_padded(rows_of(batch), 0)
-        output = _greedy(model, model.generate, ids.to(model.device), mask.to(model.device))
-        written, _ = _taken(output)
-        logits = _logits_after(model, ids.to(model.device), mask.to(model.device), batch.written)
-        real = logits[..., :vocabulary]
-        largest = max(largest, float(batch.logits.abs().max()))
-        apart = (real - batch.logits).abs()
-        difference = max(difference, float(apart.max()) if torch.isfinite(apart).all() else float("inf"))
-        for row in range(len(written)):
+        rows = rows_of(batch)
+        ids, mask = left_padded(rows, 0)
+        theirs = _greedy(model, model.generate, ids.to(model.device), mask.to(model.device))
+        their_logits = _logits_after(model, model, rows, batch.written)
+        vocabulary = batch.logits.shape[-1]
+        real = torch.tensor([number for number in range(vocabulary) if number not in set(prompt_ids)])
+        for row, written in enumerate(batch.written):
+            without_text = (~torch.isin(written, real)).nonzero().flatten().tolist()
+            end = without_text[0] if without_text else len(written)
+            live = batch.logits[row, : end + 1][:, real]
+            apart = (their_logits[row, : end + 1][:, real] - live).abs()
+            difference = max(difference, float(apart.max()) if torch.isfinite(apart).all() else float("inf"))
+            largest = max(largest, float(live.abs().max()))
             prompts += 1
-            unequal = (written[row] != batch.written[row]).nonzero()
-            if not len(unequal):
-                continue
-            first = int(unequal[0])
-            theirs = batch.logits[row, first]
-            margin = float(theirs.max() - theirs[min(int(written[row, first]), vocabulary - 1)])
-            is_tie = int(written[row, first]) < vocabulary and margin <= 2 * limit * float(theirs.abs().max())
-            ties, differing = ties + is_tie, differing + (not is_tie)
+            unequal = (theirs[row, :end] != written[:end]).nonzero().flatten().tolist()
+            if unequal:
+                first = unequal[0]
+                other = int(theirs[row, first])
+                margin = live[first].max() - batch.logits[row, first, other] if other < vocabulary else torch.inf
+                is_tie = other in real and bool(margin <= 2 * limit * live[first].abs().max())
+                ties, differing = ties + is_tie, differing + (not is_tie)
     return Agreement(prompts, NEW_TOKENS, differing, ties, difference, limit * largest, largest)
 
 
-def _greedy(backbone: Any, generate: Callable[..., Any], ids: Tensor, mask: Tensor) -> Any:
-    """Generate as many tokens as there are to be, whatever the checkpoint's own settings are."""
-    old = backbone.generation_config
+def _greedy(backbone: Any, generate: Callable[..., Any], ids: Tensor, mask: Tensor) -> Tensor:
+    """Generate as many tokens as there are to be [B, T], whatever the checkpoint's own settings are."""
+    if isinstance(backbone, PeftModel):
+        backbone = backbone.get_base_model()
+    start = backbone.generation_config.decoder_start_token_id
     plain = GenerationConfig(
         max_new_tokens=NEW_TOKENS,
         min_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
-        decoder_start_token_id=old.decoder_start_token_id,
-        output_logits=True,
-        return_dict_in_generate=True,
+        decoder_start_token_id=start,
     )
+    # What is not given is filled in from the model's own.
     with attribute_set(backbone, "generation_config", plain):
-        return generate(input_ids=ids, attention_mask=mask)
-
-
-def _taken(output: Any) -> tuple[Tensor, Tensor]:
-    """Generated tokens [B, T] and the logits that they were chosen by [B, T, V]."""
-    logits = torch.stack([step.float() for step in output.logits], 1).cpu()
-    written = output.sequences[:, -logits.shape[1] :].cpu()
-    return written, logits
+        sequences: Tensor = generate(input_ids=ids, attention_mask=mask, generation_config=plain)
+    return sequences[:, -NEW_TOKENS:].cpu()
 
 
 @torch.no_grad()
-def _logits_after(model: Any, ids: Tensor, mask: Tensor, written: Tensor) -> Tensor:
-    """Logits [B, T, rows] by which a model that has read `ids` would choose each of `written` [B, T]."""
-    written = written.to(ids.device)
-    if model.config.is_encoder_decoder:
-        start = torch.full_like(written[:, :1], model.generation_config.decoder_start_token_id)
-        before = torch.cat([start, written[:, :-1]], 1)
-        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=before).logits
-        return logits.float().cpu()
-    whole = torch.cat([ids, written[:, :-1]], 1)
-    whole_mask = torch.cat([mask, torch.ones_like(written[:, :-1])], 1)
-    positions = (whole_mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=whole, attention_mask=whole_mask, position_ids=positions).logits
-    return logits[:, ids.shape[1] - 1 :].float().cpu()
+def _logits_after(backbone: Any, forward: Callable[..., Any], rows: Sequence[Sequence[int]], written: Tensor) -> Tensor:
+    """Logits [B, T, V] of a model that reads each of the rows alone, for each of the tokens `written` [B, T]."""
+    logits = []
+    for row, before in zip(rows, written[:, :-1], strict=True):
+        read = torch.tensor([row], device=backbone.device)
+        after = before[None].to(backbone.device)
+        if backbone.config.is_encoder_decoder:
+            start = torch.full_like(after[:, :1], backbone.generation_config.decoder_start_token_id)
+            output = forward(input_ids=read, decoder_input_ids=torch.cat([start, after], 1))
+        else:
+            output = forward(input_ids=torch.cat([read, after], 1))
+        logits.append(output.logits[0, -written.shape[1] :].float().cpu())
+    return torch.stack(logits)
 
 
 def check(agreement: Agreement, what: str) -> None:

@@ -64,15 +64,17 @@ class PrefixTuning(MethodDefaults):
         self._head_width: int = width or architecture.hidden_size // heads
         self._heads = _key_heads(architecture, heads)
         self._layers: int = getattr(architecture, "num_decoder_layers", None) or architecture.num_hidden_layers
-        settings = peft.PrefixTuningConfig(
+        self.peft_config = peft.PrefixTuningConfig(
             num_virtual_tokens=length,
             token_dim=self._heads * self._head_width,
             num_layers=self._layers,
+            num_attention_heads=self._heads,
+            num_transformer_submodules=1,
             encoder_hidden_size=self.config.hidden_size or architecture.hidden_size,
             prefix_projection=self.config.projection,
         )
         with seeded(generator):
-            self.encoder = peft.PrefixEncoder(settings).to(table.weight.device)
+            self.encoder = peft.PrefixEncoder(self.peft_config).to(table.weight.device)
         backbone.prefix_encoder = self.encoder
         self._is_encoder_decoder = architecture.is_encoder_decoder
         self._dtype = table.weight.dtype

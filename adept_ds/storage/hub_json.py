@@ -17,6 +17,7 @@ _OLD_NAMES = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
+"""Fields of `rope_parameters` to their names in `transformers` 4: most configs', and GPT-NeoX's."""
 _BOTH_KINDS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 """Where each kind of layer has positions of its own: the kind to Gemma 3's name in `transformers` 4."""
 
