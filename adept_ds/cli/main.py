@@ -42,6 +42,8 @@ COMMANDS = {
         "score": ("cli.score", "score samples that are there already, of any origin"),
         "compare": ("cli.compare", "two evaluations of the same problems, pair by pair"),
         "report": ("cli.report", "a page for one run, tables for many"),
+        "xray": ("cli.xray", "look into an adapter without data: dead units, moved tokens, the prompt"),
+        "card": ("cli.card", "write a model card beside an adapter, push both to the hub"),
         "analyse": ("cli.analysis", "the paper's analyses of trained adapters"),
         "export": ("cli.export", "write an adapter in the form that other programs load"),
         "import": ("tools.import_adapter", "convert an adapter that the authors of DePT or ADePT published"),

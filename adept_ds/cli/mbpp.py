@@ -31,7 +31,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         type=Path,
         metavar="FOLDER",
-        help="adapter, or fully tuned model, to evaluate (default: the backbone alone)",
+        help="adapter (hub id too), or fully tuned model, to evaluate (default: the backbone alone)",
     )
     parser.add_argument("--samples_only", action="store_true", help="do not score; `adept-ds score` does it later")
     parser.add_argument(

@@ -28,7 +28,7 @@ from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write, repository
 from adept_ds.rank_environment import forget_ranks
 from adept_ds.slurm import record, submission
-from adept_ds.slurm.checks import path_problems, run_problems, site_problems, slurm_problems
+from adept_ds.slurm.checks import path_problems, run_problems, site_problems, slurm_problems, unreadable_adapter
 from adept_ds.slurm.evaluations import Request
 from adept_ds.slurm.site import SITE_SECTION, add_site_flags, load_site, site_help
 from adept_ds.slurm.submission import Cluster, Job
@@ -59,7 +59,7 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `eval`."""
     parser.add_argument(
-        "--adapter", metavar="FOLDER", help="adapter or model to evaluate (default: the backbone alone)"
+        "--adapter", metavar="FOLDER", help="adapter (hub id too) or model to evaluate (default: the backbone alone)"
     )
     parser.add_argument("--out", metavar="FOLDER", help="where it goes (default: eval/METHOD or eval/base of the run)")
     parser.add_argument("--split", metavar="SPLIT", help="problems or examples that count (default: test)")
@@ -126,8 +126,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     flags, loaded, cluster = parse(arguments, "eval", add_eval_flags)
     run = loaded.run
     problems = [*path_problems(run, cluster.site.offline)]
-    if flags.adapter is not None and not Path(flags.adapter).is_dir():
-        problems.append(f"--adapter {flags.adapter}: no such folder")
+    if flags.adapter is not None:
+        problems += unreadable_adapter(f"--adapter {flags.adapter}", flags.adapter, cluster.site.offline)
     if submission.benchmark(run) != "mbpp" and (flags.k or flags.paper_scoring):
         raise UserError(f"--k and --paper-scoring are MBPP's; data.format is {run.data.format!r}")
     request = Request(

@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         type=Path,
         metavar="FOLDER",
-        help="adapter, or fully tuned model, to evaluate (default: the backbone alone)",
+        help="adapter (hub id too), or fully tuned model, to evaluate (default: the backbone alone)",
     )
     parser.add_argument("--task", nargs="+", metavar="TASK", help="tasks to evaluate (default: data.tasks)")
     parser.add_argument(

@@ -22,6 +22,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from adept_ds.backbone.hub import hub_adapter
 from adept_ds.config.command_line import parse_count, parse_flags
 from adept_ds.errors import UserError, did_you_mean_path
 
@@ -34,7 +35,7 @@ WIDE_ENOUGH = 80
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All arguments."""
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what the model reads (default: standard input)")
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter, or fully tuned model")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter (hub id too), or fully tuned model")
     parser.add_argument("--base", metavar="MODEL", help="its backbone (default: the one on record)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="precision (default: the run's)")
     form = parser.add_mutually_exclusive_group()
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     flags = parse_flags(arguments, PROGRAM, __doc__ or "", add_flags)
     if flags.adapter is None:
         raise UserError("--adapter FOLDER is needed, for example runs/my/best")
-    if not flags.adapter.is_dir():
+    if hub_adapter(flags.adapter) is None and not flags.adapter.is_dir():
         raise UserError(f"--adapter {flags.adapter}: no such folder{did_you_mean_path(str(flags.adapter))}")
     if flags.temperature is not None and flags.temperature <= 0:
         raise UserError(f"--temperature {flags.temperature}: expected more than 0; leave it out to decode greedily")

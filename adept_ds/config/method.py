@@ -62,9 +62,9 @@ class AdapterSettings(MethodSettings):
     """Base for methods that leave the backbone's weights as they are."""
 
     init_from: str | None = Field(default=None, min_length=1)
-    """Adapter folder whose values are the starting point: of the same method, settings of the same sizes, and the same
-    backbone, trained on a source task (SPoT; the paper's few-shot protocol). Training starts as initialised below if
-    not given."""
+    """Adapter folder (or hub id) whose values are the starting point: of the same method, settings of the same sizes,
+    and the same backbone, trained on a source task (SPoT; the paper's few-shot protocol). Training starts as
+    initialised below if not given."""
 
     @property
     def source_prompts(self) -> dict[str, str]:

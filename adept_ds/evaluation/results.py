@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
+from adept_ds.backbone.hub import ADAPTER_CONFIG_NAME, cached_adapter
 from adept_ds.config.base import validation_problems
 from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
@@ -32,8 +33,9 @@ EXAMPLE_METRICS = ("accuracy", "exact_match", "token_f1")
 
 
 def adapter_digest(folder: Path) -> str | None:
-    """Hash of the tensors of an adapter folder, as summaries have it; None if it is none. The tensors are not read."""
-    path = folder / "adapter_config.json"
+    """Hash of the tensors of an adapter folder, or of an adapter of the hub that is in the cache, as summaries have it;
+    None if it is none. The tensors are not read."""
+    path = (cached_adapter(folder) or folder) / ADAPTER_CONFIG_NAME
     return read_json(path).get("tensors_sha256") if path.is_file() else None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from adept_ds.backbone.hub import hub_adapter
 from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig, RunConfig
 from adept_ds.data.encode import encode_prompts
 from adept_ds.data.own import own_columns
@@ -47,7 +48,7 @@ def origin_of(result: Path, base: str | None) -> Origin:
     """Find the backbone of an adapter or a fully tuned model, and the run that trained it.
 
     Args:
-        result: An adapter or a model folder, such as a run's `best` or one of its checkpoints.
+        result: An adapter or a model folder, such as a run's `best` or one of its checkpoints; or an adapter's hub id.
         base: Hub id or folder of the backbone, in place of the one that is on record.
 
     Raises:
@@ -68,8 +69,8 @@ def origin_of(result: Path, base: str | None) -> Origin:
 
 
 def _run_of(result: Path) -> RunConfig | None:
-    """The run whose `best` or checkpoint this is."""
-    for folder in list(result.absolute().parents)[:2]:
+    """The run whose `best` or checkpoint this is; None for an adapter of the hub."""
+    for folder in () if hub_adapter(result) else list(result.absolute().parents)[:2]:
         path = folder / CONFIG_NAME
         if path.is_file() and "train" in (values := read_json(path)):
             try:

@@ -20,14 +20,14 @@ from torch import Tensor
 from adept_ds.backbone.table import OpenTable, row_scale
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods import Method, create_method
+from adept_ds.methods.base import load_values
 from adept_ds.methods.soft_prompt import PromptedEmbedding
-from adept_ds.storage.adapter_folder import Adapter, check_tensors
+from adept_ds.storage.adapter_folder import Adapter
 
 CHUNK = 4_096
 """Rows that are computed at once."""
 
 
-@torch.no_grad()
 def loaded_method(adapter: Adapter, opened: OpenTable) -> Method:
     """Return the adapter's method, in a backbone that has its input table alone.
 
@@ -36,10 +36,7 @@ def loaded_method(adapter: Adapter, opened: OpenTable) -> Method:
     """
     method = create_method(adapter.method)
     method.inject(opened.backbone, None, None)
-    values: dict[str, Tensor] = {**method.trained_parameters(), **method.constants()}
-    check_tensors(adapter.tensors, {name: tuple(value.shape) for name, value in values.items()})
-    for name, value in values.items():
-        value.copy_(adapter.tensors[name])
+    load_values(method, adapter.tensors)
     return method
 
 

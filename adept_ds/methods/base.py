@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from adept_ds.config.method import MethodConfig
-from adept_ds.storage.adapter_folder import Adapter
+from adept_ds.storage.adapter_folder import Adapter, check_tensors
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,16 @@ class MethodDefaults(Method):
     @override
     def reading(self, context: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+@torch.no_grad()
+def load_values(method: Method, values: Mapping[str, Tensor]) -> None:
+    """Copy the values of an adapter file by their names into an injected method. Parameters must not be sharded.
+
+    Raises:
+        UserError: A name is missing or unknown, or a shape is another one.
+    """
+    places: dict[str, Tensor] = {**method.trained_parameters(), **method.constants()}
+    check_tensors(values, {name: tuple(place.shape) for name, place in places.items()})
+    for name, place in places.items():
+        place.copy_(values[name])

@@ -14,6 +14,7 @@ Use, on a backbone as it is:
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,18 +27,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from adept_ds.backbone.frozen_linear import replace_frozen_linears
+from adept_ds.backbone.hub import push_folder
 from adept_ds.backbone.sharding import full_numel
 from adept_ds.config.method import AdapterSettings, FullConfig, MethodConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.methods import Method, create_method
+from adept_ds.methods.base import load_values
 from adept_ds.methods.soft_prompt import inserted
 from adept_ds.model.distillation import last_hidden_states, teacher_states
 from adept_ds.model.logits_tail import trace_tail
 from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
 from adept_ds.model.prompt_hiding import plain_ids, prompt_hidden
 from adept_ds.storage import adapter_folder, model_folder
+from adept_ds.storage.model_card import README_NAME, make_card, read_subject
 
 
 class AdaptedModel(nn.Module):
@@ -287,6 +291,28 @@ class AdaptedModel(nn.Module):
         values |= self.method.constants()
         adapter_folder.save_adapter(folder, self.method.config, values, self.backbone_facts, facts)
 
+    def push_to_hub(
+        self, repository: str, private: bool | None = None, revision: str | None = None, **facts: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes, and a model card, to a repository of the hub; return the commit's
+        address.
+
+        `adept-ds card --push` does it for the folder of a run, with the run's figures in the card.
+
+        Args:
+            repository: Its id on the hub; it is made if it is not there.
+            private: Whether a new repository is for its owner alone; as the owner has set it if None.
+            revision: Branch that the commit goes to.
+            **facts: As `save_pretrained`.
+
+        Raises:
+            UserError: The hub refuses it, or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **facts)
+            make_card(read_subject(Path(folder)), repository=repository).save(Path(folder) / README_NAME)
+            return push_folder(Path(folder), repository, private, revision=revision)
+
     def save_backbone(
         self,
         folder: Path,
@@ -300,36 +326,31 @@ class AdaptedModel(nn.Module):
         model_folder.save_model(folder, self.backbone, tokenizer, config, self.backbone_facts, facts, size, world)
 
     @classmethod
-    def from_pretrained(cls, backbone: PreTrainedModel, folder: str | Path, **changed: Any) -> AdaptedModel:
+    def from_pretrained(
+        cls, backbone: PreTrainedModel, source: str | Path, revision: str | None = None, **changed: Any
+    ) -> AdaptedModel:
         """Inject the method of a saved adapter into `backbone` and load its values: a model in evaluation mode.
 
         Args:
             backbone: The backbone it was trained on.
-            folder: The adapter folder.
+            source: The adapter folder, or the adapter's id on the hub.
+            revision: Branch, tag or commit on the hub.
             **changed: Settings of the method to use in place of the saved ones, such as `offset_in_evaluation=False`.
 
         Raises:
-            UserError: The folder holds no whole adapter, or one for another backbone.
+            UserError: There is no whole adapter, or it is one for another backbone.
             pydantic.ValidationError: The method has no such setting.
         """
-        adapter = adapter_folder.load_adapter(folder)
+        adapter = adapter_folder.load_adapter(source, revision)
         adapter_folder.check_backbone(adapter, adapter_folder.backbone_facts(backbone))
         settings = type(adapter.method).model_validate(adapter.method.model_dump() | changed)
         model = cls(backbone, create_method(settings), seed=None)
         model.load_trained(adapter.tensors)
         return model.eval()
 
-    @torch.no_grad()
-    def load_trained(self, values: dict[str, Tensor]) -> None:
-        """Copy the values of an adapter file by their names to their places. Parameters must not be sharded.
-
-        Raises:
-            UserError: A name is missing or unknown, or a shape is another one.
-        """
-        parameters: dict[str, Tensor] = {**self.trainable_parameters(), **self.method.constants()}
-        adapter_folder.check_tensors(values, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
-        for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+    def load_trained(self, values: Mapping[str, Tensor]) -> None:
+        """As `load_values` of `adept_ds.methods.base`."""
+        load_values(self.method, values)
 
 
 def decoder_inputs(backbone: Any, labels: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from adept_ds.reports.pages import png
 
 RAW, SMOOTH, EVALUATION = "#b8c4d6", "#1f4e8c", "#c2571a"
 GRADED = {"eval/pass@1": "pass@1 in %", "eval/task": "task metric in %"}
@@ -50,7 +51,7 @@ def learning_curve(metrics: Sequence[dict[str, Any]], title: str) -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("optimizer step")
     figure.align_ylabels(panels)
-    return _png(figure)
+    return png(figure)
 
 
 def compare_curves(curves: Sequence[tuple[str, Sequence[dict[str, Any]]]], title: str) -> bytes:
@@ -76,13 +77,7 @@ def compare_curves(curves: Sequence[tuple[str, Sequence[dict[str, Any]]]], title
         axes.spines[["top", "right"]].set_visible(False)
     lines = [Line2D([], [], color=f"C{number}") for number in range(len(labels))]
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_loss(panel: Axes, metrics: Sequence[dict[str, Any]]) -> None:

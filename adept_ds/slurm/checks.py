@@ -6,7 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from adept_ds.backbone.hub import TOKENIZER_CONFIG_NAME, is_local, is_tokenizer_here, missing_model_files
+from adept_ds.backbone.hub import (
+    TOKENIZER_CONFIG_NAME,
+    cached_adapter,
+    hub_adapter,
+    is_local,
+    is_tokenizer_here,
+    missing_model_files,
+)
 from adept_ds.config.base import parse_bytes
 from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.run import RunConfig
@@ -28,7 +35,7 @@ def run_problems(run: RunConfig, site: SiteConfig, nodes: int) -> list[str]:
         lambda: _check_run_folder(run),
     ]
     problems = [message for check in checks if (message := _message(check)) is not None]
-    unseen = [*path_problems(run, site.offline), *adapter_problems(run)]
+    unseen = [*path_problems(run, site.offline), *adapter_problems(run, site.offline)]
     if not (problems or unseen) and (message := _message(lambda: _check_memory(run, site, nodes))):
         problems.append(message)
     return problems + unseen
@@ -73,11 +80,20 @@ def path_problems(run: RunConfig, offline: bool) -> Iterator[str]:
                 yield f"the data set {name!r} is not in this machine's cache, and the nodes are offline; {PREFETCH}"
 
 
-def adapter_problems(run: RunConfig) -> Iterator[str]:
-    """Adapters that the training of a run starts from and that are not there."""
-    for key, folder in run.method.adapter_folders.items():
-        if not Path(folder).is_dir():
-            yield f"{key} is {folder!r}: no such folder{did_you_mean_path(folder)}"
+def adapter_problems(run: RunConfig, offline: bool) -> Iterator[str]:
+    """Adapters that the training of a run starts from and a job could not read. `offline` as in `path_problems`."""
+    for key, source in run.method.adapter_folders.items():
+        yield from unreadable_adapter(f"{key} is {source!r}", source, offline)
+
+
+def unreadable_adapter(named: str, source: str, offline: bool) -> Iterator[str]:
+    """What speaks against an adapter; `named` is how a message begins that is about it."""
+    if hub := hub_adapter(source):
+        if offline and cached_adapter(source) is None:
+            get = f"hf download {hub[0]}" + (f" --revision {hub[1]}" if hub[1] else "")
+            yield f"{named}: not in this machine's cache, and the nodes are offline; fetch it by `{get}`"
+    elif not Path(source).is_dir():
+        yield f"{named}: no such folder{did_you_mean_path(source)}"
 
 
 def slurm_problems(site: SiteConfig, jobs: Sequence[Job]) -> list[str]:

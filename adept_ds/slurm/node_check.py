@@ -113,7 +113,7 @@ def _version(package: str) -> str:
 def _source_problems(run: RunConfig) -> Iterator[str]:
     """Models, adapters and data of the config that this node cannot read."""
     yield from path_problems(run, is_offline_mode())
-    yield from adapter_problems(run)
+    yield from adapter_problems(run, is_offline_mode())
     for key, name in sources(run).items():
         if Path(name).exists() and not os.access(name, os.R_OK):
             yield f"{key} is {name!r}, which is not readable"

@@ -11,22 +11,28 @@ from contextlib import suppress
 
 from transformers import GenerationConfig
 
-from adept_ds.backbone.hub import is_local, missing_model_files
+from adept_ds.backbone.hub import cached_adapter, hub_adapter, is_local, missing_model_files
 from adept_ds.backbone.load import load_architecture, load_tokenizer, weight_files
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data.hub import hub_data_sets, is_dataset_cached
 from adept_ds.data.problems import load_examples
 from adept_ds.formats import FORMATS
+from adept_ds.storage.adapter_folder import load_adapter
 
 
 def prefetch(run: RunConfig) -> Iterator[str]:
-    """Fetch model, tokenizer and data, and say of each, once it is here, whether it was so before.
+    """Fetch model, tokenizer, data and adapters, and say of each, once it is here, whether it was so before.
 
     Raises:
         UserError: Something is neither here nor to be had from the hub.
     """
     yield from _fetch_model(run.model)
     yield from _fetch_data(run.data)
+    for source in run.method.adapter_folders.values():
+        if hub_adapter(source):
+            was_here = cached_adapter(source) is not None
+            load_adapter(source)
+            yield f"{source}: adapter, {_how(False, was_here)}"
 
 
 def _fetch_model(model: ModelConfig) -> Iterator[str]:

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adept_ds.backbone.hub import ADAPTER_CONFIG_NAME, fetch_files, hub_adapter
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import MethodConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write, write_json
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_CONFIG_NAME
 TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = "adept_ds/1"
 FINGERPRINT_ROWS = 64
@@ -100,13 +101,28 @@ def save_adapter(
     write_json(folder / CONFIG_NAME, config)
 
 
-def load_adapter(folder: str | Path) -> Adapter:
-    """Read an adapter folder.
+def adapter_path(source: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of an adapter: of a local one itself, of a hub id (`owner/name`, `owner/name@revision`) that in
+    the hub's cache, which is filled if need be.
 
     Raises:
-        UserError: A file is missing or damaged, or the two do not belong together; or as `check_finite`.
+        UserError: The hub has no such repository, or cannot be reached and the adapter is not in the cache.
     """
-    folder = Path(folder)
+    named = hub_adapter(source)
+    if named is None:
+        return Path(source)
+    name, tagged = named
+    return fetch_files(name, revision or tagged, (CONFIG_NAME, TENSORS_NAME))
+
+
+def load_adapter(source: str | Path, revision: str | None = None) -> Adapter:
+    """Read an adapter folder, or an adapter of the hub; see `adapter_path`.
+
+    Raises:
+        UserError: A file is missing or damaged, or the two do not belong together; or as `check_finite` and
+            `adapter_path`.
+    """
+    folder = adapter_path(source, revision)
     config_path, tensors_path = folder / CONFIG_NAME, folder / TENSORS_NAME
     for path in (config_path, tensors_path):
         if not path.is_file():
