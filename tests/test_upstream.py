@@ -83,6 +83,11 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.utils.hub.cached_file", LOAD, "path_or_repo_id, filename"),
         Use("transformers.utils.hub.cached_files", LOAD, "_raise_exceptions_for_missing_entries=, revision="),
         Use(
+            "transformers.utils.hub.cached_files",
+            "adept_ds/export/hub_folder.py",
+            "_raise_exceptions_for_missing_entries=, _raise_exceptions_for_connection_errors=, revision=",
+        ),
+        Use(
             "transformers.utils.hub.get_checkpoint_shard_files",
             LOAD,
             "pretrained_model_name_or_path, index_filename, revision=",

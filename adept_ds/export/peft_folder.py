@@ -97,9 +97,9 @@ def _prompt(adapter: Adapter, opened: OpenTable) -> tuple[peft.PeftConfig, Tenso
 
 
 def is_peft_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT's."""
+    """Whether a folder holds an adapter of a type that PEFT itself has."""
     path = folder / CONFIG_NAME
-    return path.is_file() and "peft_type" in read_json(path)
+    return path.is_file() and read_json(path).get("peft_type") in {kind.value for kind in peft.PeftType}
 
 
 def read_peft_folder(folder: Path, backbone: PreTrainedModel) -> tuple[MethodConfig, dict[str, Tensor]]:
