@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from adept_ds.config.method import FullConfig
 from adept_ds.config.run import ModelConfig
@@ -19,7 +19,7 @@ from adept_ds.model.adapted_model import get_adept_model
 from adept_ds.storage.adapter_folder import load_adapter
 from adept_ds.storage.model_folder import save_model
 from tests.conftest import WORLD
-from tests.models import VOCABULARY
+from tests.models import VOCABULARY, character_tokenizer
 from tests.tolerances import assert_equal_up_to_rounding
 
 Make = Callable[[str], PreTrainedModel]
@@ -78,6 +78,16 @@ def test_a_saved_model_loads_with_equal_logits(make_backbone: Make, tmp_path: Pa
     largest = max(parameter.nbytes for parameter in loaded.parameters())
     sizes = [sum(tensor.nbytes for tensor in load_file(tmp_path / file).values()) for file in files]
     assert max(sizes) <= max(size * 1e9, largest)
+
+
+def test_a_saved_model_has_the_names_that_older_readers_look_for(make_backbone: Make, tmp_path: Path):
+    model = get_adept_model(make_backbone("llama"), FullConfig())
+    model.save_backbone(tmp_path, character_tokenizer(), {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(tmp_path)("a b") == character_tokenizer()("a b")
 
 
 def test_a_saved_model_says_what_it_was_trained_from(make_backbone: Make, tmp_path: Path):

@@ -210,9 +210,10 @@ def _complete(
     )
     # In the place of the backbone's own, from which `generate` would fill in whatever is not given (a repetition
     # penalty, say): a score follows from the settings alone.
+    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
     with attribute_set(model.backbone, "generation_config", greedy):
         sequences = model.generate(
-            **{name: tensor.to(device) for name, tensor in batch.items()},
+            **inputs,
             logits_processor=_sampling(config, jobs),
             stopping_criteria=StoppingCriteriaList(criteria),
         )

@@ -162,5 +162,5 @@ class Attempt(PromptedMethod):
         return source.tensors | self.constants()
 
     @override
-    def reading(self, context: Tensor) -> AbstractContextManager[None]:
+    def reading(self, context: Tensor, prompts: Tensor) -> AbstractContextManager[None]:
         return attribute_set(self.embedding, "context", context)

@@ -73,11 +73,16 @@ class Method(Protocol):
         in the adapter file."""
 
     @abstractmethod
-    def reading(self, context: Tensor) -> AbstractContextManager[None]:
+    def prompt_mask(self, prompts: Tensor) -> Tensor:
+        """Which of the l prompt tokens of each row are there [B, l], 1 or 0, for the numbers of their prompts [B]."""
+
+    @abstractmethod
+    def reading(self, context: Tensor, prompts: Tensor) -> AbstractContextManager[None]:
         """Context in which the backbone reads a batch, or generates from it.
 
         Some methods make a prompt for each row from the row's own tokens. `context` [B, l + S] is true at the tokens
-        that it may depend on, and false at padding, at the prompt itself, and at what is to be predicted.
+        that it may depend on, and false at padding, at the prompt itself, and at what is to be predicted. `prompts` [B]
+        are the numbers of the rows' prompts.
         """
 
     @abstractmethod
@@ -108,7 +113,11 @@ class MethodDefaults(Method):
         return source.tensors
 
     @override
-    def reading(self, context: Tensor) -> AbstractContextManager[None]:
+    def prompt_mask(self, prompts: Tensor) -> Tensor:
+        return prompts.new_ones(len(prompts), self.num_virtual_tokens)
+
+    @override
+    def reading(self, context: Tensor, prompts: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
 
 

@@ -15,7 +15,7 @@ Use, on a backbone as it is:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -33,8 +33,9 @@ from adept_ds.config.method import AdapterSettings, FullConfig, MethodConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
-from adept_ds.methods import Method, create_method
+from adept_ds.methods import Method, Untuned, create_method
 from adept_ds.methods.base import load_values
+from adept_ds.methods.mixed import MixedAdapters
 from adept_ds.methods.soft_prompt import inserted
 from adept_ds.model.distillation import last_hidden_states, teacher_states
 from adept_ds.model.logits_tail import trace_tail
@@ -148,21 +149,60 @@ class AdaptedModel(nn.Module):
                 "tokenizer that of another model, or has it tokens that the model lacks?"
             )
         length = self.num_virtual_tokens
-        ids = self.vocabulary_size + torch.arange(length, device=input_ids.device)[None]
-        if prompts is not None:
-            ids = ids + length * prompts[:, None]
+        if prompts is None:
+            prompts = input_ids.new_zeros(input_ids.shape[0])
+        ids = self.vocabulary_size + torch.arange(length, device=input_ids.device) + length * prompts[:, None]
+        prompt_mask = self.method.prompt_mask(prompts) if length else ids
         first = attention_mask.argmax(1, keepdim=True)
-        return inserted(input_ids, ids, first), inserted(attention_mask, torch.ones_like(ids), first)
+        return inserted(input_ids, ids, first), inserted(attention_mask, prompt_mask, first)
 
-    def _row_prompts(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
+    def load_adapters(self, adapters: Mapping[str, str | Path]) -> None:
+        """Load adapters by name beside one another, for `adapter_names` of `forward` and `generate`.
+
+        The backbone must have no method of its own: `AdaptedModel(backbone, Untuned())`. Adapters that were loaded
+        before stay; one of the same name is replaced.
+
+        Raises:
+            UserError: An adapter is not whole, belongs to another backbone, or is of a method whose vectors depend on
+                more than the token; or the model has a method already.
+        """
+        if not isinstance(self.method, Untuned | MixedAdapters):
+            raise UserError(
+                "load_adapters: this model has a method of its own in it; expected AdaptedModel(backbone, Untuned())"
+            )
+        loaded = {name: adapter_folder.load_adapter(folder) for name, folder in adapters.items()}
+        for adapter in loaded.values():
+            adapter_folder.check_backbone(adapter, self.backbone_facts)
+        if isinstance(self.method, Untuned):
+            self.method = MixedAdapters()
+            self.method.inject(self.backbone, None, None)
+        self.method.add({name: (adapter, create_method(adapter.method)) for name, adapter in loaded.items()})
+
+    def _row_prompts(
+        self, input_ids: Tensor, task_ids: Tensor | None, adapter_names: Sequence[str | None] | None
+    ) -> Tensor:
         """Number of each row's prompt [B]."""
+        rows = input_ids.shape[0]
+        if isinstance(self.method, MixedAdapters):
+            if adapter_names is None or len(adapter_names) != rows:
+                raise UserError(
+                    f"adapter_names must say for each of {rows} rows which of {', '.join(self.method.names)} reads it, "
+                    "or None for none"
+                )
+            return self.method.numbers(adapter_names).to(input_ids.device)
+        if adapter_names is not None:
+            raise UserError("adapter_names go with load_adapters; this model has one adapter, or none")
         tasks = self.prompt_tasks if self._enabled else ()
         if tasks and task_ids is None:
             raise UserError(f"each of {', '.join(tasks)} has a prompt of its own: task_ids must say which a row's is")
-        return input_ids.new_zeros(input_ids.shape[0]) if not tasks or task_ids is None else task_ids
+        return input_ids.new_zeros(rows) if not tasks or task_ids is None else task_ids
 
     def _reading(
-        self, attention_mask: Tensor, context_mask: Tensor | None = None, labels: Tensor | None = None
+        self,
+        attention_mask: Tensor,
+        prompts: Tensor,
+        context_mask: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Tell the method which tokens its prompt may depend on; masks and labels are those without the prompt."""
         context = attention_mask.bool()
@@ -171,7 +211,7 @@ class AdaptedModel(nn.Module):
         elif labels is not None and not self.is_encoder_decoder:
             context = context & (labels == IGNORE_INDEX).cumprod(1).bool()
         outside = context.new_zeros(1, self.num_virtual_tokens)
-        return self.method.reading(inserted(context, outside, attention_mask.argmax(1, keepdim=True)))
+        return self.method.reading(inserted(context, outside, attention_mask.argmax(1, keepdim=True)), prompts)
 
     def forward(
         self,
@@ -181,6 +221,7 @@ class AdaptedModel(nn.Module):
         reduction: str = "mean",
         task_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """Run the backbone on prompt and tokens.
@@ -194,6 +235,7 @@ class AdaptedModel(nn.Module):
             task_ids: Number in `prompt_tasks` of each row's task [B]; needed if there are any, and else not looked at.
             context_mask: 1 for the tokens that a soft prompt made for its row may depend on [B, S]. If not given, in a
                 causal model those before the first label, and elsewhere all.
+            adapter_names: Of those of `load_adapters`, the one that each row is read with; None for none.
             **kwargs: Handed to the backbone.
 
         Returns:
@@ -208,14 +250,14 @@ class AdaptedModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         _refuse_embeddings(kwargs)
-        prompts = self._row_prompts(input_ids, task_ids)
+        prompts = self._row_prompts(input_ids, task_ids, adapter_names)
         ids, mask = self.add_prompt(input_ids, attention_mask, prompts)
         if not self.is_encoder_decoder:
             # Models with absolute positions must not count left padding.
             kwargs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0))
         kwargs["attention_mask"] = mask
         if labels is None:
-            with self._reading(attention_mask, context_mask):
+            with self._reading(attention_mask, prompts, context_mask):
                 return self.backbone(input_ids=ids, **kwargs)
         if self.is_encoder_decoder:
             targets = labels
@@ -231,7 +273,7 @@ class AdaptedModel(nn.Module):
         head = self.backbone.get_output_embeddings()
         states: AbstractContextManager[list[Tensor]] = last_hidden_states(self.backbone) if teacher else nullcontext([])
         with (
-            self._reading(attention_mask, context_mask, labels),
+            self._reading(attention_mask, prompts, context_mask, labels),
             head.summing(targets, teacher.soft_targets() if teacher else None),
             states as hidden,
         ):
@@ -255,13 +297,14 @@ class AdaptedModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         task_ids: Tensor | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """`transformers` generation on the adapted model; every generated token gets its offset too.
 
-        Takes plain ids [B, S] (left-padded for causal models), `task_ids` as `forward`, and any argument of the
-        backbone's `generate`; returns the sequences that it would: for causal models what was read and generated,
-        without the prompt.
+        Takes plain ids [B, S] (left-padded for causal models), `task_ids` and `adapter_names` as `forward`, and any
+        argument of the backbone's `generate`; returns the sequences that it would: for causal models what was read and
+        generated, without the prompt.
 
         Raises:
             UserError: `inputs_embeds` are given, which would be read in the ids' place, without prompt and offsets.
@@ -269,9 +312,10 @@ class AdaptedModel(nn.Module):
         _refuse_embeddings(kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        ids, mask = self.add_prompt(input_ids, attention_mask, self._row_prompts(input_ids, task_ids))
+        prompts = self._row_prompts(input_ids, task_ids, adapter_names)
+        ids, mask = self.add_prompt(input_ids, attention_mask, prompts)
         columns = 0 if self.is_encoder_decoder else self.num_virtual_tokens
-        with prompt_hidden(self.backbone, self.vocabulary_size, columns), self._reading(attention_mask):
+        with prompt_hidden(self.backbone, self.vocabulary_size, columns), self._reading(attention_mask, prompts):
             output = self.backbone.generate(input_ids=ids, attention_mask=mask, **kwargs)
         if isinstance(output, Tensor):
             return plain_ids(output, self.vocabulary_size)

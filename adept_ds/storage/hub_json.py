@@ -7,8 +7,11 @@ which they refuse. So both forms stand in the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from adept_ds.files import read_json, write_json
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 _OF_THIS_LOAD = ("backend", "is_local", "local_files_only", "tokenizer_file", "auto_map", "name_or_path")
@@ -55,3 +58,8 @@ def readable_tokenizer_config(config: Mapping[str, Any], input_names: list[str])
         "tokenizer_class": TOKENIZER_CLASS,
         "model_input_names": values.get("model_input_names", input_names),
     }
+
+
+def make_readable(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the values of a JSON file that `transformers` has written."""
+    write_json(path, change(read_json(path)))

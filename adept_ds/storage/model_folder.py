@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from adept_ds.backbone.sharding import full_numel, gathered
 from adept_ds.config.method import MethodConfig
 from adept_ds.distributed import World, on_main_rank
 from adept_ds.files import usual_mode, write_json
+from adept_ds.storage.hub_json import make_readable, readable_config, readable_tokenizer_config
 
 TRAINING_NAME = "training.json"
 
@@ -82,11 +84,15 @@ def save_model(
         config.dtype = str(backbone.dtype).removeprefix("torch.")
         config.architectures = [type(backbone).__name__]
         config.save_pretrained(folder)
+        make_readable(folder / CONFIG_NAME, readable_config)
         if backbone.can_generate():
             # `save_pretrained` of it refuses contradictions that published models have.
             backbone.generation_config.to_json_file(folder / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            if (folder / "tokenizer.json").is_file():
+                names = list(tokenizer.model_input_names)
+                make_readable(folder / TOKENIZER_CONFIG_FILE, partial(readable_tokenizer_config, input_names=names))
         if plan.is_sharded:
             write_json(
                 folder / SAFE_WEIGHTS_INDEX_NAME,
