@@ -216,6 +216,8 @@ def score_to_folder(
     counts = f"{score.problems} problems, {score.samples} samples, {score.unique_samples} of them unique"
     for k, estimate in score.pass_at_k.items():
         print(f"{out.name}: pass@{k} {_percent(estimate)} ({counts})")
+    for k, estimate in score.base_pass_at_k.items():
+        print(f"{out.name}: by the base tests alone pass@{k} {_percent(estimate)}")
     if score.in_process_passed:
         apart = ", ".join(f"pass@{k} {_percent(estimate)}" for k, estimate in score.pass_at_k_apart.items())
         print(

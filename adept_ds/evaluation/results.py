@@ -26,7 +26,7 @@ GENERATION_NAME = "generation.json"
 RESULTS_NAME = "results.jsonl"
 PREDICTIONS_NAME = "predictions.jsonl"
 SUMMARY_NAME = "summary.json"
-PASS_AT_1 = "pass@1"
+PASS_AT_1, BASE_PASS_AT_1 = "pass@1", "base_pass@1"
 EXAMPLE_METRICS = ("accuracy", "exact_match", "token_f1")
 """Metrics of tasks that are the mean of a score of every example."""
 
@@ -174,6 +174,8 @@ class ProgramEvaluation(EvaluationFolder):
     """An evaluation by running programs."""
 
     pass_at_1: Figure = Field(validation_alias=PASS_AT_1)
+    base_pass_at_1: Figure | None = Field(default=None, validation_alias=BASE_PASS_AT_1)
+    """By the original benchmark's tests alone, where the problems have further ones."""
     examples: int = Field(validation_alias="problems")
     """Number of problems."""
     samples: int
@@ -192,7 +194,7 @@ class ProgramEvaluation(EvaluationFolder):
     @property
     def figures(self) -> dict[str, Figure]:
         """By metric."""
-        return {PASS_AT_1: self.pass_at_1}
+        return {PASS_AT_1: self.pass_at_1} | ({BASE_PASS_AT_1: self.base_pass_at_1} if self.base_pass_at_1 else {})
 
     def example_metric(self, k: int = 1) -> str | None:
         """Return the metric by which two evaluations are compared."""
