@@ -149,6 +149,13 @@ def test_a_damaged_problem_is_refused_by_file_and_field(fields: dict[str, Any], 
         ("def in_order(xs): return in_order", "Mbpp/1003: .* a value of type function"),
         ("import sys; sys.exit()", "Mbpp/1003: .* raised SystemExit"),
         ("import os\ndef in_order(xs): os._exit(0)", "Mbpp/1003: .* no answer"),
+        (
+            'import os, struct\nforged = b\'{"value": ["np", 1, 2]}\'\n'
+            "def in_order(xs):\n    for fd in range(3, 1024):\n"
+            "        try: os.write(fd, struct.pack('!I', len(forged)) + forged)\n"
+            "        except OSError: pass\n    return xs",
+            "Mbpp/1003: canonical_solution returned what is no value",
+        ),
     ],
 )
 def test_a_reference_that_gives_no_outputs_is_told(

@@ -245,6 +245,20 @@ def test_versions_and_processor_are_told_where_they_differ(place: Path, again: R
     assert "note: was decoded on abacus, here it is" in said
 
 
+def test_a_folder_cannot_ask_for_programs_without_protection(place: Path, again: Replay, tmp_path: Path) -> None:
+    scoring = json.loads((place / "programs/summary.json").read_text())["scoring"]
+    unprotected = {"tier": "none"}
+    change(
+        place / "programs/summary.json",
+        scoring={**scoring, "sandbox": {**scoring["sandbox"], "isolation": "none"}},
+        isolation=unprotected,
+    )
+    status, said = again(place / "programs", "--rescore")
+    assert status == 0
+    assert "was scored in another isolation (none), here it is " in said
+    assert "here it is none" not in said
+
+
 def test_samples_of_another_origin_are_rescored(tmp_path: Path, again: Replay) -> None:
     problem = {"task_id": 1, "text": "Add.", "code": "def f(x): return x + 1", "test_list": ["assert f(1) == 2"]}
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")

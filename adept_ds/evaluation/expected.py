@@ -5,6 +5,7 @@ What it returned is kept as data in a folder of the user's, under a hash of refe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -65,6 +66,8 @@ def judging_of(problems: Iterable[Problem], sandbox: Sandbox, cache: str | None)
             mistakes.append(f"{problem.task_id}: canonical_solution on {where}: {reason.why}")
         except UserError as error:
             mistakes.append(f"{problem.task_id}: canonical_solution returned {error}")
+        except (ValueError, RecursionError) as error:  # what `decode` raises for forms that are none
+            mistakes.append(f"{problem.task_id}: canonical_solution returned what is no value ({error})")
     if mistakes:
         more = f" and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
         raise UserError(f"no expected outputs could be made: {'; '.join(mistakes[:10])}{more}")
@@ -87,7 +90,7 @@ def _values(cases: Cases, sandbox: Sandbox, folder: Path) -> Values:
     made_of = [_FORMAT, cases.reference, cases.expressions, platform.python_version(), sandbox.isolation["packages"]]
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     path = folder / digest[:2] / f"{digest}.json"
-    if path.is_file():
+    with contextlib.suppress(UserError, TypeError):  # not there, or damaged
         return Values(**read_json(path))
     limits = sandbox.limits
     more = max(1.0, _MOST_SECONDS / limits.cpu_seconds)

@@ -334,7 +334,7 @@ class _Programs(_Results):
         found.note_machine(scoring, "was scored", cpu_name())
         samples = read_samples(self._samples_path, [problem.task_id for problem in problems]).samples
         # Without the verdicts of before; and a folder may not say that its programs are to run unprotected.
-        sandbox = SandboxConfig.model_validate({**scoring["sandbox"], **{"cache": None, "isolation": "auto"}})
+        sandbox = SandboxConfig.model_validate({**scoring["sandbox"], "cache": None, "isolation": "auto"})
         score = score_samples(problems, samples, sandbox, scoring["k"])
         figures = figures_of(score)
         if scoring["paper_scoring"]:
