@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from adept_ds.cli import replay, score
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import RunConfig
+from adept_ds.errors import UserError
 from adept_ds.evaluation.mbpp import evaluate
 from adept_ds.evaluation.text2text import evaluate_tasks
 from adept_ds.formats.registry import bundled_problems
@@ -117,13 +118,15 @@ def test_results_come_to_the_same(place: Path, again: Replay) -> None:
     assert "rte: same: decoded 4 texts: all the same" in said
 
 
-def test_what_comes_out_is_written_elsewhere_on_request(place: Path, again: Replay, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_what_comes_out_is_written_elsewhere_on_request(place: Path, again: Replay) -> None:
+    out = place / "out"
     assert again(place / "programs", "--out", str(out))[0] == 0
     assert json.loads((out / "replay.json").read_text())["is_same"] is True
     decoded = [json.loads(line) for line in (out / "decoded.jsonl").read_text().splitlines()]
     assert decoded == [json.loads(line) for line in (place / "programs/samples.jsonl").read_text().splitlines()]
     assert len((out / "results.jsonl").read_text().splitlines()) == 10
+    with pytest.raises(UserError, match="lies in the folder that is replayed"):
+        replay.main([str(place), "--out", str(out)])
 
 
 def test_a_changed_sample_is_named(place: Path, again: Replay) -> None:
@@ -176,6 +179,11 @@ def test_the_same_adapter_and_model_may_lie_elsewhere(place: Path, made: Path, t
     flags = ("--redecode", "--adapter", str(place / "moved"), "--model", str(place / "model"))
     status, said = again(place / "answers", *flags)
     assert (status, "decoded 4 texts: all the same" in said) == (0, True), said
+
+
+def test_a_whole_model_in_the_place_of_an_adapter_is_named(place: Path, tiny_llama: Path, again: Replay) -> None:
+    status, said = again(place / "answers", "--redecode", "--adapter", str(tiny_llama))
+    assert (status, f"CHANGED: adapter {tiny_llama}: was" in said) == (1, True)
 
 
 def test_another_backbone_is_named(place: Path, tiny_llama: Path, again: Replay) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -148,8 +149,8 @@ def replay(
     if not places:
         unscored = "; its samples are not scored yet" if (folder / GENERATION_NAME).is_file() else ""
         raise UserError(f"{folder}: holds no {SUMMARY_NAME} of an evaluation{unscored}")
-    if out is not None and out.resolve() == folder.resolve():
-        raise UserError(f"--out {out} is the folder that is replayed; expected another one")
+    if out is not None and out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {out} lies in the folder that is replayed, which stays as it is; expected another one")
     all_findings = []
     for place in places:
         summary = read_json(place / SUMMARY_NAME)
@@ -165,36 +166,36 @@ def replay(
     return all_findings
 
 
-class _Results:
+class _Results(ABC):
     """The results in one folder."""
 
     def __init__(self, folder: Path, summary: dict[str, Any], out: Path | None) -> None:
         self.folder, self.summary, self.out = folder, summary, out
         self.findings = Findings(str(folder))
 
+    @abstractmethod
     def rescore(self) -> None:
         """Score the stored texts again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored_texts(self) -> list[Text]:
         """The texts in the folder; changes of their file are found."""
-        raise NotImplementedError
 
+    @abstractmethod
     def examples(self, run: RunConfig) -> Sequence[Example]:
         """What the texts were written for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decoding(self, run: RunConfig, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
         """How they were decoded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_examples(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
         """Find changes of the examples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def protocol(self, run: RunConfig) -> dict[str, Any]:
         """What the summary says of the protocol, by the settings."""
-        raise NotImplementedError
 
     def redecode(self, adapter: Path | None, model: str | None, is_asked: bool) -> None:
         """Decode again and compare; what is missing for it is a change only if this `is_asked` for."""
@@ -221,9 +222,10 @@ class _Results:
         if found.blocks("decoded") or run is None:
             return
         world = init_world()
-        loaded = tuned.load(world)
-        table = "embedding_fingerprint"
-        found.compare("embedding table", self.summary["backbone"][table], loaded.backbone_facts[table])
+        with found.told("backbone"):
+            loaded = tuned.load(world)
+            table = "embedding_fingerprint"
+            found.compare("embedding table", self.summary["backbone"][table], loaded.backbone_facts[table])
         if found.blocks("decoded"):
             return
         found.note_machine(self.summary, "was decoded", processor())
@@ -272,11 +274,13 @@ class _Results:
         return run.model_copy(update={"model": run.model.model_copy(update=place)}) if model else run
 
     def _check_adapter(self, adapter: Path | None) -> None:
-        if adapter is None or is_model_folder(adapter):
+        if adapter is None:
             return
-        loaded = load_adapter(adapter)
-        self.findings.compare(f"adapter {adapter}", self.summary["adapter_sha256"], loaded.facts["tensors_sha256"])
-        self.findings.compare(f"method of {adapter}", self.summary["method"], loaded.method.model_dump(mode="json"))
+        loaded = None if is_model_folder(adapter) else load_adapter(adapter)  # a whole model is told by its weights
+        digest = loaded.facts["tensors_sha256"] if loaded else None
+        self.findings.compare(f"adapter {adapter}", self.summary["adapter_sha256"], digest)
+        if loaded:
+            self.findings.compare(f"method of {adapter}", self.summary["method"], loaded.method.model_dump(mode="json"))
 
     def _compare_texts(self, before: Sequence[Text], now: Sequence[Text]) -> None:
         if self.out is not None:
