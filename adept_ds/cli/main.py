@@ -40,6 +40,7 @@ COMMANDS = {
         "eval": ("cli.mbpp", "write programs for MBPP or HumanEval, run them, report pass@k"),
         "text2text": ("cli.text2text", "answer text-to-text tasks, report their metrics"),
         "score": ("cli.score", "score samples that are there already, of any origin"),
+        "replay": ("cli.replay", "make results again from their receipts: do they come to the same?"),
         "compare": ("cli.compare", "two evaluations of the same problems, pair by pair"),
         "report": ("cli.report", "a page for one run, tables for many"),
         "xray": ("cli.xray", "look into an adapter without data: dead units, moved tokens, the prompt"),

@@ -10,10 +10,9 @@ The first two are written where the model is; the others are made of them there,
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ from adept_ds.data.problems import load_problems, read_problems
 from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
-from adept_ds.evaluation.results import GENERATION_NAME, SUMMARY_NAME, program_protocol
+from adept_ds.evaluation.receipts import file_digest, problems_digest, scoring_receipt
+from adept_ds.evaluation.results import GENERATION_NAME, SAMPLES_NAME, SUMMARY_NAME, program_protocol
 from adept_ds.evaluation.scoring import Score, score_samples, write_score
 from adept_ds.evaluation.statistics import Estimate
 from adept_ds.evaluation.tuned import open_tuned, request_facts, tuned_facts
 from adept_ds.files import atomic_write, read_json, write_json
 from adept_ds.formats import Problem, Sample, names_with_tests, read_samples, repair_indentation
 from adept_ds.rank_environment import is_main_rank
-
-SAMPLES_NAME = "samples.jsonl"
 
 
 def evaluate(
@@ -67,7 +65,7 @@ def evaluate(
         "facts": {
             "name": out.name,
             **request_facts(run, adapter),
-            "problems_sha256": _digest(problems),
+            "problems_sha256": problems_digest(problems),
             "protocol": program_protocol(run, split),
         },
         "data": run.data.model_dump(mode="json"),
@@ -92,9 +90,8 @@ def evaluate(
         with atomic_write(samples_path) as file:
             lines = ({"task_id": sample.task_id, "completion": sample.completion} for sample in samples)
             file.writelines(json.dumps(line) + "\n" for line in lines)
-        digest = hashlib.sha256(samples_path.read_bytes()).hexdigest()
         facts = {**request["facts"], **tuned_facts(run, model, adapter), "truncated_prompts": truncated}
-        facts["samples_sha256"] = digest
+        facts["samples_sha256"] = file_digest(samples_path)
         write_json(out / GENERATION_NAME, {**request, "facts": facts})
         if not samples_only:
             score_generation(out)
@@ -124,11 +121,11 @@ def score_generation(
         )
     stored = read_json(path)
     facts, samples_path = stored["facts"], out / SAMPLES_NAME
-    if hashlib.sha256(samples_path.read_bytes()).hexdigest() != facts["samples_sha256"]:
+    if file_digest(samples_path) != facts["samples_sha256"]:
         raise UserError(f"{samples_path} has changed since {path} was written; score it by --samples {samples_path}")
     problems = load_problems(DataConfig.model_validate(stored["data"]), facts["protocol"]["split"])
     problems = problems[: stored["max_examples"]]
-    if _digest(problems) != facts["problems_sha256"]:
+    if problems_digest(problems) != facts["problems_sha256"]:
         raise UserError(f"the problems of {facts['protocol']['path']} are not those that {samples_path} was made for")
     samples = read_samples(samples_path, [problem.task_id for problem in problems]).samples
     ks = ks or stored["k"]
@@ -179,23 +176,27 @@ def score_file(
     Raises:
         UserError: A file cannot be read, or a sample belongs to no problem.
     """
-    if split is None:
-        problems = read_problems(problems_path, problem_format)
-    elif problem_format in names_with_tests():
-        problems = load_problems(DataConfig.model_validate({"format": problem_format, "path": problems_path}), split)
-    else:
-        raise UserError(f"--split {split} needs --problem_format, one of {', '.join(names_with_tests())}")
+    problems = problems_of_file(problems_path, problem_format, split)
     read = read_samples(samples_path, [problem.task_id for problem in problems])
     print(read.understood)
     facts = {
         "name": out.name,
         "adapter": None,
-        "samples": str(samples_path),
-        "samples_sha256": hashlib.sha256(samples_path.read_bytes()).hexdigest(),
-        "problems_sha256": _digest(problems),
+        "samples_path": str(samples_path),
+        "samples_sha256": file_digest(samples_path),
+        "problems_sha256": problems_digest(problems),
         "protocol": {"path": problems_path or "bundled", "format": problem_format, "split": split},
     }
     score_to_folder(problems, read.samples, sandbox, out, ks, paper, facts)
+
+
+def problems_of_file(path: str | None, problem_format: str | None, split: str | None) -> list[Problem]:
+    """The problems that samples of any origin are of; see `score_file`. UserError as there."""
+    if split is None:
+        return read_problems(path, problem_format)
+    if problem_format in names_with_tests():
+        return load_problems(DataConfig.model_validate({"format": problem_format, "path": path}), split)
+    raise UserError(f"--split {split} needs --problem_format, one of {', '.join(names_with_tests())}")
 
 
 def score_to_folder(
@@ -210,12 +211,13 @@ def score_to_folder(
     """Score, write `results.jsonl` and `summary.json`, and print the figures."""
     score = score_samples(problems, samples, sandbox, ks)
     if paper:
-        repaired = score_samples(problems, samples, sandbox, ks, _repaired)
-        facts = {**facts, "paper": _paper_figures(score, repaired)}
-    write_score(out, score, facts)
+        facts = {**facts, "paper": paper_figures(problems, samples, sandbox, ks, score)}
+    write_score(out, score, {**facts, "scoring": scoring_receipt(sandbox, ks, paper)})
     counts = f"{score.problems} problems, {score.samples} samples, {score.unique_samples} of them unique"
     for k, estimate in score.pass_at_k.items():
         print(f"{out.name}: pass@{k} {_percent(estimate)} ({counts})")
+    for k, estimate in score.base_pass_at_k.items():
+        print(f"{out.name}: by the base tests alone pass@{k} {_percent(estimate)}")
     if score.in_process_passed:
         apart = ", ".join(f"pass@{k} {_percent(estimate)}" for k, estimate in score.pass_at_k_apart.items())
         print(
@@ -230,20 +232,17 @@ def score_to_folder(
         print(f"{out.name}: {len(score.missing)} problems have no sample and count as failed: {score.missing[:5]} ...")
 
 
-def _digest(problems: Sequence[Problem]) -> str:
-    """sha256 of the problems with their prompts and tests, by which two scores can be seen to be of the same ones."""
-    text = json.dumps([asdict(problem) for problem in problems], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _repaired(problem: Problem, sample: Sample) -> Sample:
     if sample.is_program or not problem.continues_prompt:
         return sample
     return replace(sample, completion=repair_indentation(problem.prompt, sample.completion))
 
 
-def _paper_figures(cut: Score, repaired: Score) -> dict[str, float]:
-    """The paper's figure: the mean over the two post-processings of the same samples."""
+def paper_figures(
+    problems: Sequence[Problem], samples: Sequence[Sample], sandbox: SandboxConfig, ks: Sequence[int], cut: Score
+) -> dict[str, float]:
+    """The paper's figure: the mean over two post-processings of the same samples, the first of which gave `cut`."""
+    repaired = score_samples(problems, samples, sandbox, ks, _repaired)
     first, second = cut.pass_at_k[1].mean, repaired.pass_at_k[1].mean
     return {"cut": first, "repaired": second, "average": (first + second) / 2}
 

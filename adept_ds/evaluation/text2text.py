@@ -6,7 +6,6 @@ OUT/TASK/summary.json        the task's metrics with intervals, and what they we
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from adept_ds.data.tasks import Part, Task, TaskExamples, cut_references, load_t
 from adept_ds.distributed import World, init_world, on_main_rank
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.receipts import examples_digest, file_digest
 from adept_ds.evaluation.results import PREDICTIONS_NAME, SUMMARY_NAME, task_protocol
 from adept_ds.evaluation.tuned import open_tuned, tuned_facts
 from adept_ds.files import atomic_write, write_json
@@ -43,7 +43,7 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
     Raises:
         UserError: The adapter does not belong to the backbone, or a task or its data is not there.
     """
-    examples = [_examples(run, name, part) for name in run.data.tasks]
+    examples = [examples_of(run, name, part) for name in run.data.tasks]
     tuned = open_tuned(run.model, adapter)
     tokenizer = tuned.tokenizer
     decodings = [greedy(of_task[0].task, tokenizer, run) for of_task in examples]
@@ -59,7 +59,7 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
         samples = generate_samples(model, tokenizer, of_task, decoding, run.data, world)
         generated = [sample.completion for sample in samples]
         protocol = {**task_protocol(run, task.name, part), "max_new_tokens": decoding.max_new_tokens}
-        about = {**facts, "protocol": protocol, "truncated_prompts": cut}
+        about = {**facts, "protocol": protocol, "max_examples": run.eval.max_examples, "truncated_prompts": cut}
         on_main_rank(partial(score_to_folder, of_task, generated, tokenizer, out / task.name, about), world)
 
 
@@ -131,7 +131,8 @@ def score_to_folder(
     metrics = evaluate_with_intervals(task, generated, references)
     summary = {
         **facts,
-        "predictions_sha256": hashlib.sha256(predictions_path.read_bytes()).hexdigest(),
+        "predictions_sha256": file_digest(predictions_path),
+        "examples_sha256": examples_digest([(one.task_id, one.prompt) for one in examples], references),
         "examples": len(examples),
         "invalid": count_invalid(task, generated),
         "reported": task.metrics[0],
@@ -145,7 +146,8 @@ def score_to_folder(
         )
 
 
-def _examples(run: RunConfig, name: str, part: Part) -> TaskExamples:
+def examples_of(run: RunConfig, name: str, part: Part) -> TaskExamples:
+    """The examples of a task that an evaluation is of. UserError if there are none."""
     data = DataConfig.model_validate({**run.data.model_dump(), "tasks": (name,)})
     examples = load_task_examples(data, part)[: run.eval.max_examples]
     if not examples:

@@ -15,6 +15,7 @@ from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data.encode import encode_prompts
 from adept_ds.data.fit import check_prompts, fit_padding
 from adept_ds.distributed import World
+from adept_ds.evaluation.receipts import decoding_receipt
 from adept_ds.formats import Example
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel
@@ -71,15 +72,19 @@ def open_tuned(config: ModelConfig, result: Path | None) -> Tuned:
     Raises:
         UserError: The adapter is damaged, or there is no such backbone.
     """
-    adapter = None
-    if result and is_model_folder(result):
-        config = config.model_copy(update={"name_or_path": str(result), "revision": None})
-    elif result:
-        adapter = load_adapter(result)
+    adapter = load_adapter(result) if result and not is_model_folder(result) else None
+    config = place_of_weights(config, result)
     tokenizer, architecture = load_tokenizer(config), load_architecture(config)
     if (note := fit_padding(tokenizer, architecture)) and is_main_rank():
         print(note)
     return Tuned(config, adapter, tokenizer, architecture)
+
+
+def place_of_weights(config: ModelConfig, result: Path | None) -> ModelConfig:
+    """Where a result's weights are, beside those of its adapter: with a fully tuned model, `result` itself."""
+    if result and is_model_folder(result):
+        return config.model_copy(update={"name_or_path": str(result), "revision": None})
+    return config
 
 
 def load_tuned(config: ModelConfig, result: Path | None, world: World) -> tuple[AdaptedModel, PreTrainedTokenizerBase]:
@@ -108,4 +113,5 @@ def tuned_facts(run: RunConfig, model: AdaptedModel, result: Path | None) -> dic
         **request_facts(run, result),
         "method": model.method.config.model_dump(mode="json") if model.method.config else None,
         "backbone": model.backbone_facts,
+        **decoding_receipt(run, place_of_weights(run.model, result)),
     }

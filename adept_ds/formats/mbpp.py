@@ -1,4 +1,4 @@
-"""The two forms of an MBPP problem, and the prompts made of them.
+"""The two forms of an MBPP problem, and the prompts made of them; EvalPlus's form is in `evalplus.py`.
 
 - Original form: a task in words, a whole program, three asserts (`task_id`, `text`, `code`, `test_list`).
 - HumanEval form (MBXP, HumanEval): a signature and docstring to be continued, the body, and `check(candidate)`
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adept_ds.errors import UserError
+from adept_ds.formats.evalplus import EVALPLUS_FIELDS, PlusRecord, is_plus, parse_plus_record
 from adept_ds.formats.rows import Row
 from adept_ds.formats.tested import check_tests
 from adept_ds.sandbox import Tests
@@ -67,7 +68,7 @@ class HumanEvalRecord:
         )
 
 
-Record = MbppRecord | HumanEvalRecord
+Record = MbppRecord | HumanEvalRecord | PlusRecord
 
 MBPP_FIELDS = ("task_id", "text", "code", "test_list")
 HUMANEVAL_FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
@@ -76,22 +77,25 @@ BEFORE_TESTS = "Your code should pass these tests:"
 
 
 def parse_record(row: Row) -> Record:
-    """Read one record of either form, told apart by its fields.
+    """Read one record of either form, or of EvalPlus's, told apart by its fields.
 
     UserError on missing, mistyped and empty fields, and on tests that test nothing.
     """
+    if is_plus(row):
+        return parse_plus_record(row)
     record = _parse_fields(row)
     check_tests(record.tests, row.where)
     return record
 
 
-def _parse_fields(row: Row) -> Record:
+def _parse_fields(row: Row) -> MbppRecord | HumanEvalRecord:
     of_mbpp, of_humaneval = (sum(name in row.values for name in fields) for fields in (MBPP_FIELDS, HUMANEVAL_FIELDS))
     split = row.get("split", str) if "split" in row.values else None
     if max(of_mbpp, of_humaneval) <= 1:
         raise UserError(
-            f"{row.where}: not a problem; expected the fields {', '.join(MBPP_FIELDS)} (MBPP) or "
-            f"{', '.join(HUMANEVAL_FIELDS)} (MBXP, HumanEval), found {', '.join(row.values)}"
+            f"{row.where}: not a problem; expected the fields {', '.join(MBPP_FIELDS)} (MBPP), "
+            f"{', '.join(HUMANEVAL_FIELDS)} (MBXP, HumanEval) or {', '.join(EVALPLUS_FIELDS)} (EvalPlus), found "
+            f"{', '.join(row.values)}"
         )
     if of_humaneval > of_mbpp:
         prompt, solution, test, entry_point = (row.get_text(name) for name in HUMANEVAL_FIELDS[1:])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adept_ds.errors import UserError
+from adept_ds.formats.evalplus import HumanEvalPlusRecord, MbppPlusRecord, PlusRecord
 from adept_ds.formats.mbpp import (
     HumanEvalRecord,
     MbppRecord,
@@ -44,19 +45,35 @@ class ProblemForm:
             self.target(record),
             chat=self.chat,
             tests=record.tests,
-            continues_prompt=self.record is HumanEvalRecord,
+            continues_prompt=self.record is not MbppRecord,
             stop=self.stop,
+            cases=record.cases if isinstance(record, PlusRecord) else None,
         )
 
     def _own_record(self, record: Record) -> Record:
         if isinstance(record, self.record):
             return record
-        if isinstance(record, MbppRecord):
+        if isinstance(record, MbppRecord) and self.record is HumanEvalRecord:
             return to_humaneval(record)
         raise UserError(
-            f"{record.where}: this file has HumanEval's form (prompt, canonical_solution, test), and data.format asks "
-            "for MBPP's original form (text, code, test_list); expected another file, or data.format mbpp-paper"
+            f"{record.where}: this file has {_FORMS[type(record)]}, and data.format asks for {_FORMS[self.record]}; "
+            f"expected another file, or data.format {_FORMATS[type(record)]}"
         )
+
+
+_FORMS: dict[type[Record], str] = {
+    MbppRecord: "MBPP's original form (text, code, test_list)",
+    HumanEvalRecord: "HumanEval's form (prompt, canonical_solution, test)",
+    MbppPlusRecord: "the form of EvalPlus's MBPP+ (base_input, plus_input; Mbpp/2)",
+    HumanEvalPlusRecord: "the form of EvalPlus's HumanEval+ (base_input, plus_input; HumanEval/0)",
+}
+_FORMATS: dict[type[Record], str] = {
+    MbppRecord: "mbpp",
+    HumanEvalRecord: "mbpp-paper",
+    MbppPlusRecord: "mbpp_plus",
+    HumanEvalPlusRecord: "humaneval_plus",
+}
+"""A format for a file of each form."""
 
 
 CONTINUATION = ProblemForm(
@@ -79,5 +96,20 @@ INSTRUCT = ProblemForm(
 )
 """The task and its asserts as a user's turn, to be answered by a fenced program."""
 
-OWN_FORM = {HumanEvalRecord: CONTINUATION, MbppRecord: FEW_SHOT}
+HUMANEVAL_PLUS = replace(CONTINUATION, record=HumanEvalPlusRecord)
+"""As HumanEval's, so that the figures on its own tests are comparable."""
+
+MBPP_PLUS = replace(
+    CONTINUATION,
+    record=MbppPlusRecord,
+    stop=('\n"""', "\nassert", "\nif __name__", "\ndef main(", "\nprint(", "\n```"),
+)
+"""A docstring with the task and one assert, to be gone on with by a program; decoding stops where EvalPlus's does."""
+
+OWN_FORM: dict[type[Record], ProblemForm] = {
+    HumanEvalRecord: CONTINUATION,
+    MbppRecord: FEW_SHOT,
+    MbppPlusRecord: MBPP_PLUS,
+    HumanEvalPlusRecord: HUMANEVAL_PLUS,
+}
 """The form of a record for which no format is asked for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from adept_ds.formats.answers import Answer, continue_prompt, find_program
+from adept_ds.formats.evalplus import Cases
 from adept_ds.formats.tested import tested_names
 from adept_ds.sandbox import Tests
 
@@ -78,6 +79,8 @@ class Problem(Example):
     """Whether a completion goes on where the prompt ends (HumanEval form), or holds a program of its own."""
     stop: tuple[str, ...]
     """A completion of this form ends before the first of these strings, or where its program is complete."""
+    cases: Cases | None = None
+    """Inputs whose expected outputs are the reference's; every program fails `tests` until these are made of them."""
 
     def answer(self, completion: str, is_program: bool = False) -> Answer:
         """Return the program to run for a completion (already cut at the stop strings).

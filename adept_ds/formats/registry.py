@@ -13,7 +13,14 @@ from typing import Literal
 
 from adept_ds.errors import UserError
 from adept_ds.formats.mbpp import Record
-from adept_ds.formats.problem_forms import CONTINUATION, FEW_SHOT, INSTRUCT, ProblemForm
+from adept_ds.formats.problem_forms import (
+    CONTINUATION,
+    FEW_SHOT,
+    HUMANEVAL_PLUS,
+    INSTRUCT,
+    MBPP_PLUS,
+    ProblemForm,
+)
 from adept_ds.formats.splits import SPLITS, Parts, all_test, by_mbpp_number, halves
 
 
@@ -120,6 +127,20 @@ FORMATS = {
         settings=("path", *LENGTHS),
         splits=("test",),
         problems=ProblemSet(CONTINUATION, all_test, file=humaneval_problems),
+    ),
+    "mbpp_plus": Format(
+        "EvalPlus's MBPP+, from its file (evaluation only)",
+        settings=("path", *LENGTHS),
+        needed=("path",),
+        splits=("test",),
+        problems=ProblemSet(MBPP_PLUS, all_test),
+    ),
+    "humaneval_plus": Format(
+        "EvalPlus's HumanEval+, from its file (evaluation only)",
+        settings=("path", *LENGTHS),
+        needed=("path",),
+        splits=("test",),
+        problems=ProblemSet(HUMANEVAL_PLUS, all_test),
     ),
     "jsonl": Format(
         "the user's own JSON lines with a prompt and a completion",

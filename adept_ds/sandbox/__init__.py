@@ -28,6 +28,20 @@ to be endless; what the packages bring along, which runs with the program's righ
 from __future__ import annotations
 
 from .grader import Sandbox
+from .inside.codec import decode
 from .program import ERROR_KINDS, Limits, Program, SandboxFailure, SandboxUnavailable, Tests, Verdict
+from .values import NoValue, Values
 
-__all__ = ["ERROR_KINDS", "Limits", "Program", "Sandbox", "SandboxFailure", "SandboxUnavailable", "Tests", "Verdict"]
+__all__ = [
+    "ERROR_KINDS",
+    "Limits",
+    "NoValue",
+    "Program",
+    "Sandbox",
+    "SandboxFailure",
+    "SandboxUnavailable",
+    "Tests",
+    "Values",
+    "Verdict",
+    "decode",
+]

@@ -16,7 +16,7 @@ from adept_ds.files import atomic_write
 
 from .program import Limits, Program, Verdict
 
-_FORMAT = 3
+_FORMAT = 4
 """Raised whenever a change of the sandbox could change a verdict."""
 
 
@@ -29,7 +29,8 @@ class VerdictCache:
 
     def __init__(self, folder: Path, limits: Limits, isolation: dict[str, Any]) -> None:
         self.folder = folder
-        self.common = [_FORMAT, asdict(limits), isolation, platform.python_version(), platform.machine()]
+        self.limits = limits
+        self.common = [_FORMAT, isolation, platform.python_version(), platform.machine()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -39,7 +40,8 @@ class VerdictCache:
         self._has_warned = False
 
     def _path(self, program: Program) -> Path:
-        text = json.dumps([self.common, program.source, asdict(program.tests)], sort_keys=True)
+        of_program = [asdict(self.limits.of(program)), program.source, asdict(program.tests)]
+        text = json.dumps([*self.common, *of_program], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.json"
 

@@ -15,6 +15,8 @@ from . import isolation as tiers
 from .cache import VerdictCache
 from .pool import Pool
 from .program import Limits, Program, Verdict
+from .values import Values, returned_values
+from .worker import Worker
 
 _REFUSALS = ("PermissionError", "FileNotFoundError", "ModuleNotFoundError")
 
@@ -56,6 +58,7 @@ class Sandbox:
         self._cache = VerdictCache(Path(cache), self.limits, self.isolation) if cache is not None else None
         assert self._tier.launch is not None
         self._pool = Pool(self._tier.launch, min(workers or cores, cores), self.limits, "numpy" in packages)
+        self._asked: Worker | None = None
 
     def __enter__(self) -> Sandbox:
         return self
@@ -73,6 +76,15 @@ class Sandbox:
     def close(self) -> None:
         """End all workers and whatever runs in them."""
         self._pool.close()
+        if self._asked is not None:
+            self._asked.close()
+
+    def values(self, source: str, expressions: Sequence[str], limits: Limits | None = None) -> Values:
+        """Run a program and return what expressions come to among its names; see `returned_values`."""
+        if self._asked is None:
+            assert self._tier.launch is not None
+            self._asked = self._tier.launch("program")
+        return returned_values(self._asked, limits or self.limits, source, expressions)
 
     def run(self, programs: Iterable[Program]) -> Iterator[Verdict]:
         """Yield one verdict per program, in the order in which they are found.

@@ -50,7 +50,7 @@ class _Slot:
             except OSError:
                 self.close()
         self.item = item
-        self.deadline = time.monotonic() + limits.wall_seconds + _GRACE_SECONDS
+        self.deadline = time.monotonic() + limits.of(item.program).wall_seconds + _GRACE_SECONDS
 
     def forget(self) -> None:
         """Be free for another program."""
@@ -67,7 +67,7 @@ class _Slot:
 
 
 class Pool:
-    """So many pairs of fork servers, started when they are needed; `limits` and `numpy` are those of all programs."""
+    """So many pairs of fork servers, started when they are needed; `limits` are those of programs that need no more."""
 
     def __init__(self, launch: Launch, count: int, limits: Limits, numpy: bool = False) -> None:
         self._slots = [_Slot(launch) for _ in range(count)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from adept_ds.errors import UserError
@@ -50,6 +50,8 @@ class Program:
     id: str
     source: str
     tests: Tests
+    cpu_seconds: float = 0.0
+    """CPU time that it is given if the limits give less; wall time grows by the same factor."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class Limits:
             raise UserError(f"sandbox limit memory_mb = {self.memory_mb}: the interpreter alone needs {MIN_MEMORY_MB}")
         if self.open_files < 32:
             raise UserError(f"sandbox limit open_files = {self.open_files}: expected at least 32")
+
+    def of(self, program: Program) -> Limits:
+        """The limits of one program."""
+        more = max(1.0, program.cpu_seconds / self.cpu_seconds)
+        return replace(self, cpu_seconds=more * self.cpu_seconds, wall_seconds=more * self.wall_seconds)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class ProgramRun:
     def __init__(
         self, program: Program, limits: Limits, worker: Worker, judge: Worker, numpy: bool = False, beside: str = ""
     ) -> None:
-        self.program, self.limits, self.worker, self.judge = program, limits, worker, judge
+        self.program, self.worker, self.judge = program, worker, judge
+        self.limits = limits = limits.of(program)
         self.numpy = numpy
         self.plan: Plan = plan(program.tests, numpy)
         self.beside = beside or self.plan.reason

@@ -276,6 +276,8 @@ class _Rewriter(ast.NodeTransformer):
         called = parent.func.id if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) else None
         site["orderless"] = isinstance(parent, (ast.Compare, ast.Assert, ast.UnaryOp)) or called in _SETS_ONLY
         site["against"] = parent in self.lone
+        deferring = [above for above in self.above if isinstance(above, _DEFERRED)]
+        site["repeats"] = bool(deferring) and isinstance(deferring[-1], (ast.For, ast.While))
         self.sites.append(site)
         function, number = ast.Name("__call__", ast.Load()), ast.Constant(len(self.sites) - 1)
         return _at(node, ast.Call(_at(node, function), [_at(node, number), *values], []))

@@ -14,6 +14,7 @@ from adept_ds.config.run import DataConfig
 from adept_ds.data.problems import load_problems
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from tests.conftest import Launch, RunRanks, run_settings
+from tests.evalplus_problems import MBPP_PLUS, write
 
 EVALUATE = "evals/mbpp.py"
 pytestmark = pytest.mark.slow
@@ -114,6 +115,24 @@ def test_an_evaluation_that_is_there_is_left_alone_unless_something_differs(
         return "holds this evaluation; nothing to do" not in done.stdout
 
     assert [is_made(), is_made(), is_made(seed=1)] == [True, False, True]
+
+
+def test_problems_of_evalplus_are_written_scored_resumed_and_replayed(
+    tiny_llama: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    settings = evaluation_settings(tiny_llama)
+    settings["data"] = {"format": "mbpp_plus", "path": str(write(tmp_path / "MbppPlus.jsonl", MBPP_PLUS))}
+    settings["eval"]["sandbox"] = {"cache": str(tmp_path / "cache")}
+    flags = ("--adapter", str(adapter), "--out", str(tmp_path / "out"), "--resume", "auto")
+    done, again = (run_ranks(0, EVALUATE, settings, *flags) for _ in range(2))
+    assert done.returncode == 0, done.stdout
+    assert "by the base tests alone pass@1" in done.stdout
+    assert "holds this evaluation; nothing to do" in again.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["problems"], summary["samples"], "base_pass@1" in summary) == (10, 20, True)
+    replayed = run_ranks(0, "adept_ds/__main__.py", None, "replay", str(tmp_path / "out"))
+    assert replayed.returncode == 0, replayed.stdout
+    assert replayed.stdout.count(": same: ") == 2
 
 
 def test_an_adapter_of_another_backbone_is_refused_with_status_2(

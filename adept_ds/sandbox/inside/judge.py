@@ -102,6 +102,7 @@ class Judge:
         self.forms: list[Any] = []
         self.shown: list[str] = []
         self.shown_at: Any = None
+        self.shown_from = 0
         self.passed_on: BaseException | None = None
 
     def end(self, verdict: dict[str, Any]) -> NoReturn:
@@ -175,8 +176,8 @@ class Judge:
         """Make the call of site `number` with these values of the tests' own variables."""
         site = self.sites[number]
         statement = self.statement(sys._getframe(1).f_lineno)
-        if statement != self.shown_at:
-            self.shown_at, self.shown = statement, []
+        if statement != self.shown_at or (site["repeats"] and number == self.shown_from):
+            self.shown_at, self.shown_from, self.shown = statement, number, []
         while self.results:
             if is_held(self.results, -1):
                 self.inexact("a returned value that is still in use at the next call, which might change it")
@@ -259,7 +260,11 @@ class Judge:
                 self.fail("exception", "", line)
             if isinstance(error, (ImportError, OSError)) or type(error) is LookupError:  # such as a rare encoding's
                 self.inexact(f"{type(error).__name__} in the tests, perhaps for want of a file that this process lacks")
-            self.fail(None, "" if isinstance(error, AssertionError) else f" ({_error_text(error)})", line)
+            why = _error_text(error)
+            if isinstance(error, AssertionError):
+                why = why.removeprefix("AssertionError: ")
+                why = "" if why in self.job["text"] else why  # a message that is quoted with its statement
+            self.fail(None, f" ({why})" if why else "", line)
         self.end({"passed": True})
 
 
