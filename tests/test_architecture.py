@@ -16,6 +16,7 @@ FLOORS = (
     {"benchmark", "slurm", "tools"},
     {"training", "reports"},
     {"planner", "evaluation"},
+    {"serving"},
     {"export"},
     {"data"},
     {"model"},

@@ -47,6 +47,7 @@ COMMANDS = {
         "card": ("cli.card", "write a model card beside an adapter, push both to the hub"),
         "analyse": ("cli.analysis", "the paper's analyses of trained adapters"),
         "export": ("cli.export", "write an adapter in the form that other programs load"),
+        "serve": ("cli.serve", "adapters of one backbone as models of a stock vLLM server"),
         "import": ("tools.import_adapter", "convert an adapter that the authors of DePT or ADePT published"),
     },
     "measure": {
