@@ -20,6 +20,11 @@ def repository() -> Path | None:
     return root if (root / "launchers" / "slurm").is_dir() else None
 
 
+def user_cache() -> Path:
+    """The user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adept_ds"
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a temporary file beside `path` and rename it to `path` once the block has ended without an exception.

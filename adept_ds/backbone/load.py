@@ -231,7 +231,7 @@ def load_backbone(
         )
     for note in notes if show_progress else ():
         print(f"{config.name_or_path}: {note}", file=sys.stderr)
-    backbone.generation_config = _generation_config(config)
+    backbone.generation_config = generation_config(config)
     backbone.hub_revision = cached_commit(config.name_or_path, config.revision)  # type: ignore[assignment]
     _zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     return backbone.requires_grad_(False).eval()
@@ -271,8 +271,8 @@ def empty_backbone(config: ModelConfig, architecture: PreTrainedConfig) -> PreTr
     return backbone
 
 
-def _generation_config(config: ModelConfig) -> GenerationConfig:
-    """How the model generates; old checkpoints such as BART's have that among the fields of their config.json."""
+def generation_config(config: ModelConfig) -> GenerationConfig:
+    """How a checkpoint generates; old ones such as BART's have that among the fields of their config.json."""
     options: dict[str, Any] = {"revision": config.revision or "main"}
     try:
         return GenerationConfig.from_pretrained(config.name_or_path, **options)

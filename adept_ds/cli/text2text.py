@@ -2,6 +2,7 @@
 
     adept-ds text2text --config t5_base --adapter runs/t5_base/best --out results/adept
     adept-ds text2text --config t5_base --task cola mrpc --out results/base
+    adept-ds text2text --config t5_base --task cola mrpc --adapters cola=runs/cola/best mrpc=runs/mrpc/best --out all
 
 Decodes on every rank's own copy of the backbone; without --adapter it evaluates the backbone alone. The tasks are those
 of the config's data.tasks, or of --task. A folder OUT/TASK then holds predictions.jsonl and summary.json.
@@ -28,6 +29,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="adapter (hub id too), or fully tuned model, to evaluate (default: the backbone alone)",
     )
+    parser.add_argument(
+        "--adapters",
+        nargs="+",
+        metavar="TASK=FOLDER",
+        help="an adapter for each task, all on one backbone that is loaded once, in place of --adapter",
+    )
     parser.add_argument("--task", nargs="+", metavar="TASK", help="tasks to evaluate (default: data.tasks)")
     parser.add_argument(
         "--split",
@@ -48,16 +55,28 @@ def with_tasks(run: RunConfig, tasks: Sequence[str] | None) -> RunConfig:
     return run.model_copy(update={"data": DataConfig.model_validate({**shared, "tasks": tuple(tasks)})})
 
 
+def _adapters(flags: argparse.Namespace) -> dict[str, Path]:
+    """The adapter of each task, as --adapters names them."""
+    if flags.adapters and flags.adapter:
+        raise UserError("--adapters gives each task its own adapter, --adapter one to all; expected one of the two")
+    named = [word.partition("=") for word in flags.adapters or ()]
+    wrong = [f"{name}{equals}{folder}" for name, equals, folder in named if not (name and folder)]
+    if wrong:
+        raise UserError(f"--adapters {wrong[0]}: expected TASK=FOLDER")
+    return {name: Path(folder) for name, _, folder in named}
+
+
 def main(arguments: Sequence[str]) -> int | None:
     """Parse, check, evaluate."""
     flags, loaded = parse_command_line(arguments, "adept-ds text2text", __doc__ or "", add_flags)
     if flags.out is None:
         raise UserError("--out FOLDER is needed, for example results/rte")
     run = with_tasks(loaded.run, flags.task)
+    adapters = _adapters(flags)
     if starts_ranks(flags):
         return run_ranks(flags.ranks, "text2text", arguments)
     # The libraries behind this take seconds to load; a mistake on the command line is told before.
     from adept_ds.evaluation.text2text import evaluate_tasks
 
-    evaluate_tasks(run, flags.adapter, flags.out, flags.split)
+    evaluate_tasks(run, flags.adapter, flags.out, flags.split, adapters)
     return None

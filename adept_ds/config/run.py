@@ -327,6 +327,13 @@ class EvalConfig(Section):
     """Examples in one forward pass of one rank for the validation loss."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What decodes in `adept-ds eval` and `text2text`: the model here on every rank, or vLLM, in an environment of its
+    own and on all GPUs of one machine together, on the adapter folded into a whole model."""
+    engine_options: dict[str, Any] = Field(default={})
+    """Arguments of `vllm.LLM`, handed to it as they are, such as tensor_parallel_size and gpu_memory_utilization."""
+    export_cache: str | None = Field(default=None, min_length=1)
+    """Folder in which folded models are kept for vLLM; one in the user's cache folder if not given."""
     sandbox: SandboxConfig = SandboxConfig()
     """Execution."""
 

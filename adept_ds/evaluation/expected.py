@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write, read_json
+from adept_ds.files import atomic_write, read_json, user_cache
 from adept_ds.formats import Problem
 from adept_ds.formats.evalplus import Cases
 from adept_ds.sandbox import NoValue, Sandbox, Tests, Values, decode
@@ -72,11 +71,6 @@ def judging_of(problems: Iterable[Problem], sandbox: Sandbox, cache: str | None)
         more = f" and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
         raise UserError(f"no expected outputs could be made: {'; '.join(mistakes[:10])}{more}")
     return found
-
-
-def user_cache() -> Path:
-    """The user's folder for what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adept_ds"
 
 
 def _judging(cases: Cases, sandbox: Sandbox, folder: Path) -> Judging:

@@ -72,7 +72,7 @@ class StopStrings(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return whether each row is done [B]."""
-        tails = _texts_from(self._decode, input_ids, max(self._start, input_ids.shape[1] - self._tail))
+        tails = _texts_from(self._decode, input_ids.tolist(), max(self._start, input_ids.shape[1] - self._tail))
         return torch.tensor([any(stop in tail for stop in self._stop) for tail in tails], device=input_ids.device)
 
 
@@ -95,21 +95,23 @@ class StopWhenComplete(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Return whether each row is done [B]."""
-        tails = _texts_from(self._decode, input_ids, max(self._start, input_ids.shape[1] - FENCE_TOKENS))
-        done = [
+        return torch.tensor(self.are_done(input_ids.tolist()), device=input_ids.device)
+
+    def are_done(self, rows: Sequence[Sequence[int]]) -> list[bool]:
+        """As the call, of rows of ids of one length."""
+        tails = _texts_from(self._decode, rows, max(self._start, len(rows[0]) - FENCE_TOKENS))
+        return [
             is_complete is not None
             and any(fence in tail for fence in FENCES)
-            and is_complete(_texts_from(self._decode, row[None], self._start)[0])
-            for tail, row, is_complete in zip(tails, input_ids, self._is_complete, strict=True)
+            and is_complete(_texts_from(self._decode, [row], self._start)[0])
+            for tail, row, is_complete in zip(tails, rows, self._is_complete, strict=True)
         ]
-        return torch.tensor(done, device=input_ids.device)
 
 
-def _texts_from(decode: ContinuationDecoder, ids: Tensor, start: int) -> list[str]:
-    """Texts of the ids [B, S] from column `start` on, as they go on with those before it."""
-    rows = ids[:, max(0, start - CONTEXT_TOKENS) :].tolist()
-    before = min(start, CONTEXT_TOKENS)
-    return [decode(row[:before], row[before:]) for row in rows]
+def _texts_from(decode: ContinuationDecoder, rows: Sequence[Sequence[int]], start: int) -> list[str]:
+    """Texts of the rows of ids from column `start` on, as they go on with those before it."""
+    first = max(0, start - CONTEXT_TOKENS)
+    return [decode(row[first:start], row[start:]) for row in rows]
 
 
 class StepProgress(StoppingCriteria):
@@ -130,6 +132,73 @@ def sample_seed(seed: int, task_id: str, index: int) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
+class Answers:
+    """What is read for some examples, and how what is generated for them becomes answers, whatever generates it.
+
+    Args:
+        tokenizer: The backbone's.
+        examples: All that are decoded together.
+        config: Decoding.
+        data: How prompts are made.
+        num_virtual_tokens: Length of the soft prompt, which the limits on prompts leave room for.
+        generation: The backbone's own settings, of which the tokens that end a text are taken.
+        encoder_decoder: Whether answers stand by themselves, and not behind their prompts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        config: settings.GenerationConfig,
+        data: settings.DataConfig,
+        num_virtual_tokens: int,
+        generation: GenerationConfig,
+        encoder_decoder: bool = False,
+    ) -> None:
+        own_stop = examples[0].stop if isinstance(examples[0], Problem | TaskExample) else ()
+        self.stop: Sequence[str] = own_stop if config.stop is None else config.stop
+        """Strings that an answer ends before."""
+        self.ends = [*end_tokens(tokenizer, generation), *end_of_answers(examples, tokenizer)]
+        """Tokens that end one."""
+        self.prompts = encode_prompts(examples, tokenizer, data, num_virtual_tokens, encoder_decoder).ids
+        """Token ids of each example's prompt."""
+        self.decode = ContinuationDecoder(tokenizer)
+        self._examples = examples
+        self._openings = [_begun_answer(*pair, tokenizer) for pair in zip(examples, self.prompts, strict=True)]
+        self._ends_when_complete = config.stop is None
+        self._pad_token_id = tokenizer.pad_token_id
+        self._encoder_decoder = encoder_decoder
+
+    def is_complete(self, number: int) -> Callable[[str], bool] | None:
+        """What says whether a text is the complete answer to an example, behind which nothing is wanted; None if
+        answers have no such end."""
+        example = self._examples[number]
+        if not self._ends_when_complete or not isinstance(example, Problem) or example.continues_prompt:
+            return None
+        return lambda text: example.answer(self._openings[number] + text).is_complete
+
+    def text(self, number: int, ids: Sequence[int]) -> str:
+        """The answer to an example, of ids that were generated until it was there."""
+        return self._openings[number] + stop_at(self._whole(number, ids), self.stop)
+
+    def cut_text(self, number: int, ids: Sequence[int]) -> tuple[str, bool]:
+        """As `text`, of ids that go on behind the complete answer; and whether there was a stop string."""
+        is_complete, prompt = self.is_complete(number), self.prompts[number]
+        if is_complete is not None:
+            criterion = StopWhenComplete(self.decode, [is_complete], len(prompt))
+            row = [*prompt, *until_end(ids, self.ends, self._pad_token_id)]
+            lengths = range(1, len(row) - len(prompt) + 1)
+            complete = (length for length in lengths if criterion.are_done([row[: len(prompt) + length]])[0])
+            ids = ids[: next(complete, len(ids))]
+        whole = self._whole(number, ids)
+        text = stop_at(whole, self.stop)
+        return self._openings[number] + text, len(text) < len(whole)
+
+    def _whole(self, number: int, ids: Sequence[int]) -> str:
+        before = [] if self._encoder_decoder else self.prompts[number]
+        return self.decode(before, until_end(ids, self.ends, self._pad_token_id))
+
+
 def generate_samples(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,111 +206,102 @@ def generate_samples(
     config: settings.GenerationConfig,
     data: settings.DataConfig,
     world: World,
+    adapter: str | None = None,
 ) -> list[Sample]:
     """Decode `num_samples` completions of each problem; every rank gets all of them, in the problems' order.
 
     Prompts of like length go together, and batches are dealt out to the ranks. All ranks make the same number of
-    calls, as sharded weights need. Collective.
+    calls, as sharded weights need. `adapter`: of several that the model has, the one that decodes. Collective.
     """
-    own_stop = problems[0].stop if isinstance(problems[0], Problem | TaskExample) else ()
-    stop = own_stop if config.stop is None else config.stop
-    by_id = {problem.task_id: problem for problem in problems}
-    encoded = encode_prompts(problems, tokenizer, data, model.num_virtual_tokens, model.is_encoder_decoder)
-    prompts = {problem.task_id: ids for problem, ids in zip(problems, encoded.ids, strict=True)}
-    task_ids = {problem.task_id: task_number(problem, model.prompt_tasks) for problem in problems}
-    jobs = [(problem.task_id, index) for problem in problems for index in range(config.num_samples)]
-    by_length = sorted(jobs, key=lambda job: -len(prompts[job[0]]))
+    theirs, length = model.backbone.generation_config, model.prompt_length(adapter)
+    answers = Answers(tokenizer, problems, config, data, length, theirs, model.is_encoder_decoder)
+    task_ids = [task_number(problem, model.prompt_tasks) for problem in problems]
+    jobs = [(number, index) for number in range(len(problems)) for index in range(config.num_samples)]
+    by_length = sorted(jobs, key=lambda job: -len(answers.prompts[job[0]]))
     batches = [by_length[start : start + config.batch_size] for start in range(0, len(jobs), config.batch_size)]
     rounds = -(-len(batches) // world.world_size)
-    completions: dict[tuple[str, int], str] = {}
+    completions: dict[tuple[int, int], str] = {}
     was_training = model.training
     model.eval()
     steps = rounds * config.max_new_tokens
     bar = tqdm(total=steps, desc=f"generate ({len(jobs)} samples)", unit="step", disable=not world.is_main)
     for turn in range(rounds):
-        number = turn * world.world_size + world.rank
-        batch = batches[number] if number < len(batches) else batches[0][:1]
-        rows = [Encoded(prompts[name], [], False, False, model.is_encoder_decoder, task_ids[name]) for name, _ in batch]
-        examples = [by_id[name] for name, _ in batch]
-        texts = _complete(model, tokenizer, rows, batch, examples, config, stop, world.device, bar)
+        place = turn * world.world_size + world.rank
+        batch = batches[place] if place < len(batches) else batches[0][:1]
+        seeds = [sample_seed(config.seed, problems[number].task_id, index) for number, index in batch]
+        numbers = [number for number, _ in batch]
+        rows = [
+            Encoded(answers.prompts[number], [], False, False, model.is_encoder_decoder, task_ids[number])
+            for number in numbers
+        ]
+        texts = _complete(model, tokenizer, answers, numbers, rows, config, seeds, world.device, bar, adapter)
         bar.update((turn + 1) * config.max_new_tokens - bar.n)  # Most batches end before the longest allowed.
-        if number < len(batches):
+        if place < len(batches):
             completions.update(zip(batch, texts, strict=True))
     bar.close()
     model.train(was_training)
     for of_rank in gather_objects(completions, world):
         completions.update(of_rank)
-    return [Sample(task_id, completions[task_id, index]) for task_id, index in jobs]
+    return [Sample(problems[number].task_id, completions[number, index]) for number, index in jobs]
 
 
 def _complete(
     model: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
+    answers: Answers,
+    numbers: Sequence[int],
     rows: list[Encoded],
-    jobs: Sequence[tuple[str, int]],
-    examples: Sequence[Example],
     config: settings.GenerationConfig,
-    stop: Sequence[str],
+    seeds: Sequence[int],
     device: torch.device,
     bar: tqdm,
+    adapter: str | None,
 ) -> list[str]:
-    """Decode one batch."""
+    """Decode one batch: the examples of these numbers."""
     # As in training, for encoders whose positions count padding, too.
     batch = collate(rows, tokenizer.pad_token_id, padding_side="right" if model.is_encoder_decoder else "left")
     del batch["labels"]
-    decode = ContinuationDecoder(tokenizer)
     read = 1 if model.is_encoder_decoder else batch["input_ids"].shape[1]
-    openings = [_begun_answer(example, row, tokenizer) for example, row in zip(examples, rows, strict=True)]
     criteria: list[StoppingCriteria] = [StepProgress(bar)]
-    if stop:
-        criteria.append(StopStrings(decode, stop, read))
-    if config.stop is None:
-        is_complete = [_completeness(example, opening) for example, opening in zip(examples, openings, strict=True)]
-        if any(is_complete):
-            criteria.append(StopWhenComplete(decode, is_complete, read))
-    theirs = model.backbone.generation_config
-    ends = [*end_tokens(tokenizer, theirs), *end_of_answers(examples, tokenizer)]
+    if answers.stop:
+        criteria.append(StopStrings(answers.decode, answers.stop, read))
+    is_complete = [answers.is_complete(number) for number in numbers]
+    if any(is_complete):
+        criteria.append(StopWhenComplete(answers.decode, is_complete, read))
     greedy = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
-        eos_token_id=ends or None,
+        eos_token_id=answers.ends or None,
         pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=theirs.decoder_start_token_id,
+        decoder_start_token_id=model.backbone.generation_config.decoder_start_token_id,
     )
+    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
+    if model.adapter_names:
+        inputs["adapter_names"] = [adapter] * len(rows)
     # In the place of the backbone's own, from which `generate` would fill in whatever is not given (a repetition
     # penalty, say): a score follows from the settings alone.
-    inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.items()}
     with attribute_set(model.backbone, "generation_config", greedy):
         sequences = model.generate(
             **inputs,
-            logits_processor=_sampling(config, jobs),
+            logits_processor=_sampling(config, seeds),
             stopping_criteria=StoppingCriteriaList(criteria),
         )
-    written = [until_end(ids, ends, tokenizer.pad_token_id) for ids in sequences[:, read:].tolist()]
-    before = [[] if model.is_encoder_decoder else row.input_ids for row in rows]
-    texts = [decode(*pair) for pair in zip(before, written, strict=True)]
-    return [opening + stop_at(text, stop) for opening, text in zip(openings, texts, strict=True)]
+    written = sequences[:, read:].tolist()
+    return [answers.text(number, ids) for number, ids in zip(numbers, written, strict=True)]
 
 
-def _begun_answer(example: Example, row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+def _begun_answer(example: Example, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template has written of an answer with a program: the mark that thinking begins, or nothing.
 
     It goes in front of the completion, in which thinking that never ends could not be told from the answer without it.
     """
     if not (isinstance(example, Problem) and example.chat):
         return ""
-    found = re.search(r"<(?:think|thinking|thought|reasoning)>\s*\Z", tokenizer.batch_decode([row.input_ids[-16:]])[0])
+    found = re.search(r"<(?:think|thinking|thought|reasoning)>\s*\Z", tokenizer.batch_decode([list(prompt[-16:])])[0])
     return found[0] if found else ""
 
 
-def _completeness(example: Example, opening: str) -> Callable[[str], bool] | None:
-    """Whether a text is a complete answer; None for an example whose answers have no such end."""
-    if not isinstance(example, Problem) or example.continues_prompt:
-        return None
-    return lambda text: example.answer(opening + text).is_complete
-
-
-def _sampling(config: settings.GenerationConfig, jobs: Sequence[tuple[str, int]]) -> LogitsProcessorList:
+def _sampling(config: settings.GenerationConfig, seeds: Sequence[int]) -> LogitsProcessorList:
     """Processors that make greedy decoding sample as configured; none for greedy decoding itself."""
     if not config.do_sample:
         return LogitsProcessorList()
@@ -250,5 +310,4 @@ def _sampling(config: settings.GenerationConfig, jobs: Sequence[tuple[str, int]]
         processors.append(TopKLogitsWarper(config.top_k))
     if config.top_p < 1:
         processors.append(TopPLogitsWarper(config.top_p))
-    seeds = [sample_seed(config.seed, task_id, index) for task_id, index in jobs]
     return LogitsProcessorList([*processors, SeededSampling(seeds)])

@@ -20,7 +20,7 @@ from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig, Sandbox
 from adept_ds.data.problems import load_problems, read_problems
 from adept_ds.distributed import init_world, on_main_rank
 from adept_ds.errors import UserError
-from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.decoders import check_engine, open_decoder
 from adept_ds.evaluation.receipts import file_digest, problems_digest, scoring_receipt
 from adept_ds.evaluation.results import GENERATION_NAME, SAMPLES_NAME, SUMMARY_NAME, program_protocol
 from adept_ds.evaluation.scoring import Score, score_samples, write_score
@@ -79,10 +79,11 @@ def evaluate(
             print(f"{out} holds this evaluation; nothing to do")
         return
     tuned = open_tuned(run.model, adapter)
+    check_engine(run.eval, tuned)
     truncated = tuned.check_prompts(problems, run.data, run.eval.generation.max_new_tokens)
     world = init_world()
-    model = tuned.load(world)
-    samples = generate_samples(model, tuned.tokenizer, problems, run.eval.generation, run.data, world)
+    decoder = open_decoder(run, tuned, world)
+    samples = decoder.samples(problems, run.eval.generation, run.data)
 
     def write() -> None:
         (out / SUMMARY_NAME).unlink(missing_ok=True)  # of samples that were here before
@@ -90,7 +91,8 @@ def evaluate(
         with atomic_write(samples_path) as file:
             lines = ({"task_id": sample.task_id, "completion": sample.completion} for sample in samples)
             file.writelines(json.dumps(line) + "\n" for line in lines)
-        facts = {**request["facts"], **tuned_facts(run, model, adapter), "truncated_prompts": truncated}
+        about = tuned_facts(run, tuned, adapter, decoder.backbone, decoder.engine)
+        facts = {**request["facts"], **about, "truncated_prompts": truncated}
         facts["samples_sha256"] = file_digest(samples_path)
         write_json(out / GENERATION_NAME, {**request, "facts": facts})
         if not samples_only:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +20,14 @@ from adept_ds.config.loader import resolved_json
 from adept_ds.config.run import ModelConfig, RunConfig, SandboxConfig
 from adept_ds.formats import Problem
 
-ENGINE = "transformers"
-"""What decodes here."""
 
-
-def decoding_receipt(run: RunConfig, model: ModelConfig) -> dict[str, Any]:
+def decoding_receipt(run: RunConfig, model: ModelConfig, engine: Mapping[str, str]) -> dict[str, Any]:
     """What a summary says about how its texts were decoded, beside adapter and backbone.
 
     Args:
         run: All settings; `config_sha256` is their hash.
         model: Where the weights are: the backbone's, or those of a fully tuned model.
+        engine: Name and version of what has decoded.
 
     Raises:
         UserError: The weights are not there.
@@ -37,7 +35,7 @@ def decoding_receipt(run: RunConfig, model: ModelConfig) -> dict[str, Any]:
     return {
         "settings": json.loads(resolved_json(run)),
         "weights_fingerprint": fingerprint(weight_files(model)),
-        "engine": {"name": ENGINE, "version": version(ENGINE)},
+        "engine": dict(engine),
         "versions": versions(),
         "processor": processor(),
     }

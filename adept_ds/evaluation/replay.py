@@ -28,10 +28,9 @@ from adept_ds.data.problems import load_problems
 from adept_ds.data.tasks import Task, TaskExamples, cut_references, find_task
 from adept_ds.distributed import init_world
 from adept_ds.errors import UserError
-from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.decoders import open_decoder
 from adept_ds.evaluation.mbpp import paper_figures, problems_of_file
 from adept_ds.evaluation.receipts import (
-    ENGINE,
     cpu_name,
     examples_digest,
     file_digest,
@@ -115,6 +114,10 @@ class Findings:
                 self.notes.append(f"{what} with {name} {version}, here it is {now.get(name)}")
         if recorded.get("processor") not in (None, here):
             self.notes.append(f"{what} on {recorded['processor']}, here it is {here}")
+
+
+def _named(engine: Mapping[str, str]) -> str:
+    return f"{engine['name']} {engine['version']}"
 
 
 class Text(NamedTuple):
@@ -223,14 +226,16 @@ class _Results(ABC):
             return
         world = init_world()
         with found.told("backbone"):
-            loaded = tuned.load(world)
-            table = "embedding_fingerprint"
-            found.compare("embedding table", self.summary["backbone"][table], loaded.backbone_facts[table])
+            decoder = open_decoder(run, tuned, world)
+            table, engine = "embedding_fingerprint", self.summary["engine"]
+            found.compare("embedding table", self.summary["backbone"][table], decoder.backbone[table])
+            if engine != decoder.engine:
+                found.notes.append(f"was decoded by {_named(engine)}, here it is {_named(decoder.engine)}")
         if found.blocks("decoded"):
             return
         found.note_machine(self.summary, "was decoded", processor())
         config = self.decoding(run, examples, tuned.tokenizer)
-        decoded = generate_samples(loaded, tuned.tokenizer, examples, config, run.data, world)
+        decoded = decoder.samples(examples, config, run.data)
         self._compare_texts(texts, [Text(sample.task_id, sample.completion) for sample in decoded])
 
     def _cannot_decode(self, adapter: Path | None, model: str | None) -> str | None:
@@ -240,8 +245,6 @@ class _Results(ABC):
             return "the samples are of another origin"
         if missing:
             return f"{self.folder / SUMMARY_NAME} lacks {', '.join(missing)}; {_OLDER}"
-        if self.summary["engine"]["name"] != ENGINE:
-            return f"it was decoded with {self.summary['engine']['name']}, and only {ENGINE} can be replayed"
         source = self.summary["settings"].get("model", {})
         name, revision = model or str(source.get("name_or_path")), None if model else source.get("revision")
         place = self._adapter(adapter)

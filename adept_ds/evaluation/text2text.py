@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,16 +20,20 @@ from transformers import PreTrainedTokenizerBase
 from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
 from adept_ds.data.tasks import Part, Task, TaskExamples, cut_references, load_task_examples
 from adept_ds.distributed import World, init_world, on_main_rank
-from adept_ds.errors import UserError
+from adept_ds.errors import UserError, did_you_mean
+from adept_ds.evaluation.decoders import check_engine, open_decoder, open_decoders
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.receipts import examples_digest, file_digest
 from adept_ds.evaluation.results import PREDICTIONS_NAME, SUMMARY_NAME, task_protocol
 from adept_ds.evaluation.tuned import open_tuned, tuned_facts
 from adept_ds.files import atomic_write, write_json
 from adept_ds.model.adapted_model import AdaptedModel
+from adept_ds.storage.model_folder import is_model_folder
 
 
-def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) -> None:
+def evaluate_tasks(
+    run: RunConfig, adapter: Path | None, out: Path, part: Part, adapters: Mapping[str, Path] = MappingProxyType({})
+) -> None:
     """Generate answers to the examples of a part of each of `data.tasks`, and score them. Collective.
 
     Every rank decodes a share, greedily, whatever `eval.generation` says of sampling: at most as many tokens as the
@@ -39,28 +45,55 @@ def evaluate_tasks(run: RunConfig, adapter: Path | None, out: Path, part: Part) 
             the backbone alone.
         out: Where the files go, in a folder a task.
         part: Which examples; the first `eval.max_examples` of each task, if that is set.
+        adapters: An adapter folder for each task, all of which one backbone has, in place of `adapter`.
 
     Raises:
         UserError: The adapter does not belong to the backbone, or a task or its data is not there.
     """
-    examples = [examples_of(run, name, part) for name in run.data.tasks]
-    tuned = open_tuned(run.model, adapter)
-    tokenizer = tuned.tokenizer
-    decodings = [greedy(of_task[0].task, tokenizer, run) for of_task in examples]
-    truncated = [
-        tuned.check_prompts(of_task, run.data, decoding.max_new_tokens)
-        for of_task, decoding in zip(examples, decodings, strict=True)
-    ]
+    examples = {name: examples_of(run, name, part) for name in run.data.tasks}
+    results: Mapping[str, Path | None] = dict.fromkeys(examples, adapter)
+    if adapters:
+        results = _adapter_of_each(examples, adapters)
+    opened = {result: open_tuned(run.model, result) for result in dict.fromkeys(results.values())}
+    decodings, truncated = {}, {}
+    for name, of_task in examples.items():
+        tuned = opened[results[name]]
+        check_engine(run.eval, tuned)
+        decodings[name] = greedy(of_task[0].task, tuned.tokenizer, run)
+        truncated[name] = tuned.check_prompts(of_task, run.data, decodings[name].max_new_tokens)
     world = init_world()
-    model = tuned.load(world)
-    facts = {"name": out.name, **tuned_facts(run, model, adapter)}
-    for of_task, decoding, cut in zip(examples, decodings, truncated, strict=True):
-        task = of_task[0].task
-        samples = generate_samples(model, tokenizer, of_task, decoding, run.data, world)
-        generated = [sample.completion for sample in samples]
-        protocol = {**task_protocol(run, task.name, part), "max_new_tokens": decoding.max_new_tokens}
-        about = {**facts, "protocol": protocol, "max_examples": run.eval.max_examples, "truncated_prompts": cut}
-        on_main_rank(partial(score_to_folder, of_task, generated, tokenizer, out / task.name, about), world)
+    if adapters:
+        decoders = open_decoders(run, {name: opened[results[name]] for name in examples}, world)
+    else:
+        decoders = dict.fromkeys(examples, open_decoder(run, opened[adapter], world))
+    for name, of_task in examples.items():
+        task, tuned, decoder, decoding = of_task[0].task, opened[results[name]], decoders[name], decodings[name]
+        generated = [sample.completion for sample in decoder.samples(of_task, decoding, run.data)]
+        about = {
+            "name": out.name,
+            **tuned_facts(run, tuned, results[name], decoder.backbone, decoder.engine),
+            "protocol": {**task_protocol(run, task.name, part), "max_new_tokens": decoding.max_new_tokens},
+            "max_examples": run.eval.max_examples,
+            "truncated_prompts": truncated[name],
+        }
+        on_main_rank(partial(score_to_folder, of_task, generated, tuned.tokenizer, out / task.name, about), world)
+
+
+def _adapter_of_each(examples: Iterable[str], adapters: Mapping[str, Path]) -> dict[str, Path]:
+    """The adapter of each task.
+
+    Raises:
+        UserError: One has none, or one is a whole model, of which a backbone cannot have several.
+    """
+    for name in adapters:
+        if name not in examples:
+            raise UserError(f"--adapters has {name!r}, which is not evaluated{did_you_mean(name, examples)}")
+    for name in examples:
+        if name not in adapters:
+            raise UserError(f"--adapters has no adapter for the task {name!r}; expected {name}=FOLDER")
+        if is_model_folder(adapters[name]):
+            raise UserError(f"--adapters {name}={adapters[name]}: a whole model, and no adapter; expected --adapter")
+    return dict(adapters)
 
 
 def validation_metrics(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from adept_ds.backbone.load import load_architecture, load_backbone, load_tokenizer
+from adept_ds.backbone.load import generation_config, load_architecture, load_backbone, load_tokenizer
 from adept_ds.config.loader import config_hash
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data.encode import encode_prompts
@@ -48,6 +48,11 @@ class Tuned:
         if (note := prompts.note(data)) and is_main_rank():
             print(note)
         return prompts.truncated
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """How the backbone generates by itself."""
+        return generation_config(self.config)
 
     def load(self, world: World) -> AdaptedModel:
         """Return the model, whole on every rank. Collective.
@@ -107,11 +112,21 @@ def request_facts(run: RunConfig, result: Path | None) -> dict[str, Any]:
     }
 
 
-def tuned_facts(run: RunConfig, model: AdaptedModel, result: Path | None) -> dict[str, Any]:
-    """What a summary says about the model that it is of; `result` as in `open_tuned`."""
+def tuned_facts(
+    run: RunConfig, tuned: Tuned, result: Path | None, backbone: Mapping[str, Any], engine: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a summary says about the model that it is of.
+
+    Args:
+        run: All settings.
+        tuned: What was decoded with.
+        result: As in `open_tuned`.
+        backbone: What an adapter says about the backbone.
+        engine: Name and version of what has decoded.
+    """
     return {
         **request_facts(run, result),
-        "method": model.method.config.model_dump(mode="json") if model.method.config else None,
-        "backbone": model.backbone_facts,
-        **decoding_receipt(run, place_of_weights(run.model, result)),
+        "method": tuned.adapter.method.model_dump(mode="json") if tuned.adapter else None,
+        "backbone": dict(backbone),
+        **decoding_receipt(run, tuned.config, engine),
     }

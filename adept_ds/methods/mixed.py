@@ -146,6 +146,14 @@ class MixedAdapters(MethodDefaults):
         self.num_virtual_tokens = max(lengths)
         self._lengths = torch.tensor(lengths)
 
+    def length(self, name: str | None) -> int:
+        """Vectors of an adapter's prompt.
+
+        Raises:
+            UserError: There is none of this name.
+        """
+        return int(self._lengths[self.numbers([name])[0]])
+
     def numbers(self, names: Sequence[str | None]) -> Tensor:
         """Number of the adapter of each row [B]; 0 for none.
 

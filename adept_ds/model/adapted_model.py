@@ -178,6 +178,15 @@ class AdaptedModel(nn.Module):
             self.method.inject(self.backbone, None, None)
         self.method.add({name: (adapter, create_method(adapter.method)) for name, adapter in loaded.items()})
 
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """Of the adapters that `load_adapters` has loaded."""
+        return self.method.names if isinstance(self.method, MixedAdapters) else ()
+
+    def prompt_length(self, adapter: str | None) -> int:
+        """Soft-prompt tokens of one of the adapters of `load_adapters`; those of the model if it has none."""
+        return self.method.length(adapter) if isinstance(self.method, MixedAdapters) else self.num_virtual_tokens
+
     def _row_prompts(
         self, input_ids: Tensor, task_ids: Tensor | None, adapter_names: Sequence[str | None] | None
     ) -> Tensor:

@@ -16,11 +16,10 @@ from adept_ds.files import read_json, write_json
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 _OF_THIS_LOAD = ("backend", "is_local", "local_files_only", "tokenizer_file", "auto_map", "name_or_path")
 _OF_POST_PROCESSOR = ("add_bos_token", "add_eos_token")
-_OLD_NAMES = {
-    "rope_theta": ("rope_theta", "rotary_emb_base"),
-    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
-}
-"""Fields of `rope_parameters` to their names in `transformers` 4: most configs', and GPT-NeoX's."""
+_OLD_NAMES = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+"""Fields of `rope_parameters` to their names in `transformers` 4."""
+_OWN_NAMES = {"gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}}
+"""The same for model types that have names of their own."""
 _BOTH_KINDS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 """Where each kind of layer has positions of its own: the kind to Gemma 3's name in `transformers` 4."""
 
@@ -37,8 +36,8 @@ def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for kind, name in _BOTH_KINDS.items():
             values.setdefault(name, rope.get(kind, {}).get("rope_theta"))
         rope = rope.get("full_attention", {})
-    for name, old_names in _OLD_NAMES.items():
-        for old in old_names if name in rope else ():
+    for name, old in (_OLD_NAMES | _OWN_NAMES.get(str(values.get("model_type")), {})).items():
+        if name in rope:
             values.setdefault(old, rope[name])
     scaling = {name: value for name, value in rope.items() if name not in _OLD_NAMES}
     if scaling.get("rope_type", "default") != "default":
