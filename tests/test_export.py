@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from adept_ds.cli.export import main
 from adept_ds.config.method import MethodConfig
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
@@ -379,3 +380,45 @@ def test_a_rewritten_file_is_what_safetensors_would_write(tmp_path: Path) -> Non
     )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_command_writes_a_folder_with_its_card(
+    base: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(base("llama"))
+    made = str(adapter(base("llama"), tmp_path / "a", name="adept", num_virtual_tokens=8, bottleneck=2))
+    main(["--adapter", made, "--base", folder, "--to", "folded", "--out", str(tmp_path / "folded")])
+    assert "0 of 10 greedy texts of 20 tokens differ" in capsys.readouterr().out
+    card = (tmp_path / "folded" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "Text of the template that is tokenised again" in card
+    main(["--serving-base", "--rows", "9", "--base", folder, "--out", str(tmp_path / "serving")])
+    serving = ["--serving-base", str(tmp_path / "serving")]
+    main(["--adapter", made, "--base", folder, "--to", "lora", *serving, "--out", str(tmp_path / "lora")])
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert f"prompt = {list(read_manifest(tmp_path / 'lora').prompt_token_ids)}" in card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--out FOLDER is needed"),
+        (["--out", "o"], "--adapter FOLDER is needed"),
+        (["--out", "o", "--adapter", "adapter"], "--to is needed"),
+        (["--out", "o", "--adapter", "adapter", "--to", "lora"], "--to lora needs --serving-base FOLDER"),
+        (["--out", "o", "--adapter", "adaptr"], "no such folder; did you mean 'adapter'"),
+        (["--out", "o", "--serving-base"], "--base MODEL and --rows L are needed"),
+        (
+            ["--out", "o", "--serving-base", "--rows", "3", "--base", "m", "--adapter", "adapter"],
+            "makes one, of no adapter",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("adapter").mkdir()
+    with pytest.raises(UserError, match=message):
+        main(arguments)

@@ -72,6 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         )
     # The libraries behind these take seconds to load; a mistake on the command line is told before.
     from adept_ds.export.export import Request, backbone_of, export_folded, export_lora, export_peft
+    from adept_ds.reports.model_card import describe
     from adept_ds.storage.adapter_folder import load_adapter
 
     adapter = load_adapter(flags.adapter)
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         agreement = export_lora(request, Path(flags.serving_base))
     else:
         agreement = export_folded(request) if flags.to == "folded" else export_peft(request)
+    describe(flags.out)
     print(f"{flags.out}: {agreement or 'not compared with the live model'}")
 
 
@@ -99,8 +101,10 @@ def _make_serving_base(flags: argparse.Namespace) -> None:
     from adept_ds.backbone.table import stored_dtype
     from adept_ds.config.run import ModelConfig
     from adept_ds.export.export import export_serving_base
+    from adept_ds.reports.model_card import describe
 
     model = ModelConfig(name_or_path=flags.base, revision=flags.revision)
     model = model.model_copy(update={"dtype": flags.dtype or stored_dtype(model)})
     export_serving_base(model, flags.rows, flags.out)
+    describe(flags.out)
     print(f"{flags.out}: a serving base for prompts of up to {flags.rows} tokens")

@@ -12,9 +12,19 @@ from typing import Any
 from adept_ds.evaluation.comparison import compare_with_baselines
 from adept_ds.evaluation.results import Evaluation, ProgramEvaluation
 from adept_ds.export.manifest import MANIFEST_NAME, read_manifest
+from adept_ds.files import atomic_write
 from adept_ds.reports.run_report import run_facts
 from adept_ds.reports.runs import BUNDLED, RunRecord, read_run
-from adept_ds.storage.model_card import ADAPTER, CardResult, CardRun, CardSubject, hub_base, read_subject
+from adept_ds.storage.model_card import (
+    ADAPTER,
+    README_NAME,
+    CardResult,
+    CardRun,
+    CardSubject,
+    hub_base,
+    make_card,
+    read_subject,
+)
 from adept_ds.storage.run_folder import CONFIG_NAME
 
 HUB_DATA = {"mbpp": "google-research-datasets/mbpp", "humaneval": "openai/openai_humaneval"}
@@ -46,6 +56,15 @@ def run_of(subject: CardSubject) -> Path | None:
     """The run whose `best` or checkpoint a card's subject is, or was exported from."""
     parents = list(subject.origin.absolute().parents)[:2]
     return next((folder for folder in parents if (folder / CONFIG_NAME).is_file()), None)
+
+
+def describe(folder: Path) -> None:
+    """Write the model card of a folder that has just been made, with what its run says, if that is here."""
+    subject = subject_of(folder)
+    path = run_of(subject)
+    card = make_card(subject, card_run(subject, path)[0] if path else None)
+    with atomic_write(folder / README_NAME) as file:
+        file.write(str(card))
 
 
 def card_run(subject: CardSubject, path: Path) -> tuple[CardRun, list[str]]:

@@ -182,6 +182,8 @@ def make_card(
         source=repository or "PATH/TO/THIS/FOLDER",
         auto="AutoModelForSeq2SeqLM" if is_seq2seq else "AutoModelForCausalLM",
         versions={**subject.versions, "this card": f"adept_ds {version('adept_ds')}"},
+        is_seq2seq=is_seq2seq,
+        prompt_ids=list(subject.manifest.get("prompt_token_ids") or ()),
         **{key: subject.manifest.get(key) for key in ("prompt_tokens", "prompt_in", "serving_base", "verification")},
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text))
