@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from adept_ds.benchmark.decoding import FLOOR, Options, benchmark, text_report
 from adept_ds.cli.export import main
 from adept_ds.config.method import MethodConfig
 from adept_ds.config.run import ModelConfig
@@ -422,3 +423,15 @@ def test_mistakes_on_the_command_line(
     Path("adapter").mkdir()
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_decoding_is_measured_beside_the_floor(base: Callable[[str], Path], tmp_path: Path) -> None:
+    made = adapter(base("llama"), tmp_path / "a", name="adept", num_virtual_tokens=4, bottleneck=2)
+    loaded = load_adapter(made)
+    model = backbone_of(loaded, str(base("llama")), None, None)
+    options = Options(batch=2, prompt_tokens=5, new_tokens=3, rounds=2)
+    result = benchmark(model, loaded, options, torch.device("cpu"))
+    assert set(result["ratios"]) == set(result["tokens_per_second"]) - {FLOOR}
+    report = text_report(result)
+    assert "mixed: 2 adapters" in report
+    assert "goal: at least 0.98" in report

@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adept_ds.cli.text2text import main, with_tasks
 from adept_ds.config.method import AdeptConfig
-from adept_ds.config.run import DataConfig, RunConfig
+from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data.tasks import TaskExamples, load_task_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
-from adept_ds.evaluation.text2text import greedy, score_to_folder, validation_metrics
+from adept_ds.evaluation.text2text import evaluate_tasks, greedy, score_to_folder, validation_metrics
 from adept_ds.model.adapted_model import get_adept_model
+from tests.models import save
 
 
 @pytest.fixture
@@ -112,3 +114,40 @@ def test_an_unknown_task_is_told_before_anything_is_loaded(tmp_path: Path) -> No
     path.write_text(json.dumps({"model": {"name_or_path": "nowhere"}, "train": {"epochs": 1}}))
     with pytest.raises(UserError, match=r"unknown task 'rtee'; .*did you mean 'rte'\?"):
         main(["--config", str(path), "--task", "rtee", "--out", str(tmp_path)])
+
+
+def test_an_adapter_for_each_task_is_what_it_is_alone(
+    make_backbone: Callable[[str], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    cfg: DataConfig,
+    tmp_path: Path,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("adept_ds.evaluation.text2text.init_world", lambda: world)
+    (tmp_path / "cola").mkdir()
+    rows = [{"sentence": f"s {i}", "label": i % 2} for i in range(8)]
+    (tmp_path / "cola" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save(make_backbone("t5-tied"), tokenizer, tmp_path / "backbone")
+    adapters = {}
+    for number, task in enumerate(("rte", "cola")):
+        model = get_adept_model(make_backbone("t5-tied"), AdeptConfig(num_virtual_tokens=2 + number, bottleneck=2))
+        for parameter in model.trainable_parameters().values():
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        model.save_pretrained(tmp_path / task / "adapter")
+        adapters[task] = tmp_path / task / "adapter"
+    data = {**cfg.model_dump(), "tasks": tuple(adapters)}
+    run = run_config(**data)
+    run = run.model_copy(update={"model": ModelConfig(name_or_path=str(tmp_path / "backbone"), dtype="fp32")})
+    evaluate_tasks(run, None, tmp_path / "together", "test", adapters)
+    for task, adapter in adapters.items():
+        evaluate_tasks(with_tasks(run, [task]), adapter, tmp_path / "alone", "test")
+        together, alone = (tmp_path / place / task for place in ("together", "alone"))
+        assert (together / "predictions.jsonl").read_bytes() == (alone / "predictions.jsonl").read_bytes()
+        facts = [json.loads((place / "summary.json").read_text()) for place in (together, alone)]
+        assert facts[0]["adapter_sha256"] == facts[1]["adapter_sha256"]
+        assert facts[0]["method"] == facts[1]["method"]
+    with pytest.raises(UserError, match="no adapter for the task 'cola'; expected cola=FOLDER"):
+        evaluate_tasks(run, None, tmp_path / "o", "test", {"rte": adapters["rte"]})
+    with pytest.raises(UserError, match="has 'colla', which is not evaluated; did you mean 'cola'"):
+        evaluate_tasks(run, None, tmp_path / "o", "test", {**adapters, "colla": adapters["rte"]})

