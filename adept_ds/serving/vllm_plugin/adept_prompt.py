@@ -323,7 +323,10 @@ def _parsed(body: bytes) -> dict[str, Any] | None:
 
 
 def _bytes(values: object) -> bytes:
-    return json.dumps(values).encode()
+    try:
+        return json.dumps(values).encode()
+    except RecursionError:  # a little less than what cannot be read
+        raise Refused(400, "the request is nested too deeply") from None
 
 
 def _error(refusal: Refused) -> tuple[int, Headers, bytes]:
