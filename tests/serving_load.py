@@ -68,8 +68,9 @@ class Report:
     def __str__(self) -> str:
         cuts = statistics.quantiles(self.seconds, n=100)
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        wrong = len(self.problems)
         return (
-            f"{self.kinds.total()} requests ({kinds}) in {self.wall_seconds:.1f} s, {len(self.problems)} lost or wrong\n"
+            f"{self.kinds.total()} requests ({kinds}) in {self.wall_seconds:.1f} s, {wrong} lost or wrong\n"
             f"seconds of those answered: median {cuts[49]:.2f}, 95 % {cuts[94]:.2f}, 99 % {cuts[98]:.2f}"
         )
 

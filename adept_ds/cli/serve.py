@@ -30,7 +30,6 @@ from adept_ds.serving.command import (
     Options,
     announcement,
     check_further,
-    check_names,
     server_command,
     server_environment,
 )
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     command = server_command(environment, base, adapters, options)
     variables = server_environment(environment, base, adapters, options)
     print(announcement(adapters, options))
-    print(environment)
+    print(f"vLLM {environment}")
     sys.stdout.flush()
     os.execve(command[0], command, variables)
 
@@ -109,6 +108,8 @@ def _adapters(
     folders, problems, skipped = named_folders(flags.adapters, flags.folder)
     problems += check_further(further)
     trained = {name: folder for name, folder in folders.items() if is_trained(folder)}
+    if options.name in folders:
+        problems.append(f"adapter {options.name!r}: so is the base called; choose another name for it by --base-name")
     adapters = []
     for name, folder in folders.items():
         if name not in trained:
@@ -125,7 +126,7 @@ def _adapters(
             adapters.append(check_adapter(name, exported(folder, base, flags.cache), base))
         except UserError as error:
             problems.append(f"adapter {name!r}, {folder}: {error}")
-    if problems := problems + check_names(adapters, options):
+    if problems:
         raise UserError("\n".join(problems))
     if skipped:
         print(f"{flags.folder}: not served, since no export --to lora: {', '.join(skipped)}")

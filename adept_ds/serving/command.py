@@ -53,13 +53,6 @@ def check_further(flags: Sequence[str]) -> list[str]:
     ]
 
 
-def check_names(adapters: Sequence[ServedAdapter], options: Options) -> list[str]:
-    """What is wrong with the names of models."""
-    if any(adapter.name == options.name for adapter in adapters):
-        return [f"adapter {options.name!r}: that is the base's name; choose another one for the base by --base-name"]
-    return []
-
-
 def slots(environment: VllmEnvironment, adapters: Sequence[ServedAdapter], options: Options) -> int:
     """Return LoRA slots of vLLM's batches.
 
