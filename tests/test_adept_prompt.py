@@ -96,6 +96,7 @@ class Client:
             "prompt_token_ids": PROMPT,
             "embedding_fingerprint": "f",
             "adapters": adapters,
+            "max_rank": 8,
             "runtime_updates": False,
             "loads_left": None,
         }
@@ -324,6 +325,8 @@ def export(folder: Path, length: int, **changes: Any) -> Path:
         "files": {"adapter_model.safetensors": f"sha of {length}"},
     }
     folder.mkdir(exist_ok=True)
+    rank = changes.pop("rank", 8)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank}))
     (folder / "adept_export.json").write_text(json.dumps(manifest | changes))
     return folder
 
@@ -376,6 +379,8 @@ def test_of_two_loads_at_once_the_one_that_succeeds_counts(tmp_path: Path) -> No
         ({"prompt_token_ids": [*PROMPT, 904]}, "another serving base"),
         ({"base": {"embedding_fingerprint": "g"}}, "another serving base"),
         ({"base": None}, "another serving base"),
+        ({"rank": 9}, "has rank 9 (prompt, bottleneck and 1), and the server was started for up to 8"),
+        ({"rank": None}, "has rank None"),
     ],
     ids=str,
 )
@@ -386,7 +391,7 @@ def test_what_has_no_prompt_of_this_base_is_not_loaded(tmp_path: Path, changes: 
 
 def test_a_folder_that_is_none_is_not_loaded(tmp_path: Path) -> None:
     client = Client(runtime_updates=True)
-    for folder in (tmp_path, tmp_path / "missing", Path("owner/name")):
+    for folder in (tmp_path, tmp_path / "missing", Path("owner/name"), Path("a\0b"), Path("x" * 5000)):
         assert "has no adept_export.json of a LoRA" in client.refused(LOAD, load("new", folder))
     (tmp_path / "adept_export.json").write_bytes(b"\xff{")
     assert "has no adept_export.json of a LoRA" in client.refused(LOAD, load("new", tmp_path))

@@ -201,6 +201,10 @@ def test_names_are_told_apart(family: Family, tmp_path: Path) -> None:
         (("--base", "{serving}g", "--adapters", "a=b"), "no such folder; did you mean '{serving}'?"),
         (("--base", "{tasks}/short", "--adapters", "a=b"), "an export of the form 'lora'"),
         (("--base", "{serving}", "--folder", "{tasks}", "--max-loras", "2"), "expected 3 or more for 2 adapters"),
+        (
+            ("--base", "{serving}", "--folder", "{tasks}", "--max-lora-rank", "4"),
+            "from 5, which an adapter has, to 512",
+        ),
         (("--base", "{serving}", "--folder", "{tasks}", "--spare", "2"), "--allow-runtime-updates"),
         (("--base", "{serving}", "--folder", "{tasks}", "--max-lorras", "2"), "did you mean '--max_loras'?"),
     ],

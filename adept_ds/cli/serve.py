@@ -59,6 +59,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--python", metavar="PATH", help="interpreter that has vLLM (default: see docs/serving.md)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for exported adapters (default: beside each)")
     parser.add_argument("--max_loras", type=parse_count, metavar="N", help="adapters computed at once (default: fits)")
+    parser.add_argument(
+        "--max_lora_rank", type=parse_count, metavar="R", help="of adapters to be added (default: fits)"
+    )
     parser.add_argument("--allow_runtime_updates", action="store_true", help="let clients add and remove adapters")
     parser.add_argument("--spare", type=parse_count, metavar="N", help=f"adapters to be added so (default: {SPARE})")
     for name, meaning in HANDED_ON.items():
@@ -81,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         host=flags.host,
         port=flags.port,
         slots=flags.max_loras,
+        max_rank=flags.max_lora_rank,
         allow_runtime_updates=flags.allow_runtime_updates,
         spare=(flags.spare or SPARE) if flags.allow_runtime_updates else 0,
         further=[*_handed_on(flags), *further],

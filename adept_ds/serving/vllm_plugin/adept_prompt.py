@@ -36,7 +36,7 @@ LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/
 BY_HEADER = ("/invocations", "/adapters")
 """Endpoints that name an adapter in a header or in the path."""
 TEMPLATE_LENGTH = "adept"
-MANIFEST_NAME = "adept_export.json"
+MANIFEST_NAME, CONFIG_NAME = "adept_export.json", "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 TYPES = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError"}
 
@@ -63,6 +63,7 @@ class AdeptPrompt:
         self._prompt_ids = settings["prompt_token_ids"]
         self._reserved = frozenset(self._prompt_ids)
         self._fingerprint = settings["embedding_fingerprint"]
+        self._max_rank = settings["max_rank"]
         self._lengths = {name: one["length"] for name, one in settings["adapters"].items()}
         # vLLM keeps computed keys and values by an adapter's name and path: other weights must not come under both.
         self._digests = {(name, one["folder"]): one["digest"] for name, one in settings["adapters"].items()}
@@ -207,12 +208,8 @@ class AdeptPrompt:
 
     def _read(self, folder: str) -> tuple[int, str | None]:
         """Length of the prompt and digest of the weights of an exported adapter."""
-        path = Path(folder) / MANIFEST_NAME
-        try:
-            manifest = json.loads(path.read_bytes()) if path.is_file() else None
-        except (OSError, ValueError, RecursionError):
-            manifest = None
-        if not isinstance(manifest, dict) or manifest.get("form") != "lora":
+        manifest, config = (_json_file(Path(folder) / name) for name in (MANIFEST_NAME, CONFIG_NAME))
+        if manifest.get("form") != "lora":
             raise Refused(
                 400,
                 f"{folder!r} has no {MANIFEST_NAME} of a LoRA, which says how many prompt tokens the adapter has; "
@@ -227,6 +224,14 @@ class AdeptPrompt:
             or base.get("embedding_fingerprint") != self._fingerprint
         ):
             raise Refused(400, f"{folder!r} was exported for another serving base", "lora_path")
+        rank = config.get("r")
+        if not isinstance(rank, int) or rank > self._max_rank:
+            raise Refused(
+                400,
+                f"{folder!r} has rank {rank} (prompt, bottleneck and 1), and the server was started for up to "
+                f"{self._max_rank}; start it with a larger --max-lora-rank",
+                "lora_path",
+            )
         return len(ids), (manifest.get("files") or {}).get(TENSORS_NAME)
 
     async def _unload(self, request: _Request, values: dict[str, Any]) -> None:
@@ -320,6 +325,14 @@ def _parsed(body: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    """What is in a file; nothing where there is none, or something else than JSON."""
+    try:
+        return (_parsed(path.read_bytes()) if path.is_file() else None) or {}
+    except (OSError, ValueError):  # a path may have what no path has
+        return {}
 
 
 def _bytes(values: object) -> bytes:
