@@ -228,7 +228,7 @@ def test_what_would_count_the_prompts_tokens_is_refused(client: Client, path: st
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/responses", "/v1/embeddings", "/tokenize", "/pooling", "/v1/messages", "/inference/v1/generate", "/new"],
+    ["/v1/responses", "/v1/embeddings", "/tokenize", "/pooling", "/v1/messages", "/new"],
 )
 def test_other_endpoints_are_the_bases(client: Client, path: str) -> None:
     asked = {"model": "two", "input": "ab"}
@@ -236,8 +236,11 @@ def test_other_endpoints_are_the_bases(client: Client, path: str) -> None:
     assert client.reaches(path, {**asked, "model": "base"}) == {**asked, "model": "base"}
 
 
-@pytest.mark.parametrize("path", ["/invocations", "/adapters", "/adapters/two"])
-def test_endpoints_that_name_the_model_elsewhere_are_not_served(client: Client, path: str) -> None:
+CLOSED = ["/invocations", "/adapters/two", "/inference/v1/abort_requests", CHAT + "/render", "/v1/responses/derender"]
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_what_names_its_model_elsewhere_or_is_for_the_server_alone_is_closed(client: Client, path: str) -> None:
     assert "not served" in client.refused(path, {"model": "base"})
     assert "not served" in client.refused(path, b"", method="DELETE")
 

@@ -109,7 +109,9 @@ def test_what_no_adapter_may_be_asked(running: Running) -> None:
     for path, values, status in (
         ("/v1/responses", {"input": "x"}, 400),
         ("/tokenize", {"prompt": "x"}, 400),
-        ("/inference/v1/generate", {"token_ids": [5]}, 400),
+        ("/inference/v1/generate", {"token_ids": [5]}, 404),
+        ("/inference/v1/abort_requests", {"request_ids": ["x"]}, 404),
+        ("/v1/completions/render", {"prompt": "x"}, 404),
         ("/v1/completions", {"prompt": "<|adept_1|>"}, 400),
         ("/v1/chat/completions", {"messages": hello, "chat_template_kwargs": {"adept": 0}}, 400),
         ("/v1/chat/completions", {"messages": hello, "add_special_tokens": True}, 400),

@@ -129,7 +129,7 @@ def _adapters(
         try:
             adapters.append(check_adapter(name, exported(folder, base, flags.cache), base))
         except UserError as error:
-            problems.append(f"adapter {name!r}, {folder}: {error}")
+            problems.append(f"adapter {name!r}, {folder}: {error}; `adept-ds export --to lora` can be told more")
     if problems:
         raise UserError("\n".join(problems))
     if skipped:

@@ -31,10 +31,10 @@ Headers = list[tuple[bytes, bytes]]
 
 VARIABLE = "ADEPT_DS_SERVING"
 COMPLETIONS, CHAT, RENDER = "/v1/completions", "/v1/chat/completions", "/render"
-PROMPTED = {path + end for path in (COMPLETIONS, CHAT) for end in ("", RENDER)}
 LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
-BY_HEADER = ("/invocations", "/adapters")
-"""Endpoints that name an adapter in a header or in the path."""
+CLOSED, CLOSED_ENDS = ("/invocations", "/adapters", "/inference/"), (RENDER, "/derender")
+"""Endpoints that name an adapter in a header or in the path, and those that the server has for this file's questions
+alone: with them anybody could end the requests of others."""
 TEMPLATE_LENGTH = "adept"
 MANIFEST_NAME, CONFIG_NAME = "adept_export.json", "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -90,8 +90,8 @@ class AdeptPrompt:
 
     async def _answer(self, request: _Request) -> None:
         path = request.path
-        if path.startswith(BY_HEADER):
-            raise Refused(404, f"{path} is not served: it names its model outside of the request; use {CHAT}")
+        if path.startswith(CLOSED) or path.endswith(CLOSED_ENDS):
+            raise Refused(404, f"{path} is not served; use {COMPLETIONS} or {CHAT}")
         values = _parsed(request.body)
         if values is None:  # vLLM says what is wrong with it
             await request.forward(request.body)
@@ -101,7 +101,7 @@ class AdeptPrompt:
             await self._unload(request, values)
         else:
             length = self._length(values)
-            if path in PROMPTED:
+            if path in (COMPLETIONS, CHAT):
                 await request.forward(await self._prompted(request, values, length))
             elif length:
                 raise Refused(
@@ -125,7 +125,7 @@ class AdeptPrompt:
 
     async def _prompted(self, request: _Request, values: dict[str, Any], length: int) -> bytes:
         """The request's body with the prompt in front of its input."""
-        is_chat = request.path.startswith(CHAT)
+        is_chat = request.path == CHAT
         if is_chat:
             options = values.get("chat_template_kwargs")
             if isinstance(options, dict) and TEMPLATE_LENGTH in options:
@@ -134,8 +134,7 @@ class AdeptPrompt:
                 values["chat_template_kwargs"] = {**(options or {}), TEMPLATE_LENGTH: length}
         if length:
             self._check_fields(values, is_chat)
-        path = CHAT if is_chat else COMPLETIONS
-        status, headers, rendered = await request.ask("POST", path + RENDER, _bytes(values))
+        status, headers, rendered = await request.ask("POST", request.path + RENDER, _bytes(values))
         if status != 200:
             if length:
                 raise Answered(status, headers, rendered)
