@@ -95,6 +95,19 @@ def test_the_prompt_is_in_front_of_the_start_token_and_counted(running: Running)
         assert given["usage"]["prompt_tokens"] - without["usage"]["prompt_tokens"] == length
 
 
+def test_who_is_being_answered_is_answered_to_the_end(running: Running) -> None:
+    async def removed_meanwhile() -> tuple[Answer, Answer]:
+        asked = question("added", TEXTS[0], stream=True)
+        answer = asyncio.create_task(post(running.port, asked[0], asked[1] | {"max_tokens": 150, "ignore_eos": True}))
+        await asyncio.sleep(0.3)
+        return await post(running.port, "/v1/unload_lora_adapter", {"lora_name": "added"}), await answer
+
+    removal, answer = asyncio.run(removed_meanwhile())
+    assert (removal.status, answer.status, answer.model) == (200, 200, "added")
+    expected = running.expected["added", TEXTS[0]]
+    assert answer.ids[: len(expected)] == expected
+
+
 def test_an_adapter_that_is_removed_is_gone_for_good(running: Running) -> None:
     assert running.post("/v1/unload_lora_adapter", lora_name="last").status == 200
     assert running.ask(("last", TEXTS[0]))[0].status == 404

@@ -118,9 +118,7 @@ def server_environment(
         "bases": [options.name],
         "prompt_token_ids": list(base.manifest.prompt_token_ids),
         "embedding_fingerprint": base.manifest.base["embedding_fingerprint"],
-        "adapters": {
-            one.name: {"length": one.length, "folder": str(one.folder), "digest": one.digest} for one in adapters
-        },
+        "adapters": {one.name: {"length": one.length, "digest": one.digest} for one in adapters},
         "max_rank": max_rank(adapters, options),
         "runtime_updates": options.allow_runtime_updates,
         # vLLM gives no slot back when an adapter is unloaded.

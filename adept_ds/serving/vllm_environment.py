@@ -48,7 +48,8 @@ class VllmEnvironment:
     """Whether it is a build for CPUs."""
 
     def __str__(self) -> str:
-        return f"{self.version} ({'CPU' if self.is_cpu else 'GPU'}), {self.python}"
+        other = "" if self.version.startswith(VERSION) else f"; tests run {VERSION}"
+        return f"{self.version} (for {'CPUs' if self.is_cpu else 'GPUs'}{other}), {self.python}"
 
 
 def find_vllm(python: str | None = None) -> VllmEnvironment:

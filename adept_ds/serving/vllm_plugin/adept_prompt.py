@@ -65,8 +65,9 @@ class AdeptPrompt:
         self._fingerprint = settings["embedding_fingerprint"]
         self._max_rank = settings["max_rank"]
         self._lengths = {name: one["length"] for name, one in settings["adapters"].items()}
-        # vLLM keeps computed keys and values by an adapter's name and path: other weights must not come under both.
-        self._digests = {(name, one["folder"]): one["digest"] for name, one in settings["adapters"].items()}
+        # A name stays with its weights: a request may be on its way with their prompt, and vLLM keeps computed keys and
+        # values by an adapter's name and path.
+        self._digests = {name: one["digest"] for name, one in settings["adapters"].items()}
         self._may_load = settings["runtime_updates"]
         self._loads_left = settings["loads_left"]
         self._updating = asyncio.Lock()
@@ -180,19 +181,19 @@ class AdeptPrompt:
         if values.get("load_inplace"):
             raise Refused(
                 400,
-                "load_inplace would answer running requests with another adapter's weights behind their prompt; unload "
-                f"{name!r} first, or load it under another name",
+                "load_inplace would answer running requests with another adapter's weights behind their prompt; choose "
+                "another name",
                 "load_inplace",
             )
         async with self._updating:
             await request.check_key()  # ahead of the look into the folder
             length, digest = self._read(folder)
-            if self._digests.get((name, folder), digest) != digest:
+            if self._digests.get(name, digest) != digest:
                 raise Refused(
                     409,
-                    f"{folder!r} has other weights than when {name!r} was loaded from it, and vLLM may still use what "
-                    "it computed with those; load them from another folder",
-                    "lora_path",
+                    f"{name!r} was served with other weights than those of {folder!r}, and requests may be on their "
+                    "way to these; choose another name",
+                    "lora_name",
                 )
             if self._loads_left == 0 and name not in self._lengths:
                 raise Refused(
@@ -201,7 +202,7 @@ class AdeptPrompt:
                     "CPU (vllm#48421); start the server with a larger --spare",
                 )
             if await request.forward(request.body) == 200:
-                self._lengths[name], self._digests[name, folder] = length, digest
+                self._lengths[name], self._digests[name] = length, digest
                 if self._loads_left is not None:
                     self._loads_left -= 1
 
