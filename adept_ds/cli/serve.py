@@ -30,7 +30,6 @@ from adept_ds.serving.command import (
     Options,
     announcement,
     check_further,
-    check_names,
     server_command,
     server_environment,
 )
@@ -60,6 +59,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--python", metavar="PATH", help="interpreter that has vLLM (default: see docs/serving.md)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for exported adapters (default: beside each)")
     parser.add_argument("--max_loras", type=parse_count, metavar="N", help="adapters computed at once (default: fits)")
+    parser.add_argument(
+        "--max_lora_rank", type=parse_count, metavar="R", help="of adapters to be added (default: fits)"
+    )
     parser.add_argument("--allow_runtime_updates", action="store_true", help="let clients add and remove adapters")
     parser.add_argument("--spare", type=parse_count, metavar="N", help=f"adapters to be added so (default: {SPARE})")
     for name, meaning in HANDED_ON.items():
@@ -82,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         host=flags.host,
         port=flags.port,
         slots=flags.max_loras,
+        max_rank=flags.max_lora_rank,
         allow_runtime_updates=flags.allow_runtime_updates,
         spare=(flags.spare or SPARE) if flags.allow_runtime_updates else 0,
         further=[*_handed_on(flags), *further],
@@ -92,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     command = server_command(environment, base, adapters, options)
     variables = server_environment(environment, base, adapters, options)
     print(announcement(adapters, options))
-    print(environment)
+    print(f"vLLM {environment}")
     sys.stdout.flush()
     os.execve(command[0], command, variables)
 
@@ -109,6 +112,8 @@ def _adapters(
     folders, problems, skipped = named_folders(flags.adapters, flags.folder)
     problems += check_further(further)
     trained = {name: folder for name, folder in folders.items() if is_trained(folder)}
+    if options.name in folders:
+        problems.append(f"adapter {options.name!r}: so is the base called; choose another name for it by --base-name")
     adapters = []
     for name, folder in folders.items():
         if name not in trained:
@@ -124,8 +129,8 @@ def _adapters(
         try:
             adapters.append(check_adapter(name, exported(folder, base, flags.cache), base))
         except UserError as error:
-            problems.append(f"adapter {name!r}, {folder}: {error}")
-    if problems := problems + check_names(adapters, options):
+            problems.append(f"adapter {name!r}, {folder}: {error}; `adept-ds export --to lora` can be told more")
+    if problems:
         raise UserError("\n".join(problems))
     if skipped:
         print(f"{flags.folder}: not served, since no export --to lora: {', '.join(skipped)}")

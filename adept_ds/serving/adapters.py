@@ -17,8 +17,8 @@ from adept_ds.export.manifest import MANIFEST_NAME, SERVING_BASE, Manifest, read
 from adept_ds.files import read_json
 
 TENSORS_NAME = "adapter_model.safetensors"
-MOST_RANK = 512
-"""vLLM's limit of a LoRA's rank."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM takes for `--max-lora-rank`."""
 CACHE_NAME = ".adept-ds-serving"
 """Folder beside an adapter for its LoRA form."""
 
@@ -140,8 +140,8 @@ def check_adapter(name: str, folder: Path, base: ServingBase) -> ServedAdapter:
             f"exported for the serving base {manifest.serving_base}, not for {base.folder}: {', '.join(differences)}; "
             "export it again with --serving-base"
         )
-    if rank > MOST_RANK:
-        raise UserError(f"rank {rank} (prompt, bottleneck and 1); vLLM takes up to {MOST_RANK}")
+    if rank > RANKS[-1]:
+        raise UserError(f"rank {rank} (prompt, bottleneck and 1); vLLM takes up to {RANKS[-1]}")
     digest = manifest.files.get(TENSORS_NAME)
     return ServedAdapter(name, folder.absolute(), length, rank, targets, digest)
 

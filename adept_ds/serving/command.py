@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adept_ds.errors import UserError
-from adept_ds.serving.adapters import ServedAdapter, ServingBase
+from adept_ds.serving.adapters import RANKS, ServedAdapter, ServingBase
 from adept_ds.serving.vllm_environment import VllmEnvironment
 from adept_ds.serving.vllm_plugin.adept_prompt import VARIABLE, AdeptPrompt
 
 PLUGIN = Path(__file__).resolve().parent / "vllm_plugin"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM takes for `--max-lora-rank`."""
 MOST_SLOTS = 64
 """Of adapters on a GPU at once, by default; further ones wait in the machine's memory."""
 OURS = (
@@ -36,6 +34,8 @@ class Options:
     port: int = 8000
     slots: int | None = None
     """Adapters that vLLM computes with at once; None: what fits the device."""
+    max_rank: int | None = None
+    """Highest rank of an adapter; None: that of those that are served from the start."""
     allow_runtime_updates: bool = False
     spare: int = 0
     """Adapters that may be added while the server runs."""
@@ -51,13 +51,6 @@ def check_further(flags: Sequence[str]) -> list[str]:
         for name in names
         if name in OURS
     ]
-
-
-def check_names(adapters: Sequence[ServedAdapter], options: Options) -> list[str]:
-    """What is wrong with the names of models."""
-    if any(adapter.name == options.name for adapter in adapters):
-        return [f"adapter {options.name!r}: that is the base's name; choose another one for the base by --base-name"]
-    return []
 
 
 def slots(environment: VllmEnvironment, adapters: Sequence[ServedAdapter], options: Options) -> int:
@@ -79,12 +72,24 @@ def slots(environment: VllmEnvironment, adapters: Sequence[ServedAdapter], optio
     return chosen
 
 
+def max_rank(adapters: Sequence[ServedAdapter], options: Options) -> int:
+    """Return the highest rank that vLLM is to make room for.
+
+    Raises:
+        UserError: An adapter's is higher than the one that was chosen, or it is more than vLLM takes.
+    """
+    needed = max(adapter.rank for adapter in adapters)
+    wanted = options.max_rank or needed
+    if not needed <= wanted <= RANKS[-1]:
+        raise UserError(f"--max-lora-rank {wanted}: expected one from {needed}, which an adapter has, to {RANKS[-1]}")
+    return next(allowed for allowed in RANKS if allowed >= wanted)
+
+
 def server_command(
     environment: VllmEnvironment, base: ServingBase, adapters: Sequence[ServedAdapter], options: Options
 ) -> list[str]:
     """Return the command that starts vLLM's OpenAI server."""
     count = slots(environment, adapters, options)
-    rank = max(adapter.rank for adapter in adapters)
     modules = [{"name": one.name, "path": str(one.folder), "base_model_name": options.name} for one in adapters]
     return [
         *(str(environment.python), "-m", "vllm.entrypoints.openai.api_server"),
@@ -92,7 +97,7 @@ def server_command(
         *("--host", options.host, "--port", str(options.port)),
         *("--enable-lora", "--max-loras", str(count)),
         *("--max-cpu-loras", str(max(count, len(adapters) + options.spare))),
-        *("--max-lora-rank", str(next(allowed for allowed in RANKS if allowed >= rank))),
+        *("--max-lora-rank", str(max_rank(adapters, options))),
         *("--lora-target-modules", *sorted({name for adapter in adapters for name in adapter.target_modules})),
         *("--lora-modules", *map(json.dumps, modules)),
         # Without it vLLM's render endpoints, which the middleware asks, are off.
@@ -113,9 +118,8 @@ def server_environment(
         "bases": [options.name],
         "prompt_token_ids": list(base.manifest.prompt_token_ids),
         "embedding_fingerprint": base.manifest.base["embedding_fingerprint"],
-        "adapters": {
-            one.name: {"length": one.length, "folder": str(one.folder), "digest": one.digest} for one in adapters
-        },
+        "adapters": {one.name: {"length": one.length, "digest": one.digest} for one in adapters},
+        "max_rank": max_rank(adapters, options),
         "runtime_updates": options.allow_runtime_updates,
         # vLLM gives no slot back when an adapter is unloaded.
         "loads_left": slots(environment, adapters, options) - 1 - len(adapters) if environment.is_cpu else None,

