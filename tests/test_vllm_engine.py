@@ -17,7 +17,7 @@ from adept_ds.evaluation.decoders import check_engine, open_decoder
 from adept_ds.evaluation.tuned import open_tuned
 from adept_ds.formats import Example
 from adept_ds.model.adapted_model import get_adept_model
-from adept_ds.serving.vllm_decode import decode
+from adept_ds.serving.vllm_decode import Prompts, decode
 from adept_ds.serving.vllm_environment import find_vllm
 from tests.models import llama_config, save, seeded, t5_config, talkative_t5
 from tests.test_export import SIZE, tokenizer
@@ -78,7 +78,9 @@ def test_vllm_writes_what_is_written_here(
     (folder,) = (tmp_path / "cache").iterdir()
     assert json.loads((folder / "adept_export.json").read_text())["prompt_in"] == "none"
     options = {"model": str(folder), "dtype": "float32", "max_model_len": 64, "enforce_eager": True}
-    written = decode(find_vllm(), options, {"max_tokens": 12, "temperature": 1.0}, [[5, 9, 40]] * 3, [1, 1, 2])
+    prompts = Prompts([[5, 9, 40]] * 3, [1, 1, 2])
+    (decoded,) = decode(find_vllm(), options, {"max_tokens": 12, "temperature": 1.0}, [prompts])
+    written = decoded.written
     assert written[0].ids == written[1].ids != written[2].ids
 
 

@@ -7,10 +7,13 @@ All contenders decode the same number of tokens behind prompts of the same lengt
     folded      the model that `adept-ds export --to folded` writes
     floor       the bare backbone with as many more tokens as the soft prompt has
     PEFT n      PEFT's prompt tuning with n tokens
+
+With vLLM, in its own environment: the adapter as one LoRA for all rows, and as many LoRAs as there are rows, mixed.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,15 +34,21 @@ from adept_ds.benchmark.machine import machine_facts
 from adept_ds.config.run import ModelConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError
-from adept_ds.export.export import NONE, Request, export_folded
+from adept_ds.export.export import NONE, Request, export_folded, export_lora, export_serving_base
 from adept_ds.export.manifest import read_manifest
+from adept_ds.files import read_json
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel
+from adept_ds.serving.command import RANKS
+from adept_ds.serving.vllm_decode import Prompts, decode
+from adept_ds.serving.vllm_environment import VllmEnvironment
 from adept_ds.storage.adapter_folder import Adapter
 
 FLOOR, FOLDED = "floor: backbone with l more tokens", "folded"
 GOAL = 0.98
 """Least tokens per second of the folded model, as a part of the floor's."""
+MIXED_GOAL = 0.9
+"""The same of mixed adapters in vLLM, as a part of one adapter's."""
 PEFT_LENGTHS = (10, 100)
 
 
@@ -125,6 +134,69 @@ def _ratio(floor: Sequence[float], own: Sequence[float]) -> dict[str, float]:
     """Speed as a part of the floor's, round by round."""
     parts = sorted(before / after for before, after in zip(floor, own, strict=True))
     return {"median": median(parts), "least": parts[0], "most": parts[-1]}
+
+
+def benchmark_vllm(
+    model: ModelConfig, adapter: Adapter, options: Options, environment: VllmEnvironment
+) -> dict[str, Any]:
+    """Measure vLLM with one adapter and with as many as there are rows, in turns; return what `vllm_report` prints.
+
+    Raises:
+        UserError: The adapter has no such form, or vLLM did not come to its end.
+    """
+    length = adapter.method.num_virtual_tokens
+    names = [f"adapter{number}" for number in range(options.batch)]
+    with tempfile.TemporaryDirectory(prefix="adept-vllm-") as scratch:
+        serving, lora = Path(scratch) / "serving", Path(scratch) / "lora"
+        export_serving_base(model, max(1, length), serving)
+        export_lora(Request(adapter, model, lora, verify=False), serving)
+        manifest = read_manifest(lora)
+        # Each a folder of its own: by one folder vLLM would know that they are the same.
+        folders = {name: Path(shutil.copytree(lora, Path(scratch) / name)) for name in names}
+        generator = torch.Generator().manual_seed(0)
+        sizes = (options.batch, options.prompt_tokens)
+        batches = []
+        for _ in range(options.rounds + 1):
+            for chosen in (names[:1] * options.batch, names):
+                # Other prompts each time: vLLM keeps the keys and values of those that it has read.
+                ids = torch.randint(manifest.base["vocab_size"], sizes, generator=generator).tolist()
+                prompts = [[*manifest.prompt_token_ids, *row] for row in ids]
+                batches.append(Prompts(prompts, [None] * options.batch, chosen))
+        config = read_json(lora / "adapter_config.json")
+        engine = {
+            "model": str(serving),
+            "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model.dtype],
+            "max_model_len": length + options.prompt_tokens + options.new_tokens,
+            "generation_config": "vllm",
+            "enforce_eager": environment.is_cpu,
+            "enable_lora": True,
+            "max_loras": options.batch + 1,
+            "max_cpu_loras": options.batch + 1,
+            "max_lora_rank": next(rank for rank in RANKS if rank >= config["r"]),
+            "lora_target_modules": config["target_modules"],
+        }
+        sampling = {"temperature": 0.0, "max_tokens": options.new_tokens, "ignore_eos": True}
+        decoded = decode(environment, engine, sampling, batches, folders)
+    seconds = [one.seconds for one in decoded[2:]]  # the first round warms up
+    one, mixed = seconds[::2], seconds[1::2]
+    tokens = options.batch * options.new_tokens
+    return {
+        "engine": str(environment.version),
+        "tokens_per_second": {"one adapter": tokens / median(one), "mixed": tokens / median(mixed)},
+        "ratio": _ratio(one, mixed),
+        **vars(options),
+    }
+
+
+def vllm_report(result: dict[str, Any]) -> str:
+    """Return the figures of `benchmark_vllm` in words."""
+    rates, ratio = result["tokens_per_second"], result["ratio"]
+    met = "met" if ratio["median"] >= MIXED_GOAL else "missed"
+    return (
+        f"vLLM {result['engine']}: {rates['one adapter']:.1f} tokens/s with one adapter for {result['batch']} rows, "
+        f"{rates['mixed']:.1f} with {result['batch']} adapters mixed: {ratio['median']:.3f} ({ratio['least']:.3f} to "
+        f"{ratio['most']:.3f}); goal: at least {MIXED_GOAL}, {met}"
+    )
 
 
 def text_report(result: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt_tokens", type=parse_count, default=64, metavar="N", help="default: 64")
     parser.add_argument("--new_tokens", type=parse_count, default=64, metavar="N", help="default: 64")
     parser.add_argument("--rounds", type=parse_count, default=5, metavar="N", help="after a warm-up (default: 5)")
+    parser.add_argument("--vllm", action="store_true", help="vLLM with one adapter and with one for each row, instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
 
 
@@ -36,14 +37,19 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("--adapter FOLDER is needed, for example runs/my/best")
     import torch
 
-    from adept_ds.benchmark.decoding import Options, benchmark, text_report
+    from adept_ds.benchmark.decoding import Options, benchmark, benchmark_vllm, text_report, vllm_report
     from adept_ds.export.export import backbone_of
+    from adept_ds.serving.vllm_environment import find_vllm
     from adept_ds.storage.adapter_folder import load_adapter
 
     adapter = load_adapter(flags.adapter)
     model = backbone_of(adapter, flags.base, None, flags.dtype)
     options = Options(flags.batch, flags.prompt_tokens, flags.new_tokens, flags.rounds)
-    result = benchmark(model, adapter, options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(text_report(result))
+    if flags.vllm:
+        result = benchmark_vllm(model, adapter, options, find_vllm())
+        print(vllm_report(result))
+    else:
+        result = benchmark(model, adapter, options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        print(text_report(result))
     if flags.json:
         write_json(flags.json, result)

@@ -25,7 +25,7 @@ from adept_ds.files import user_cache
 from adept_ds.formats import Example, Sample
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel
-from adept_ds.serving.vllm_decode import decode
+from adept_ds.serving.vllm_decode import Prompts, decode
 from adept_ds.serving.vllm_environment import VllmEnvironment, find_vllm
 from adept_ds.storage.adapter_folder import backbone_facts
 
@@ -138,9 +138,9 @@ class VllmDecoder:
             "skip_special_tokens": False,
         }
         drawn = seeds if config.do_sample else [None] * len(jobs)
-        written = decode(self.environment, engine, sampling, prompts, drawn)
+        (decoded,) = decode(self.environment, engine, sampling, [Prompts(prompts, drawn)])
         texts, early = {}, 0
-        for (number, index), one in zip(jobs, written, strict=True):
+        for (number, index), one in zip(jobs, decoded.written, strict=True):
             text, is_stopped = answers.cut_text(number, one.ids)
             # It reads the text of a row by itself, where here it is read behind the prompt.
             early += one.ended_by is not None and not is_stopped

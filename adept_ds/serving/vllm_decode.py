@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from adept_ds.errors import UserError
@@ -21,6 +22,18 @@ _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """What is decoded together."""
+
+    ids: Sequence[Sequence[int]]
+    """Token ids of each prompt."""
+    seeds: Sequence[int | None]
+    """Of each prompt's random stream; None for greedy decoding."""
+    adapters: Sequence[str | None] = ()
+    """Name of the LoRA that reads each prompt; none for any if it is empty."""
+
+
+@dataclass(frozen=True)
 class Written:
     """What was generated from one prompt."""
 
@@ -30,21 +43,30 @@ class Written:
     """The stop string that ended it, if one did."""
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What was generated from prompts that were decoded together."""
+
+    written: list[Written]
+    """In the order of the prompts."""
+    seconds: float
+
+
 def decode(
     environment: VllmEnvironment,
     engine: Mapping[str, Any],
     sampling: Mapping[str, Any],
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int | None],
-) -> list[Written]:
-    """Return what vLLM generates from each prompt, in their order.
+    batches: Sequence[Prompts],
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+) -> list[Decoded]:
+    """Return what vLLM generates from the prompts of each batch, one batch after the other.
 
     Args:
         environment: Where vLLM is.
         engine: Arguments of `vllm.LLM`; all GPUs of this machine together, if `tensor_parallel_size` is None.
         sampling: Arguments of `vllm.SamplingParams`.
-        prompts: Token ids.
-        seeds: Of each prompt's random stream; None for greedy decoding.
+        batches: The prompts.
+        adapters: Folders of LoRAs by name.
 
     Raises:
         UserError: vLLM did not come to its end; what it says stands above.
@@ -56,8 +78,15 @@ def decode(
         whole = {
             "engine": dict(engine),
             "sampling": dict(sampling),
-            "prompts": [list(ids) for ids in prompts],
-            "seeds": list(seeds),
+            "adapters": {name: str(path) for name, path in adapters.items()},
+            "batches": [
+                {
+                    "prompts": [list(ids) for ids in batch.ids],
+                    "seeds": list(batch.seeds),
+                    "adapters": list(batch.adapters),
+                }
+                for batch in batches
+            ],
         }
         request.write_text(json.dumps(whole), encoding="utf-8")
         command = [str(environment.python), str(WORKER), str(request), str(answers)]
@@ -67,6 +96,5 @@ def decode(
                 f"vLLM ended with status {status}, what it says stands above; it was asked for {engine['model']!r} "
                 "(eval.engine_options are handed to it; eval.engine transformers decodes without it)"
             )
-        found = [Written(**json.loads(line)) for line in answers.read_text(encoding="utf-8").splitlines()]
-    assert len(found) == len(prompts)
-    return found
+        lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    return [Decoded([Written(**one) for one in line["written"]], line["seconds"]) for line in lines]

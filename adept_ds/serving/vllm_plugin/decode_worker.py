@@ -2,9 +2,10 @@
 
     python decode_worker.py REQUEST ANSWERS
 
-REQUEST is JSON: `engine`, the arguments of `vllm.LLM`; `sampling`, those of `vllm.SamplingParams` for all; `prompts`,
-lists of token ids; `seeds`, one for each or null. ANSWERS gets a JSON line for each prompt: its generated ids, and the
-string that ended them, if one did. It is written whole or not at all. Standard library and vLLM alone.
+REQUEST is JSON: `engine`, the arguments of `vllm.LLM`; `sampling`, those of `vllm.SamplingParams` for all; `adapters`,
+names and folders of LoRAs; `batches`, each with `prompts` (lists of token ids), `seeds` and `adapters` (one or null for
+each prompt). ANSWERS gets a JSON line for each batch: its `seconds`, and for each prompt the generated `ids` and the
+string that ended them, if one did (`ended_by`). It is written whole or not at all. Standard library and vLLM alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import vllm  # type: ignore[import-not-found]
+from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
 
 def main(request_path: Path, answers_path: Path) -> None:
@@ -26,16 +30,27 @@ def main(request_path: Path, answers_path: Path) -> None:
 
         engine["tensor_parallel_size"] = max(1, torch.cuda.device_count())
     model = vllm.LLM(**engine)
-    parameters = [vllm.SamplingParams(**request["sampling"], seed=seed) for seed in request["seeds"]]
-    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-    outputs = model.generate(prompts, parameters)
+    adapters: dict[str | None, Any] = {
+        name: LoRARequest(name, number, folder) for number, (name, folder) in enumerate(request["adapters"].items(), 1)
+    }
     temporary = answers_path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        for output in outputs:
-            written = output.outputs[0]
-            ended_by = written.stop_reason if isinstance(written.stop_reason, str) else None
-            file.write(json.dumps({"ids": list(written.token_ids), "ended_by": ended_by}) + "\n")
+        for batch in request["batches"]:
+            started = time.perf_counter()
+            outputs = model.generate(
+                [{"prompt_token_ids": ids} for ids in batch["prompts"]],
+                [vllm.SamplingParams(**request["sampling"], seed=seed) for seed in batch["seeds"]],
+                lora_request=[adapters.get(name) for name in batch["adapters"]] if adapters else None,
+            )
+            seconds = time.perf_counter() - started
+            written = [_written(output.outputs[0]) for output in outputs]
+            file.write(json.dumps({"seconds": seconds, "written": written}) + "\n")
     os.replace(temporary, answers_path)
+
+
+def _written(output: Any) -> dict[str, Any]:
+    reason = output.stop_reason
+    return {"ids": list(output.token_ids), "ended_by": reason if isinstance(reason, str) else None}
 
 
 if __name__ == "__main__":
