@@ -1,7 +1,11 @@
 """Tokens per second of greedy decoding with an adapter: live, folded, beside the bare backbone and PEFT's prompts.
 
-adept-ds decode-benchmark --adapter runs/my/best
-adept-ds decode-benchmark --adapter runs/my/best --batch 16 --new-tokens 128 --rounds 7 --json decoding.json
+    adept-ds decode-benchmark --adapter runs/my/best
+    adept-ds decode-benchmark --adapter runs/my/best --vllm
+    adept-ds decode-benchmark --adapter runs/my/best --batch 16 --new-tokens 128 --rounds 7 --json decoding.json
+
+All decode as many tokens behind random prompts, in turns, in one process; --vllm measures one adapter for all rows
+beside another one for each.
 """
 
 from __future__ import annotations
