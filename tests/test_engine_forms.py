@@ -15,13 +15,15 @@ import torch
 from tokenizers import normalizers, processors
 from transformers import LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
+from adept_ds.cli.export import main
 from adept_ds.errors import UserError
 from adept_ds.export.checkpoint import Made, rewrite
 from adept_ds.export.engine_forms import ENGINES, Environment, export_engine, find_engine
 from adept_ds.export.engine_verification import compare_engine
 from adept_ds.export.manifest import MANIFEST_NAME, read_manifest
 from adept_ds.export.verification import Batch
-from tests.models import EOS, START, llama_config, seeded
+from adept_ds.files import read_json, write_json
+from tests.models import EOS, START, causal, llama_config, seeded
 from tests.test_export import SIZE, TEMPLATE, TEXTS, adapter, request, same, t5
 from tests.test_export import tokenizer as byte_tokenizer
 
@@ -145,6 +147,31 @@ def test_a_start_token_before_the_prompt_is_found(case: Case, tmp_path: Path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_that_is_left_out_is_found(tmp_path: Path) -> None:
+    """llama.cpp ties Gemma 2's; also where nothing is compared."""
+    installed("gguf")
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": sentencepiece_tokenizer(tmp_path)}
+    seeded(causal("gemma2", **sizes)).save_pretrained(tmp_path)
+    made = adapter(tmp_path, tmp_path / "a", name="pt", num_virtual_tokens=2)
+    with pytest.raises(UserError, match=r"--to gguf: llama\.cpp knows .* with a head that is tied .*nothing was"):
+        export_engine(request(tmp_path, made, tmp_path / "out", verify=False), "gguf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_with_windows(tmp_path: Path) -> None:
+    installed("gguf")
+    size = sentencepiece_tokenizer(tmp_path)
+    core = read_json(tmp_path / "tokenizer.json")
+    core["normalizer"] = core["normalizer"]["normalizers"][1]  # of this kind no text begins with a space of its own
+    write_json(tmp_path / "tokenizer.json", core)
+    sizes = {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 7, "sliding_window": 16}
+    sizes["query_pre_attn_scalar"] = sizes["head_dim"]
+    seeded(causal("gemma3_text", **sizes, vocab_size=size, initializer_range=0.1)).save_pretrained(tmp_path)
+    made = adapter(tmp_path, tmp_path / "a", name="adept", num_virtual_tokens=8, bottleneck=3)
+    # llama.cpp's GELU is a table of 16 bits.
+    same(export_engine(request(tmp_path, made, tmp_path / "out"), "gguf"), limit=1e-3)
+
+
 def test_a_converter_that_refuses_is_quoted(case: Case, tmp_path: Path) -> None:
     """The byte tokenizer is none that llama.cpp's converter knows."""
     installed("gguf")
@@ -221,9 +248,23 @@ def test_engines_are_compared_up_to_a_constant() -> None:
     assert not compare_engine([live], [[[(0, float("nan")), (1, -1.0)], shifted[1]]], [3], 1e-3).is_same
 
 
+def test_the_command_says_what_to_put_before_a_text(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama, made = case(installed("gguf"))
+    out = str(tmp_path / "out")
+    command = ["--adapter", str(made), "--base", str(llama), "--to", "gguf", "--out", out]
+    main([*command, "--no-verify"])
+    said = capsys.readouterr().out
+    assert f"{out}: not compared with the live model" in said
+    assert said.strip().endswith(f"in front of plain text yourself: {read_manifest(Path(out)).text_prefix}")
+    assert read_manifest(Path(out)).verification is None
+    with pytest.raises(UserError, match="--serving-base is for --to lora, and not for --to gguf"):
+        main([*command, "--serving-base", "somewhere"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ENGINES)
-def test_smollm2_in_an_engine(form: str, smollm2: Path, tmp_path: Path) -> None:
-    installed(form)
+def test_smollm2_in_llama_cpp(smollm2: Path, tmp_path: Path) -> None:
+    installed("gguf")
     made = adapter(smollm2, tmp_path / "a", name="adept", num_virtual_tokens=10, bottleneck=8)
-    same(export_engine(request(smollm2, made, tmp_path / "out", dtype="fp32"), form), limit=1e-4)
+    same(export_engine(request(smollm2, made, tmp_path / "out", dtype="fp32"), "gguf"), limit=1e-4)

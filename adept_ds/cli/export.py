@@ -21,7 +21,8 @@ from adept_ds.config.command_line import parse_count, parse_flags
 from adept_ds.errors import UserError, did_you_mean_path
 
 PROGRAM = "adept-ds export"
-FORMS = ("folded", "lora", "peft", "gguf", "onnx", "openvino")
+ENGINE_FORMS = ("gguf", "onnx", "openvino")
+FORMS = ("folded", "lora", "peft", *ENGINE_FORMS)
 MAKE = ""
 """Value of --serving-base without a folder: one is to be made."""
 
@@ -74,6 +75,10 @@ def main(arguments: Sequence[str]) -> None:
             "--to lora needs --serving-base FOLDER, which is made once by "
             "`adept-ds export --serving-base --rows L --base MODEL --out FOLDER`"
         )
+    if flags.to != "lora" and flags.serving_base is not None:
+        raise UserError(f"--serving-base is for --to lora, and not for --to {flags.to}")
+    if flags.python is not None and flags.to not in ENGINE_FORMS:
+        raise UserError(f"--python is for --to {' or '.join(ENGINE_FORMS)}, and not for --to {flags.to}")
     # The libraries behind these take seconds to load; a mistake on the command line is told before.
     from adept_ds.export.engine_forms import ENGINES, export_engine
     from adept_ds.export.export import Request, backbone_of, export_folded, export_lora, export_peft

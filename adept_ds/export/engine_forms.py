@@ -20,12 +20,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import file_digest
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adept_ds.backbone.hub import TOKENIZER_CONFIG_NAME
+from adept_ds.backbone.hub import CONFIG_NAME, TOKENIZER_CONFIG_NAME
 from adept_ds.backbone.load import DTYPES, load_architecture
 from adept_ds.errors import UserError
 from adept_ds.export.engine_verification import compare_engine
@@ -204,6 +206,8 @@ def export_engine(request: Request, form: str, python: str | None = None) -> Agr
             _add_no_start_token(source)
         command = engine.converter(environment, source, folder, engine.dtypes[request.model.dtype])
         _run(command, f"the converter for {engine.name}")
+        if form == GGUF and not read_json(source / CONFIG_NAME).get("tie_word_embeddings", True):
+            _check_head(folder / engine.model, request.model.name_or_path)
         shutil.rmtree(source)
         for path in folder.iterdir():
             path.chmod(usual_mode())
@@ -262,6 +266,21 @@ def _add_no_start_token(folder: Path) -> None:
     write_json(path, read_json(path) | {"add_bos_token": False})
 
 
+def _check_head(path: Path, backbone: str) -> None:
+    """Refuse a GGUF file without a head of its own: llama.cpp would take the tuned input table for it.
+
+    Its converter leaves the head out where an architecture always has it tied, whatever the config says.
+    """
+    name = b"output.weight"
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        # Names stand in the file behind their length.
+        if content.find(len(name).to_bytes(8, "little") + name) < 0:
+            raise UserError(
+                f"--to {GGUF}: llama.cpp knows the architecture of {backbone!r} with a head that is tied to the input "
+                f"table alone, and the tuned model has both; nothing was written. Expected --to {FOLDED} or --to {LORA}"
+            )
+
+
 def _verify(
     request: Request, form: str, environment: Environment, folder: Path, folded: Folded, prefix: str
 ) -> Agreement:
@@ -289,6 +308,7 @@ def _verify(
         "chats": list(chats),
         "count": BEST,
         "threads": torch.get_num_threads(),
+        "reuses": not _has_windows(load_architecture(request.model)),
     }
     scratch = folder / "verification"
     scratch.mkdir()
@@ -307,6 +327,13 @@ def _verify(
     agreement = compare_engine(batches, answer["best"], prompt, LIMITS[DTYPES[request.model.dtype]])
     check(agreement, f"what {engine.name} reads")
     return agreement
+
+
+def _has_windows(architecture: Any) -> bool:
+    """Whether layers look at the last tokens alone. llama.cpp's server forgets what is before, and misreads a prompt
+    that it has read in part."""
+    others = set(getattr(architecture, "layer_types", None) or ()) - {"full_attention"}
+    return bool(others or getattr(architecture, "sliding_window", None))
 
 
 def _run(command: Sequence[str | Path], what: str) -> None:

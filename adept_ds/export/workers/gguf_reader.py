@@ -49,7 +49,7 @@ def main(request_path: str, answer_path: str) -> None:
     options = {"n_predict": 1, "temperature": 0, "n_probs": request["count"], "logit_bias": [[whole, 1e6]]}
 
     def best_after(ids: list[int]) -> list[list[float]]:
-        (token,) = ask("/completion", prompt=ids, cache_prompt=True, **options)["completion_probabilities"]
+        (token,) = ask("/completion", prompt=ids, cache_prompt=request["reuses"], **options)["completion_probabilities"]
         return [[entry["id"], entry["logprob"]] for entry in token["top_logprobs"]]
 
     def prompt_of(chat: str) -> str:
