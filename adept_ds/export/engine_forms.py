@@ -209,13 +209,13 @@ def export_engine(request: Request, form: str, python: str | None = None) -> Agr
         if form == GGUF and not read_json(source / CONFIG_NAME).get("tie_word_embeddings", True):
             _check_head(folder / engine.model, request.model.name_or_path)
         shutil.rmtree(source)
-        for path in folder.iterdir():
-            path.chmod(usual_mode())
+        made = sorted(path for path in folder.rglob("*") if path.is_file())
         agreement = _verify(request, form, environment, folder, folded, prefix) if request.verify else None
         files: dict[str, str | None] = {}
-        for path in sorted(folder.iterdir()):
+        for path in made:
+            path.chmod(usual_mode())
             with path.open("rb") as file:
-                files[path.name] = file_digest(file, "sha256").hexdigest()
+                files[path.relative_to(folder).as_posix()] = file_digest(file, "sha256").hexdigest()
         changes = {
             "form": form,
             "files": files,
@@ -257,7 +257,7 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What the tokenizer puts before a text."""
     text = "a"
     ids, own = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
-    first = next(place for place in range(len(ids)) if ids[place : place + len(own)] == own)
+    first = next((place for place in range(len(ids)) if ids[place : place + len(own)] == own), 0)
     return list(tokenizer.convert_ids_to_tokens(ids[:first]))
 
 
@@ -276,8 +276,9 @@ def _check_head(path: Path, backbone: str) -> None:
         # Names stand in the file behind their length.
         if content.find(len(name).to_bytes(8, "little") + name) < 0:
             raise UserError(
-                f"--to {GGUF}: llama.cpp knows the architecture of {backbone!r} with a head that is tied to the input "
-                f"table alone, and the tuned model has both; nothing was written. Expected --to {FOLDED} or --to {LORA}"
+                f"--to {GGUF}: llama.cpp knows the architecture of {backbone!r} only with a head that is tied to the "
+                "input table, and the tuned model needs one of its own; nothing was written. "
+                f"Expected --to {FOLDED} or --to {LORA}"
             )
 
 
@@ -285,6 +286,11 @@ def _verify(
     request: Request, form: str, environment: Environment, folder: Path, folded: Folded, prefix: str
 ) -> Agreement:
     engine, batches = ENGINES[form], batches_of(request, folded.tokenizer, folded.task)
+    if not batches:
+        raise UserError(
+            f"no prompt of the comparison fits into the positions of {request.model.name_or_path!r} beside the soft "
+            "prompt; nothing was written. --no-verify writes without comparing"
+        )
     prompt = list(folded.prompt.ids)
 
     def pairs(batch: Batch) -> Iterable[tuple[str, list[int]]]:
