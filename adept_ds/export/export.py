@@ -53,6 +53,11 @@ BOTH, TEXT, CHAT, NONE = "both", "text", "chat", "none"
 PROMPT_IN = (BOTH, TEXT, CHAT, NONE)
 
 
+def prompt_places(prompt_in: str) -> tuple[bool, bool]:
+    """Whether the tokenizer puts the soft prompt in front of plain text, and whether the chat template does."""
+    return prompt_in in (BOTH, TEXT), prompt_in in (BOTH, CHAT)
+
+
 @dataclass(frozen=True)
 class Request:
     """What is to be exported, and how."""
@@ -102,46 +107,61 @@ def export_folded(request: Request) -> Agreement | None:
         UserError: The method cannot be exported so, the adapter belongs to another backbone, `out` is there already, or
             what was written computes something else than the live model.
     """
+    check_form(request.adapter.method, FOLDED)
+    with new_folder(request.out) as folder:
+        folded = write_folded(request, folder)
+        agreement = _verify_folded(request, folder, folded) if request.verify else None
+        verification = asdict(agreement) if agreement else None
+        write_manifest(folder, folded.manifest.model_copy(update={"verification": verification}))
+    return agreement
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What was written as a hub folder."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The backbone's."""
+    prompt: PromptTokens
+    task: int
+    manifest: Manifest
+    """Not written yet, and without a verification."""
+
+
+def write_folded(request: Request, folder: Path) -> Folded:
+    """Write the tuned model into an existing folder. Raises: As `export_folded`, but compares nothing."""
     adapter, config = request.adapter, request.model
-    check_form(adapter.method, FOLDED)
     task = task_number(adapter, request.task)
     base = Base(config, load_tokenizer(config))
-    with _new_folder(request.out) as folder:
-        core, prompt = add_prompt_tokens(base.tokenizer, request.length)
-        with open_table(config) as opened:
-            facts = _checked_facts(adapter, opened)
-            dtype = DTYPES[config.dtype]
-            if isinstance(create_method(adapter.method), PromptedMethod):
-                vocabulary = Vocabulary(opened, dtype)
-                table = TokenTable.of(loaded_method(adapter, opened), prompt.ids, task)
-                changes = vocabulary.folded(table.parts, table.rows, prompt.ids)
-            else:
-                changes = merged(adapter, opened, dtype)
-            files = rewrite(opened.paths, folder, changes.changed, changes.added, dtype)
-            weights = fingerprint(opened.paths)
-        write_model_files(base, folder, {**changes.config, "dtype": str(dtype).removeprefix("torch.")})
-        in_text, in_chat = request.prompt_in in (BOTH, TEXT), request.prompt_in in (BOTH, CHAT)
-        if request.length and in_text:
-            core = with_prompt_in_front(core, prompt)
-        template = partial(prompted_template, names=prompt.names if in_chat else ())
-        write_tokenizer_files(base, core, folder, template)
-        agreement = _verify_folded(request, folder, base.tokenizer, prompt, task) if request.verify else None
-        write_manifest(
-            folder,
-            Manifest(
-                form=FOLDED,
-                base={**facts, "weights_fingerprint": weights},
-                adapter=_adapter_facts(adapter, request.task),
-                prompt_tokens=prompt.names,
-                prompt_token_ids=prompt.ids,
-                prompt_in=request.prompt_in if request.length else NONE,
-                dtype=config.dtype,
-                files=files,
-                verification=asdict(agreement) if agreement else None,
-                versions=versions(),
-            ),
-        )
-    return agreement
+    core, prompt = add_prompt_tokens(base.tokenizer, request.length)
+    with open_table(config) as opened:
+        facts = _checked_facts(adapter, opened)
+        dtype = DTYPES[config.dtype]
+        if isinstance(create_method(adapter.method), PromptedMethod):
+            vocabulary = Vocabulary(opened, dtype)
+            table = TokenTable.of(loaded_method(adapter, opened), prompt.ids, task)
+            changes = vocabulary.folded(table.parts, table.rows, prompt.ids)
+        else:
+            changes = merged(adapter, opened, dtype)
+        files = rewrite(opened.paths, folder, changes.changed, changes.added, dtype)
+        weights = fingerprint(opened.paths)
+    write_model_files(base, folder, {**changes.config, "dtype": str(dtype).removeprefix("torch.")})
+    in_text, in_chat = prompt_places(request.prompt_in)
+    if request.length and in_text:
+        core = with_prompt_in_front(core, prompt)
+    write_tokenizer_files(base, core, folder, partial(prompted_template, names=prompt.names if in_chat else ()))
+    manifest = Manifest(
+        form=FOLDED,
+        base={**facts, "weights_fingerprint": weights},
+        adapter=_adapter_facts(adapter, request.task),
+        prompt_tokens=prompt.names,
+        prompt_token_ids=prompt.ids,
+        prompt_in=request.prompt_in if request.length else NONE,
+        dtype=config.dtype,
+        files=files,
+        versions=versions(),
+    )
+    return Folded(base.tokenizer, prompt, task, manifest)
 
 
 def export_serving_base(model: ModelConfig, rows: int, out: Path) -> None:
@@ -151,7 +171,7 @@ def export_serving_base(model: ModelConfig, rows: int, out: Path) -> None:
         UserError: There is no such backbone, or `out` is there already.
     """
     base = Base(model, load_tokenizer(model))
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         core, prompt = add_prompt_tokens(base.tokenizer, rows)
         with open_table(model) as opened:
             refuse_composite(opened)
@@ -203,7 +223,7 @@ def export_lora(request: Request, serving_base: Path) -> Agreement | None:
     )
     check_backbone(adapter, served.base)
     serving = ModelConfig(name_or_path=str(serving_base.absolute()), dtype=served.dtype)  # type: ignore[arg-type]
-    with _new_folder(request.out) as folder, open_table(config) as opened, open_table(serving) as serving_table:
+    with new_folder(request.out) as folder, open_table(config) as opened, open_table(serving) as serving_table:
         facts = _checked_facts(adapter, opened)
         table = TokenTable.of(loaded_method(adapter, opened), prompt.ids, task)
         base_rows = serving_table.table.weight[list(prompt.ids)]
@@ -250,7 +270,7 @@ def export_peft(request: Request) -> Agreement | None:
     """Write a folder in PEFT's own format of the method. Returns, raises: As `export_folded`."""
     adapter, config = request.adapter, request.model
     check_form(adapter.method, PEFT)
-    with _new_folder(request.out) as folder, open_table(config) as opened:
+    with new_folder(request.out) as folder, open_table(config) as opened:
         facts = _checked_facts(adapter, opened)
         name = config.name_or_path
         base = str(Path(name).absolute()) if is_local(name) else name
@@ -272,7 +292,7 @@ def export_peft(request: Request) -> Agreement | None:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` that is renamed to it at the end, and removed after an exception.
 
     Raises:
@@ -293,12 +313,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _verify_folded(
-    request: Request, folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: PromptTokens, task: int
-) -> Agreement:
-    batches = _live_batches(request, tokenizer, task)
+def _verify_folded(request: Request, folder: Path, folded: Folded) -> Agreement:
+    batches, prompt = batches_of(request, folded.tokenizer, folded.task), folded.prompt
     written = AutoTokenizer.from_pretrained(folder)
-    in_text, in_chat = request.prompt_in in (BOTH, TEXT), request.prompt_in in (BOTH, CHAT)
+    in_text, in_chat = prompt_places(request.prompt_in)
 
     def rows_of(batch: Batch) -> list[list[int]]:
         if batch.is_chat:
@@ -315,7 +333,7 @@ def _verify_folded(
 
 
 def _verify_lora(request: Request, folder: Path, serving: ModelConfig, prompt: PromptTokens, task: int) -> Agreement:
-    batches = _live_batches(request, load_tokenizer(request.model), task)
+    batches = batches_of(request, load_tokenizer(request.model), task)
     written = AutoTokenizer.from_pretrained(serving.name_or_path)
 
     def rows_of(batch: Batch) -> list[list[int]]:
@@ -332,7 +350,7 @@ def _verify_lora(request: Request, folder: Path, serving: ModelConfig, prompt: P
 
 
 def _verify_peft(request: Request, folder: Path) -> Agreement:
-    batches = _live_batches(request, load_tokenizer(request.model), 0)
+    batches = batches_of(request, load_tokenizer(request.model), 0)
 
     def rows_of(batch: Batch) -> list[list[int]]:
         return batch.rows
@@ -344,7 +362,8 @@ def _verify_peft(request: Request, folder: Path) -> Agreement:
     return agreement
 
 
-def _live_batches(request: Request, tokenizer: PreTrainedTokenizerBase, task: int) -> list[Batch]:
+def batches_of(request: Request, tokenizer: PreTrainedTokenizerBase, task: int) -> list[Batch]:
+    """Return prompts with what the live model makes of them."""
     backbone = load_backbone(request.model, torch.device(request.device))
     model = AdaptedModel.from_pretrained(backbone, request.adapter.folder)
     positions = most_positions(backbone.config)

@@ -6,6 +6,9 @@ from adept_ds.config.method import MethodConfig
 from adept_ds.errors import UserError
 
 FOLDED, LORA, PEFT = "folded", "lora", "peft"
+GGUF, ONNX, OPENVINO = "gguf", "onnx", "openvino"
+MADE_OF = dict.fromkeys((GGUF, ONNX, OPENVINO), FOLDED)
+"""Forms that are converted from another one."""
 FORMS: dict[str, tuple[str, ...]] = {
     "adept": (FOLDED, LORA),
     "pt": (FOLDED, LORA, PEFT),
@@ -43,7 +46,7 @@ def check_form(method: MethodConfig, form: str) -> None:
         UserError: Says why, and what to do.
     """
     possible = FORMS.get(method.name, ())
-    if form in possible:
+    if MADE_OF.get(form, form) in possible:
         return
     reason = REASONS.get(method.name, "its values are of another kind")
     ways = f"; expected --to {' or '.join(possible)}" if possible else ""

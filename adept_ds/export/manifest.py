@@ -25,7 +25,7 @@ class Manifest(BaseModel):
 
     format: str = FORMAT
     form: str
-    """`folded`, `lora`, `peft` or `serving-base`."""
+    """`folded`, `lora`, `peft`, `gguf`, `onnx`, `openvino` or `serving-base`."""
     base: dict[str, Any]
     """The backbone: name, revision, sizes, fingerprint of its input table, and of its weights."""
     adapter: dict[str, Any] | None = None
@@ -37,11 +37,14 @@ class Manifest(BaseModel):
     """In order; a serving base has as many as the longest prompt may have."""
     prompt_in: str = "none"
     """Who puts the prompt's tokens in front: `both`, the tokenizer (`text`), the chat template (`chat`), or `none`."""
+    text_prefix: str | None = None
+    """What is put in front of plain text for an engine that does not do so itself; none for other forms."""
     dtype: str
     files: dict[str, str | None]
     """Names of the files with weights to their sha256; none for what is the base's own file."""
     verification: dict[str, Any] | None = None
-    """How greedy texts and logits compared with the live model's; none where that was not asked for."""
+    """How greedy texts and logits compared with the live model's, and in which engine, if not `transformers` and PEFT;
+    none where that was not asked for."""
     versions: dict[str, str]
 
 

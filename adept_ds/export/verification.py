@@ -158,10 +158,9 @@ def compare(
         )
         their_logits = _logits_after(model, model, rows, batch.written)
         vocabulary = batch.logits.shape[-1]
-        real = torch.tensor([number for number in range(vocabulary) if number not in set(prompt_ids)])
+        real = real_tokens(vocabulary, prompt_ids)
         for row, written in enumerate(batch.written):
-            without_text = (~torch.isin(written, real)).nonzero().flatten().tolist()
-            end = without_text[0] if without_text else len(written)
+            end = comparable(written, real)
             live = batch.logits[row, : end + 1][:, real]
             apart = (their_logits[row, : end + 1][:, real] - live).abs()
             difference = max(difference, float(apart.max()) if torch.isfinite(apart).all() else float("inf"))
@@ -170,11 +169,33 @@ def compare(
             unequal = (theirs[row, :end] != written[:end]).nonzero().flatten().tolist()
             if unequal:
                 first = unequal[0]
-                other = int(theirs[row, first])
-                margin = live[first].max() - batch.logits[row, first, other] if other < vocabulary else torch.inf
-                is_tie = other in real and bool(margin <= 2 * limit * live[first].abs().max())
-                ties, differing = ties + is_tie, differing + (not is_tie)
+                is_even = is_tie(batch.logits[row, first], real, int(theirs[row, first]), limit)
+                ties, differing = ties + is_even, differing + (not is_even)
     return Agreement(prompts, NEW_TOKENS, differing, ties, difference, limit * largest, largest)
+
+
+def real_tokens(vocabulary: int, prompt_ids: Sequence[int]) -> Tensor:
+    """Ids that are no prompt token's."""
+    return torch.tensor([number for number in range(vocabulary) if number not in set(prompt_ids)])
+
+
+def comparable(written: Tensor, real: Tensor) -> int:
+    """How many of the live model's tokens come before the first that only a prompt token has the id of."""
+    without_text = (~torch.isin(written, real)).nonzero().flatten().tolist()
+    return int(without_text[0]) if without_text else len(written)
+
+
+def is_tie(live: Tensor, real: Tensor, other: int, limit: float) -> bool:
+    """Whether rounding may choose `other` where the live model has the logits [V].
+
+    Args:
+        live: The live model's.
+        real: Ids that may be chosen.
+        other: Id that was chosen.
+        limit: Largest difference that counts as rounding, as a part of the largest logit.
+    """
+    logits = live[real]
+    return other in real and bool(logits.max() - live[other] <= 2 * limit * logits.abs().max())
 
 
 def _greedy(backbone: Any, generate: Callable[..., Any], ids: Tensor, mask: Tensor) -> Tensor:

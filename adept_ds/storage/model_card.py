@@ -27,7 +27,9 @@ from adept_ds.storage.model_folder import TRAINING_NAME
 README_NAME = "README.md"
 TEMPLATE = "model_card.md.jinja"
 ADAPTER, MODEL = "adapter", "model"
-LIBRARIES = {ADAPTER: "adept_ds", "lora": "peft", "peft": "peft"}
+ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime GenAI", "openvino": "OpenVINO GenAI"}
+"""Forms that programs of their own read."""
+LIBRARIES = {ADAPTER: "adept_ds", "lora": "peft", "peft": "peft", **{form: form for form in ENGINES}}
 """Form of a folder to the library that loads it; `transformers` for those that are whole models."""
 RELATIONS = {ADAPTER: "adapter", "lora": "adapter", "peft": "adapter"}
 """The hub's word for what a folder is to its base; `finetune` for those that are whole models."""
@@ -183,8 +185,12 @@ def make_card(
         auto="AutoModelForSeq2SeqLM" if is_seq2seq else "AutoModelForCausalLM",
         versions={**subject.versions, "this card": f"adept_ds {version('adept_ds')}"},
         is_seq2seq=is_seq2seq,
+        engines=ENGINES,
         prompt_ids=list(subject.manifest.get("prompt_token_ids") or ()),
-        **{key: subject.manifest.get(key) for key in ("prompt_tokens", "prompt_in", "serving_base", "verification")},
+        **{
+            key: subject.manifest.get(key)
+            for key in ("prompt_tokens", "prompt_in", "serving_base", "verification", "text_prefix")
+        },
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text))
 
