@@ -50,7 +50,6 @@ from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.storage.adapter_folder import Adapter, backbone_facts, check_backbone
 
 BOTH, TEXT, CHAT, NONE = "both", "text", "chat", "none"
-PROMPT_IN = (BOTH, TEXT, CHAT, NONE)
 
 
 def prompt_places(prompt_in: str) -> tuple[bool, bool]:

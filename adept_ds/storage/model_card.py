@@ -31,6 +31,8 @@ ENGINES = {"gguf": "llama.cpp", "onnx": "ONNX Runtime GenAI", "openvino": "OpenV
 """Forms that programs of their own read."""
 LIBRARIES = {ADAPTER: "adept_ds", "lora": "peft", "peft": "peft", **{form: form for form in ENGINES}}
 """Form of a folder to the library that loads it; `transformers` for those that are whole models."""
+OF_MANIFEST = ("prompt_tokens", "prompt_in", "serving_base", "verification", "text_prefix")
+"""Fields of an export's manifest that its card shows."""
 RELATIONS = {ADAPTER: "adapter", "lora": "adapter", "peft": "adapter"}
 """The hub's word for what a folder is to its base; `finetune` for those that are whole models."""
 
@@ -187,10 +189,7 @@ def make_card(
         is_seq2seq=is_seq2seq,
         engines=ENGINES,
         prompt_ids=list(subject.manifest.get("prompt_token_ids") or ()),
-        **{
-            key: subject.manifest.get(key)
-            for key in ("prompt_tokens", "prompt_in", "serving_base", "verification", "text_prefix")
-        },
+        **{key: subject.manifest.get(key) for key in OF_MANIFEST},
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text))
 
