@@ -49,7 +49,7 @@ from adept_ds.methods import _METHODS
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.storage.adapter_folder import load_adapter
 from adept_ds.tools.import_adapter import import_adapter
-from tests.models import TOKENS, byte_tokenizer, causal, llama_config, seeded, t5_config, talkative_t5
+from tests.models import TOKENS, byte_tokenizer, causal, llama_config, save, seeded, t5_config, talkative_t5
 
 TEXTS = ["The capital of France is def add(a, b): return Once upon a time 1, 2, 3 Who wrote Faust? In the village"] * 3
 TEMPLATE = (
@@ -348,6 +348,35 @@ def test_a_wrong_copy_is_found_and_leaves_nothing(
     with pytest.raises(UserError, match=r"does not compute what the live model does: .*nothing was written"):
         export_folded(request(folder, made, tmp_path / "out" / "folded"))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_tokenizer_from_elsewhere_goes_along(base: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, other = base("llama"), tokenizer(is_t5=False)
+    other.add_special_tokens({"additional_special_tokens": ["<other>"]})
+    other.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("of the tokenizer")
+    made = load_adapter(adapter(folder, tmp_path / "a", name="adept", num_virtual_tokens=8, bottleneck=2))
+    model = backbone_of(made, str(folder), tokenizer=str(tmp_path / "tokenizer"))
+    same(export_folded(Request(made, model, tmp_path / "folded")))
+    assert "<other>" in AutoTokenizer.from_pretrained(tmp_path / "folded").get_vocab()
+    assert (tmp_path / "folded" / "vocab.txt").read_text() == "of the tokenizer"
+
+
+def test_a_backbone_without_room_for_a_comparison_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "short"
+    save(seeded(gpt(GPT2Config, GPT2LMHeadModel, n_positions=28)), tokenizer(is_t5=False), folder)
+    made = adapter(folder, tmp_path / "a", name="adept", num_virtual_tokens=8, bottleneck=2)
+    with pytest.raises(UserError, match="no prompt of the comparison fits"):
+        export_folded(request(folder, made, tmp_path / "folded"))
+    assert export_folded(request(folder, made, tmp_path / "folded", verify=False)) is None
+
+
+def test_the_precision_that_is_written_is_no_other_backbone(base: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = base("llama")
+    made = adapter(folder, tmp_path / "a", name="adept", num_virtual_tokens=8, bottleneck=2)
+    agreement = export_folded(request(folder, made, tmp_path / "folded", dtype="fp16"))
+    assert agreement is not None
+    assert agreement.is_same
 
 
 def test_a_folder_that_is_there_stays(base: Callable[[str], Path], tmp_path: Path) -> None:

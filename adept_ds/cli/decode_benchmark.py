@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     from adept_ds.storage.adapter_folder import load_adapter
 
     adapter = load_adapter(flags.adapter)
-    model = backbone_of(adapter, flags.base, None, flags.dtype)
+    model = backbone_of(adapter, flags.base, dtype=flags.dtype)
     options = Options(flags.batch, flags.prompt_tokens, flags.new_tokens, flags.rounds)
     if flags.vllm:
         result = benchmark_vllm(model, adapter, options, find_vllm())

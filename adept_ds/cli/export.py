@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from adept_ds.backbone.hub import hub_adapter
 from adept_ds.config.command_line import parse_count, parse_flags
 from adept_ds.errors import UserError, did_you_mean_path
 
@@ -29,7 +30,7 @@ MAKE = ""
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All arguments."""
-    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter to export")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter to export (hub id too)")
     parser.add_argument("--to", choices=FORMS, help="form of what is written")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder to write")
     parser.add_argument(
@@ -42,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=parse_count, metavar="L", help="tokens of a serving base for the longest prompt")
     parser.add_argument("--base", metavar="MODEL", help="hub id or folder of the backbone (default: the one on record)")
     parser.add_argument("--revision", metavar="NAME", help="commit, tag or branch of --base")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="where its tokenizer is (default: the one on record)")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="precision (default: the checkpoint's)")
     parser.add_argument("--task", metavar="NAME", help="whose prompt, where an adapter has one for each task")
     parser.add_argument(
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     if flags.adapter is None:
         raise UserError("--adapter FOLDER is needed, for example runs/my/best")
-    if not flags.adapter.is_dir():
+    if hub_adapter(flags.adapter) is None and not flags.adapter.is_dir():
         raise UserError(f"--adapter {flags.adapter}: no such folder{did_you_mean_path(str(flags.adapter))}")
     if flags.to is None:
         raise UserError(f"--to is needed: {', '.join(FORMS)}")
@@ -80,6 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     if flags.python is not None and flags.to not in ENGINE_FORMS:
         raise UserError(f"--python is for --to {' or '.join(ENGINE_FORMS)}, and not for --to {flags.to}")
     # The libraries behind these take seconds to load; a mistake on the command line is told before.
+    from adept_ds.evaluation.side_by_side import origin_of
     from adept_ds.export.engine_forms import ENGINES, export_engine
     from adept_ds.export.export import Request, backbone_of, export_folded, export_lora, export_peft
     from adept_ds.export.manifest import read_manifest
@@ -87,11 +90,12 @@ def main(arguments: Sequence[str]) -> None:
     from adept_ds.storage.adapter_folder import load_adapter
 
     adapter = load_adapter(flags.adapter)
+    tokenizer = flags.tokenizer or origin_of(flags.adapter, flags.base).model.tokenizer
     engine = ENGINES.get(flags.to)
     dtype = flags.dtype or (engine.only_dtype if engine else None)
     request = Request(
         adapter=adapter,
-        model=backbone_of(adapter, flags.base, flags.revision, dtype),
+        model=backbone_of(adapter, flags.base, flags.revision, dtype, tokenizer),
         out=flags.out,
         task=flags.task,
         prompt_in=flags.prompt_in,
@@ -122,7 +126,7 @@ def _make_serving_base(flags: argparse.Namespace) -> None:
     from adept_ds.export.export import export_serving_base
     from adept_ds.reports.model_card import describe
 
-    model = ModelConfig(name_or_path=flags.base, revision=flags.revision)
+    model = ModelConfig(name_or_path=flags.base, revision=flags.revision, tokenizer=flags.tokenizer)
     model = model.model_copy(update={"dtype": flags.dtype or stored_dtype(model)})
     export_serving_base(model, flags.rows, flags.out)
     describe(flags.out)

@@ -286,11 +286,6 @@ def _verify(
     request: Request, form: str, environment: Environment, folder: Path, folded: Folded, prefix: str
 ) -> Agreement:
     engine, batches = ENGINES[form], batches_of(request, folded.tokenizer, folded.task)
-    if not batches:
-        raise UserError(
-            f"no prompt of the comparison fits into the positions of {request.model.name_or_path!r} beside the soft "
-            "prompt; nothing was written. --no-verify writes without comparing"
-        )
     prompt = list(folded.prompt.ids)
 
     def pairs(batch: Batch) -> Iterable[tuple[str, list[int]]]:

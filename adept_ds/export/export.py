@@ -77,7 +77,13 @@ class Request:
         return self.adapter.method.num_virtual_tokens
 
 
-def backbone_of(adapter: Adapter, base: str | None, revision: str | None, dtype: str | None) -> ModelConfig:
+def backbone_of(
+    adapter: Adapter,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+) -> ModelConfig:
     """Return where the backbone of an adapter is, and in which precision it is to be written.
 
     Args:
@@ -85,6 +91,7 @@ def backbone_of(adapter: Adapter, base: str | None, revision: str | None, dtype:
         base: Hub id or folder, in place of what the adapter names.
         revision: Commit or branch of the hub, in place of the one on record.
         dtype: Precision; that of the checkpoint if None.
+        tokenizer: Where its tokenizer is; with the backbone if None.
 
     Raises:
         UserError: The adapter names none, or there is no checkpoint.
@@ -92,7 +99,8 @@ def backbone_of(adapter: Adapter, base: str | None, revision: str | None, dtype:
     name = base or adapter.backbone.get("name_or_path")
     if not name:
         raise UserError(f"{adapter.folder} does not say which backbone it belongs to; name it by --base")
-    config = ModelConfig(name_or_path=name, revision=revision or (None if base else adapter.backbone.get("revision")))
+    revision = revision or (None if base else adapter.backbone.get("revision"))
+    config = ModelConfig(name_or_path=name, revision=revision, tokenizer=tokenizer)
     return config.model_copy(update={"dtype": dtype or stored_dtype(config)})
 
 
@@ -362,12 +370,22 @@ def _verify_peft(request: Request, folder: Path) -> Agreement:
 
 
 def batches_of(request: Request, tokenizer: PreTrainedTokenizerBase, task: int) -> list[Batch]:
-    """Return prompts with what the live model makes of them."""
+    """Return prompts with what the live model makes of them.
+
+    Raises:
+        UserError: None of them fits into the backbone's positions.
+    """
     backbone = load_backbone(request.model, torch.device(request.device))
     model = AdaptedModel.from_pretrained(backbone, request.adapter.folder)
     positions = most_positions(backbone.config)
     room = NEW_TOKENS + request.length
-    return live_batches(model, tokenizer, task, None if positions is None else positions - room)
+    batches = live_batches(model, tokenizer, task, None if positions is None else positions - room)
+    if not batches:
+        raise UserError(
+            f"no prompt of the comparison fits into the positions of {request.model.name_or_path!r} beside the soft "
+            "prompt; nothing was written. --no-verify writes without comparing"
+        )
+    return batches
 
 
 def _loaded(folder: str | Path, request: Request) -> Any:

@@ -24,14 +24,8 @@ from adept_ds.storage.hub_json import readable_config, readable_tokenizer_config
 TOKENIZER_NAME = "tokenizer.json"
 TEMPLATE_NAME = "chat_template.jinja"
 _MORE_TEMPLATES = "additional_chat_templates"
-COPIED = (
+OF_MODEL = (
     "generation_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",
@@ -39,7 +33,8 @@ COPIED = (
     "NOTICE.txt",
     "USE_POLICY.md",
 )
-"""Files that are taken over as they are, where the base has them."""
+OF_TOKENIZER = ("special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+"""Files that are taken over as they are, where the model's folder or the tokenizer's has them."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,8 @@ def write_model_files(base: Base, folder: Path, changes: dict[str, Any]) -> None
     if "dtype" in changes and "torch_dtype" in config:
         config["torch_dtype"] = changes["dtype"]
     write_json(folder / CONFIG_NAME, readable_config(config | changes))
-    for name in COPIED:
-        source = base.file(name) or base.tokenizer_file(name)
+    found = {name: base.file(name) for name in OF_MODEL} | {name: base.tokenizer_file(name) for name in OF_TOKENIZER}
+    for name, source in found.items():
         if source is not None:
             shutil.copyfile(source, folder / name)
             (folder / name).chmod(usual_mode())

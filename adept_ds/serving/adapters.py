@@ -175,6 +175,6 @@ def exported(folder: Path, base: ServingBase, cache: Path | None) -> Path:
         from adept_ds.storage.adapter_folder import load_adapter
 
         adapter = load_adapter(folder)
-        agreement = export_lora(Request(adapter, backbone_of(adapter, None, None, None), out), base.folder)
+        agreement = export_lora(Request(adapter, backbone_of(adapter), out), base.folder)
         print(f"{folder}: exported to {out}; {agreement}")
     return out

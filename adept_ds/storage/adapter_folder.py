@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from adept_ds.backbone.hub import ADAPTER_CONFIG_NAME, fetch_files, hub_adapter
 from adept_ds.backbone.sharding import gathered
+from adept_ds.backbone.table import open_table, stored_dtype
 from adept_ds.config.method import MethodConfig
+from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write, write_json
 
@@ -52,7 +54,7 @@ def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:
     Its revision is known where `load_backbone` has loaded it from the hub.
     """
     table = cast(nn.Embedding, backbone.get_input_embeddings())
-    return {
+    facts = {
         "name_or_path": backbone.config.name_or_path,
         "revision": getattr(backbone, "hub_revision", None),
         "model_type": backbone.config.model_type,
@@ -60,6 +62,22 @@ def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": table.num_embeddings,
         "embedding_fingerprint": embedding_fingerprint(table),
     }
+    if table.weight.dtype == torch.float16:
+        # fp16 rounds otherwise than bf16: the checkpoint's own values have the fingerprint that other precisions have.
+        facts |= {"fp16_fingerprint": facts["embedding_fingerprint"]}
+        facts |= {"embedding_fingerprint": _stored_fingerprint(backbone) or facts["embedding_fingerprint"]}
+    return facts
+
+
+def _stored_fingerprint(backbone: PreTrainedModel) -> str | None:
+    """As `embedding_fingerprint`, of the table in the checkpoint's files; None if they are not where it says."""
+    name, revision = str(backbone.config.name_or_path), getattr(backbone, "hub_revision", None)
+    try:
+        config = ModelConfig(name_or_path=name, revision=revision)
+        with open_table(config.model_copy(update={"dtype": stored_dtype(config)})) as opened:
+            return embedding_fingerprint(cast(nn.Embedding, opened.backbone.get_input_embeddings()))
+    except (UserError, ValidationError):
+        return None
 
 
 def embedding_fingerprint(table: nn.Embedding) -> str | None:
@@ -179,7 +197,7 @@ def check_backbone(adapter: Adapter, facts: Mapping[str, Any]) -> None:
                 f"{adapter.backbone.get(key)}; {facts['name_or_path']!r} has {facts[key]}"
             )
     trained_on, given = adapter.backbone.get("embedding_fingerprint"), facts["embedding_fingerprint"]
-    if trained_on and given and trained_on != given:
+    if trained_on and given and trained_on not in (given, facts.get("fp16_fingerprint")):
         raise UserError(
             f"{adapter.folder} was trained on {adapter.backbone.get('name_or_path')!r}; {facts['name_or_path']!r} has "
             "the same width and vocabulary but other token embeddings, which the offsets were fitted to"
