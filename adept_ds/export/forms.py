@@ -29,6 +29,11 @@ FORMS: dict[str, tuple[str, ...]] = {
 rows in front of the input: nothing else has a place in a folder that programs load without our code."""
 _HERE = "use it here: `adept-ds eval`, `text2text`, `try`, or AdaptedModel.from_pretrained"
 REASONS = {
+    "adept": "PEFT has no such method",
+    "mpt": "here it may start from teachers, and PEFT's module of that name has another form",
+    "lora": "it is a LoRA on layers and not on the input table",
+    "ia3": "it scales layers, and leaves the input table as it is",
+    "bitfit": "it trains biases, for which PEFT has no format",
     "dept": f"its offsets go by a token's position, so no table of tokens gives them; {_HERE}, or train method adept",
     "attempt": f"its prompt is made for each input from that input; {_HERE}, or train method adept or pt",
     "adapter": f"its bottlenecks are layers that the backbone's architecture does not have; {_HERE}",
