@@ -30,7 +30,7 @@ rows in front of the input: nothing else has a place in a folder that programs l
 _HERE = "use it here: `adept-ds eval`, `text2text`, `try`, or AdaptedModel.from_pretrained"
 REASONS = {
     "adept": "PEFT has no such method",
-    "mpt": "here it may start from teachers, and PEFT's module of that name has another form",
+    "mpt": "PEFT's module of that name keeps its prompts in another form, which is not written here",
     "lora": "it is a LoRA on layers and not on the input table",
     "ia3": "it scales layers, and leaves the input table as it is",
     "bitfit": "it trains biases, for which PEFT has no format",

@@ -24,9 +24,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from adept_ds.backbone.load import load_backbone, unsharded_creation
 from adept_ds.backbone.quantization import QuantizedLinear
@@ -35,8 +43,11 @@ from adept_ds.config.method import AdapterConfig, AdeptConfig, Ia3Config, LoraCo
 from adept_ds.config.run import ModelConfig
 from adept_ds.distributed import init_world
 from adept_ds.errors import UserError
+from adept_ds.export.export import Request, backbone_of, export_folded, export_lora, export_serving_base
+from adept_ds.export.forms import FOLDED, LORA
 from adept_ds.files import atomic_write
 from adept_ds.model.adapted_model import AdaptedModel, decoder_inputs, get_adept_model
+from adept_ds.storage.adapter_folder import load_adapter
 
 VOCABULARY, WIDTH, END = 160, 32, 1
 TOLERANCE = 1e-4
@@ -145,11 +156,12 @@ Each architecture was built small, with random weights, and compared with plain 
 | shard | loaded under ZeRO-3 the backbone has the same logits |
 | nf4 | share of the weights, the table aside, that is held in 4 bits: not stacked experts; logits are finite |
 | adapter | an adapter that is saved and loaded again has the same logits |
+| exports | as a whole model (`folded`) and a LoRA (`lora`) other programs have the live model's texts and logits |
 | prefix, lora, ia3, bottleneck | these methods find their places untold, and all that they train has gradients |
 
 The table is made by
 
-<!-- not run: it takes a minute, and a test compares some rows -->
+<!-- not run: it takes minutes, and a test compares some rows -->
 ```sh
 HF_HUB_OFFLINE=1 python -m adept_ds.tools.families docs/families.md
 ```
@@ -278,6 +290,29 @@ def _saves(model_type: str, folder: Path) -> str:
     return "yes"
 
 
+def _exports(model_type: str, folder: Path) -> str:
+    """Both forms; their own comparison refuses what is not the same."""
+    characters = {"<pad>": 0, "</s>": END, "<s>": 2, **{chr(32 + number): 3 + number for number in range(95)}}
+    core = Tokenizer(models.WordLevel(characters, unk_token=" "))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(folder / "model")
+    adapter = load_adapter(folder / "adapter")
+    model = backbone_of(adapter, str(folder / "model"), dtype="fp32")
+    reasons = {}
+    try:
+        export_folded(Request(adapter, model, folder / FOLDED))
+    except UserError as error:
+        reasons[FOLDED] = str(error)
+    try:
+        export_serving_base(model, adapter.method.num_virtual_tokens, folder / "serving")
+        export_lora(Request(adapter, model, folder / LORA), folder / "serving")
+    except UserError as error:
+        reasons[LORA] = str(error)
+    if len(reasons) == 2:
+        raise UserError(reasons[FOLDED])
+    return next((form for form in (FOLDED, LORA) if reasons and form not in reasons), "yes")
+
+
 @dataclass(frozen=True)
 class _HasMethod:
     config: MethodConfig
@@ -307,6 +342,7 @@ COLUMNS: dict[str, Callable[..., str]] = {
     "shard": _shards,
     "nf4": _quantises,
     "adapter": _saves,
+    "exports": _exports,
     "prefix": _HasMethod(PrefixTuningConfig(prefix_length=3)),
     "lora": _HasMethod(LoraConfig(rank=2)),
     "ia3": _HasMethod(Ia3Config()),
@@ -324,9 +360,8 @@ def examine(model_type: str, notes: list[str]) -> Findings:
                 findings[column] = "-"
                 continue
             try:
-                findings[column] = (
-                    check(model_type, Path(name)) if check in (_shards, _quantises, _saves) else check(model_type)
-                )
+                with_folder = check in (_shards, _quantises, _saves, _exports)
+                findings[column] = check(model_type, Path(name)) if with_folder else check(model_type)
             except UserError as error:
                 findings[column] = _noted(f"refused: {_without(str(error), name)}", notes)
             except Wrong as error:
