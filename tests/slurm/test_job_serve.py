@@ -51,7 +51,6 @@ def test_the_file_leads_to_the_server(cluster: Cluster, tmp_path: Path) -> None:
     assert "serving base (no adapter), short at http://127.0.0.1:" in said()
     cluster.run("scontrol", "requeue", job)
     wait_for(lambda: not address.exists(), 30, said)
-    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
     cluster.wait(job, "RUNNING", restarts=1)
     wait_for(answers, 60, said)
     cluster.run("scancel", job)
