@@ -39,6 +39,11 @@ class World:
         return self.rank == 0
 
 
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU: there is one, and DS_ACCELERATOR does not ask for the CPU."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def init_world() -> World:
     """Join the process group and take this rank's device. Collective.
 
@@ -53,7 +58,7 @@ def init_world() -> World:
     rank = int(environment.setdefault("RANK", "0"))
     world_size = int(environment.setdefault("WORLD_SIZE", "1"))
     local_rank = int(environment.setdefault("LOCAL_RANK", "0"))
-    if torch.cuda.is_available() and environment.get("DS_ACCELERATOR") != "cpu":
+    if on_gpu():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:

@@ -151,3 +151,11 @@ def test_an_adapter_for_each_task_is_what_it_is_alone(
         evaluate_tasks(run, None, tmp_path / "o", "test", {"rte": adapters["rte"]})
     with pytest.raises(UserError, match="has 'colla', which is not evaluated; did you mean 'cola'"):
         evaluate_tasks(run, None, tmp_path / "o", "test", {**adapters, "colla": adapters["rte"]})
+
+
+def test_a_task_with_two_adapters_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model": {"name_or_path": "nowhere"}, "train": {"epochs": 1}}))
+    words = ["--config", str(path), "--task", "cola", "--out", str(tmp_path), "--adapters", "cola=a", "cola=b"]
+    with pytest.raises(UserError, match="--adapters cola=b: 'cola' is a already"):
+        main(words)

@@ -6,7 +6,6 @@ ranks of a launcher: ADePT alone in DeepSpeed's engine (`ranks`), with the time 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from adept_ds.benchmark.work import Work, build_work
 from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.deepspeed import complete
 from adept_ds.config.run import RunConfig
-from adept_ds.distributed import World, gather_objects, init_world
+from adept_ds.distributed import World, gather_objects, init_world, on_gpu
 from adept_ds.planner.memory import decide_sharding
 
 __all__ = ["Options", "benchmark", "text_report"]
@@ -86,8 +85,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         left_out = ", ".join(["the bare backbone", *options.against])
         notes.append(f"left out on ranks: {left_out}; they are measured in one process without a launcher")
     else:
-        has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-        device, is_main = torch.device("cuda" if has_gpu else "cpu"), True
+        device, is_main = torch.device("cuda" if on_gpu() else "cpu"), True
         arithmetic = batch_arithmetic(run.train, world_size=1)
         work = build_work(run, architecture, options.steps, options.synthetic, arithmetic)
         contenders = build_contenders(run, architecture, work, options.against, options.random_init, device)

@@ -40,9 +40,9 @@ from adept_ds.files import read_json
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.serving.command import RANKS
-from adept_ds.serving.vllm_decode import Prompts, decode
+from adept_ds.serving.vllm_decode import Prompts, decode, engine_arguments
 from adept_ds.serving.vllm_environment import VllmEnvironment
-from adept_ds.storage.adapter_folder import Adapter
+from adept_ds.storage.adapter_folder import CONFIG_NAME, Adapter
 
 FLOOR, FOLDED = "floor: backbone with l more tokens", "folded"
 GOAL = 0.98
@@ -162,13 +162,10 @@ def benchmark_vllm(
                 ids = torch.randint(manifest.base["vocab_size"], sizes, generator=generator).tolist()
                 prompts = [[*manifest.prompt_token_ids, *row] for row in ids]
                 batches.append(Prompts(prompts, [None] * options.batch, chosen))
-        config = read_json(lora / "adapter_config.json")
+        config = read_json(lora / CONFIG_NAME)
+        longest = length + options.prompt_tokens + options.new_tokens
         engine = {
-            "model": str(serving),
-            "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[model.dtype],
-            "max_model_len": length + options.prompt_tokens + options.new_tokens,
-            "generation_config": "vllm",
-            "enforce_eager": environment.is_cpu,
+            **engine_arguments(environment, serving, model.dtype, longest),
             "enable_lora": True,
             "max_loras": options.batch + 1,
             "max_cpu_loras": options.batch + 1,
@@ -181,7 +178,7 @@ def benchmark_vllm(
     one, mixed = seconds[::2], seconds[1::2]
     tokens = options.batch * options.new_tokens
     return {
-        "engine": str(environment.version),
+        "engine": environment.version,
         "tokens_per_second": {"one adapter": tokens / median(one), "mixed": tokens / median(mixed)},
         "ratio": _ratio(one, mixed),
         **vars(options),

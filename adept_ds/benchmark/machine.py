@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from adept_ds.evaluation.receipts import cpu_model
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -15,12 +16,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"torch": torch.__version__}
     if device.type == "cuda":
         return facts | {"device": torch.cuda.get_device_name(device)}
-    # Linux alone has this file; elsewhere the platform module knows the name.
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return facts | {
-        "device": names[0] if names else platform.processor(),
+        "device": cpu_model() or platform.processor(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "load_average": os.getloadavg()[0],

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     from adept_ds.benchmark.decoding import Options, benchmark, benchmark_vllm, text_report, vllm_report
+    from adept_ds.distributed import on_gpu
     from adept_ds.export.export import backbone_of
     from adept_ds.serving.vllm_environment import find_vllm
     from adept_ds.storage.adapter_folder import load_adapter
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         result = benchmark_vllm(model, adapter, options, find_vllm())
         print(vllm_report(result))
     else:
-        result = benchmark(model, adapter, options, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        result = benchmark(model, adapter, options, torch.device("cuda" if on_gpu() else "cpu"))
         print(text_report(result))
     if flags.json:
         write_json(flags.json, result)

@@ -18,6 +18,7 @@ from adept_ds.cli.local_ranks import add_ranks_flag, run_ranks, starts_ranks
 from adept_ds.config.command_line import parse_command_line
 from adept_ds.config.run import DataConfig, RunConfig
 from adept_ds.errors import UserError
+from adept_ds.serving.adapters import named_folders
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +60,10 @@ def _adapters(flags: argparse.Namespace) -> dict[str, Path]:
     """The adapter of each task, as --adapters names them."""
     if flags.adapters and flags.adapter:
         raise UserError("--adapters gives each task its own adapter, --adapter one to all; expected one of the two")
-    named = [word.partition("=") for word in flags.adapters or ()]
-    wrong = [f"{name}{equals}{folder}" for name, equals, folder in named if not (name and folder)]
-    if wrong:
-        raise UserError(f"--adapters {wrong[0]}: expected TASK=FOLDER")
-    return {name: Path(folder) for name, _, folder in named}
+    folders, problems, _ = named_folders(flags.adapters or (), None)
+    if problems:
+        raise UserError("\n".join(problems))
+    return folders
 
 
 def main(arguments: Sequence[str]) -> int | None:

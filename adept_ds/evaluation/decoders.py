@@ -25,7 +25,7 @@ from adept_ds.files import user_cache
 from adept_ds.formats import Example, Sample
 from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel
-from adept_ds.serving.vllm_decode import Prompts, decode
+from adept_ds.serving.vllm_decode import Prompts, decode, engine_arguments
 from adept_ds.serving.vllm_environment import VllmEnvironment, find_vllm
 from adept_ds.storage.adapter_folder import backbone_facts
 
@@ -99,12 +99,12 @@ class VllmDecoder:
         """See `Decoder`. Equal seeds give equal samples with the same version of vLLM, and others than here."""
         tuned, adapter = self.tuned, self.tuned.adapter
         tasks = adapter.method.prompt_tasks if adapter else ()
-        numbers = {task_number(example, tasks) for example in examples} if tasks else {None}
+        by_task: dict[int | None, list[Example]] = {}
+        for example in examples:
+            by_task.setdefault(task_number(example, tasks), []).append(example)
         texts: dict[tuple[str, int], str] = {}
-        for number in sorted(numbers, key=str):
-            of_task = [one for one in examples if not tasks or task_number(one, tasks) == number]
-            task = tasks[number] if tasks and number is not None else None
-            model = whole_model(tuned.config, adapter, task, self.cache)
+        for number, of_task in by_task.items():
+            model = whole_model(tuned.config, adapter, None if number is None else tasks[number], self.cache)
             texts |= self._texts(of_task, config, data, model)
         jobs = [(example.task_id, index) for example in examples for index in range(config.num_samples)]
         return [Sample(name, texts[name, index]) for name, index in jobs]
@@ -116,15 +116,10 @@ class VllmDecoder:
         jobs = [(number, index) for number in range(len(examples)) for index in range(config.num_samples)]
         prompts = [[*model.prompt_ids, *answers.prompts[number]] for number, _ in jobs]
         seeds = [sample_seed(config.seed, examples[number].task_id, index) for number, index in jobs]
+        longest = max(map(len, prompts)) + config.max_new_tokens
         engine = {
-            "model": str(model.folder),
+            **engine_arguments(self.environment, model.folder, self.tuned.config.dtype, longest),
             "tokenizer": str(model.folder if self.tuned.adapter else self.tuned.config.tokenizer or model.folder),
-            "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[self.tuned.config.dtype],
-            "max_model_len": max(map(len, prompts)) + config.max_new_tokens,
-            "generation_config": VLLM,  # nothing of the checkpoint's own: a score follows from the settings alone
-            "tensor_parallel_size": None,
-            # Compiling takes longer on a CPU than it saves.
-            "enforce_eager": self.environment.is_cpu,
             **self.options,
         }
         sampling = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from adept_ds.backbone.load import weight_files
 from adept_ds.backbone.weight_files import fingerprint
 from adept_ds.config.loader import resolved_json
 from adept_ds.config.run import ModelConfig, RunConfig, SandboxConfig
+from adept_ds.distributed import on_gpu
 from adept_ds.formats import Problem
 
 
@@ -60,19 +60,23 @@ def versions() -> dict[str, str]:
 
 def processor() -> str:
     """Kind of what this process computes on."""
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+    if on_gpu():
         return torch.cuda.get_device_name()
     return cpu_name()
 
 
 def cpu_name() -> str:
     """Architecture and name of this machine's processor, as far as the kernel tells it."""
+    return ", ".join(filter(None, [platform.machine(), cpu_model()]))
+
+
+def cpu_model() -> str | None:
+    """Name of this machine's processor; None where there is no kernel that tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return ", ".join([platform.machine(), *names[:1]])
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:

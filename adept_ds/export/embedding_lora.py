@@ -23,8 +23,7 @@ from adept_ds.export.checkpoint import Made, write_tensors
 from adept_ds.export.token_table import CHUNK, TokenTable
 from adept_ds.files import write_json
 from adept_ds.methods.adept import AdeptEmbedding
-
-PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from adept_ds.storage.adapter_folder import CONFIG_NAME, TENSORS_NAME
 
 
 class EmbeddingLora:
@@ -90,7 +89,7 @@ def write_embedding_lora(
         f"{prefix}.lora_embedding_A": Made("F32", a.shape, lambda: [a]),
         f"{prefix}.lora_embedding_B": Made("F32", b.shape, lambda: [b]),
     }
-    digest = write_tensors(folder / PEFT_TENSORS, tensors)
+    digest = write_tensors(folder / TENSORS_NAME, tensors)
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM",
@@ -104,5 +103,5 @@ def write_embedding_lora(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    write_json(folder / PEFT_CONFIG, config)
-    return {PEFT_TENSORS: digest}
+    write_json(folder / CONFIG_NAME, config)
+    return {TENSORS_NAME: digest}

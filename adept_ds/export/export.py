@@ -152,7 +152,7 @@ def write_folded(request: Request, folder: Path) -> Folded:
             changes = merged(adapter, opened, dtype)
         files = rewrite(opened.paths, folder, changes.changed, changes.added, dtype)
         weights = fingerprint(opened.paths)
-    write_model_files(base, folder, {**changes.config, "dtype": str(dtype).removeprefix("torch.")})
+    write_model_files(base, folder, changes.config)
     in_text, in_chat = prompt_places(request.prompt_in)
     if request.length and in_text:
         core = with_prompt_in_front(core, prompt)
@@ -188,8 +188,7 @@ def export_serving_base(model: ModelConfig, rows: int, out: Path) -> None:
             changes = vocabulary.longer(size, prompt.ids)
             files = rewrite(opened.paths, folder, changes.changed, changes.added, DTYPES[model.dtype])
             weights = fingerprint(opened.paths)
-        dtype = str(DTYPES[model.dtype]).removeprefix("torch.")
-        write_model_files(base, folder, {**changes.config, "dtype": dtype})
+        write_model_files(base, folder, changes.config)
         write_tokenizer_files(base, core, folder, partial(adjustable_template, names=prompt.names))
         write_manifest(
             folder,

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from adept_ds.backbone.hub import CONFIG_NAME, TOKENIZER_CONFIG_NAME
+from adept_ds.backbone.load import DTYPES
 from adept_ds.config.run import ModelConfig
 from adept_ds.files import atomic_write, read_json, usual_mode, write_json
 from adept_ds.storage.hub_json import readable_config, readable_tokenizer_config
@@ -67,9 +68,10 @@ def _file(source: str, name: str, revision: str | None) -> Path | None:
 
 
 def write_model_files(base: Base, folder: Path, changes: dict[str, Any]) -> None:
-    """Write config.json with `changes`, and copy what needs none."""
+    """Write config.json with `changes` and the precision, and copy what needs no change."""
+    changes = {**changes, "dtype": str(DTYPES[base.config.dtype]).removeprefix("torch.")}
     config = read_json(_needed(base.file(CONFIG_NAME), CONFIG_NAME))
-    if "dtype" in changes and "torch_dtype" in config:
+    if "torch_dtype" in config:
         config["torch_dtype"] = changes["dtype"]
     write_json(folder / CONFIG_NAME, readable_config(config | changes))
     found = {name: base.file(name) for name in OF_MODEL} | {name: base.tokenizer_file(name) for name in OF_TOKENIZER}

@@ -39,9 +39,9 @@ from adept_ds.methods import create_method
 from adept_ds.methods.peft_layers import PeftLayers
 from adept_ds.methods.prefix import PrefixTuning
 from adept_ds.methods.prompted import PromptedMethod
-from adept_ds.storage.adapter_folder import Adapter, check_finite, check_tensors
+from adept_ds.storage.adapter_folder import CONFIG_NAME, TENSORS_NAME, Adapter, check_finite, check_tensors
 
-CONFIG_NAME, TENSORS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PICKLE_NAME = "adapter_model.bin"
 PROMPT = "prompt_embeddings"
 _PREFIX = "base_model.model."
 

@@ -52,6 +52,25 @@ class Decoded:
     seconds: float
 
 
+def engine_arguments(environment: VllmEnvironment, folder: Path, dtype: str, max_tokens: int) -> dict[str, Any]:
+    """Return arguments of `vllm.LLM` for a model whose texts follow from the request alone.
+
+    Args:
+        environment: Where vLLM is.
+        folder: The model.
+        dtype: In the words of `model.dtype`.
+        max_tokens: The longest prompt with what is generated behind it.
+    """
+    return {
+        "model": str(folder),
+        "dtype": {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[dtype],
+        "max_model_len": max_tokens,
+        "generation_config": "vllm",  # and nothing of the checkpoint's own
+        # Compiling takes longer on a CPU than it saves.
+        "enforce_eager": environment.is_cpu,
+    }
+
+
 def decode(
     environment: VllmEnvironment,
     engine: Mapping[str, Any],

@@ -26,6 +26,7 @@ from huggingface_hub.constants import is_offline_mode
 
 from adept_ds.config.command_line import parse_command_line
 from adept_ds.config.run import RunConfig
+from adept_ds.distributed import on_gpu
 from adept_ds.entry_point import run_entry_point
 from adept_ds.errors import NodeError, UserError
 from adept_ds.slurm.checks import adapter_problems, path_problems
@@ -211,9 +212,8 @@ def _collect(store: dist.TCPStore, nodes: Sequence[str]) -> str:
 
 def _all_reduce(store: dist.TCPStore, rank: int, world_size: int, ranks_here: int) -> None:
     """Add up a one of every rank, over the network that training takes."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", rank % ranks_here) if on_gpu else torch.device("cpu")
-    backend = "nccl" if on_gpu else "gloo"
+    device = torch.device("cuda", rank % ranks_here) if on_gpu() else torch.device("cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         total = torch.ones(1, device=device)
