@@ -68,22 +68,27 @@ def test_only_prompt_positions_train_the_prompt():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_has_one_vector_wherever_it_stands(dtype):
+def test_folded_rows_are_bit_equal_to_live_ones(dtype):
     module = embedding(dtype)
-    table = module(torch.arange(50))
-    assert table.dtype == dtype
-    assert torch.equal(table, module(torch.arange(50)[None])[0])
-    assert torch.equal(table, module(torch.arange(50).view(5, 10)).view(50, -1))
+    folded = module.folded_weight()
+    assert folded.dtype == dtype
+    assert torch.equal(folded, module(torch.arange(50)[None])[0])
+    assert torch.equal(folded, module(torch.arange(50).view(5, 10)).view(50, -1))
 
 
-def test_a_row_embedded_alone_is_that_of_many_to_rounding():
+def test_a_row_embedded_alone_is_the_folded_one_to_rounding():
     # The matrix product of one row may add up in another order than that of many.
     module = embedding(torch.bfloat16, bottleneck=8, vocabulary=2_000, width=64)
-    many, alone = module(torch.arange(2_000)), torch.cat([module(torch.tensor([[i]]))[0] for i in range(2_000)])
+    folded, alone = module.folded_weight(), torch.cat([module(torch.tensor([[i]]))[0] for i in range(2_000)])
     # The next number in bf16 at most; where terms cancel, what rounding in fp32 leaves of the largest.
-    fp32 = 64 * torch.finfo(torch.float32).eps * float(many.abs().max())
-    torch.testing.assert_close(alone, many, rtol=torch.finfo(torch.bfloat16).eps, atol=fp32)
-    assert (alone != many).float().mean() < 1e-3
+    fp32 = 64 * torch.finfo(torch.float32).eps * float(folded.abs().max())
+    torch.testing.assert_close(alone, folded, rtol=torch.finfo(torch.bfloat16).eps, atol=fp32)
+    assert (alone != folded).float().mean() < 1e-3
+
+
+def test_folding_in_parts_gives_the_same_table():
+    module = embedding()
+    torch.testing.assert_close(module.folded_weight(rows=7), module.folded_weight())
 
 
 def test_the_sum_is_rounded_once():
@@ -91,7 +96,7 @@ def test_the_sum_is_rounded_once():
     e, n = module.table.weight.double(), module.network
     exact = e + torch.relu(e @ n.w_down.double() + n.b1.double()) @ n.w_up.double() + n.b2.double()
     # Half a unit in the last place of bf16 is at most 2^-8 of the value.
-    assert ((module(torch.arange(50)) - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+    assert ((module.folded_weight() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
 
 
 def test_disabled_embedding_is_the_table():

@@ -613,6 +613,12 @@ def test_a_prompt_starts_as_what_the_backbone_reads_for_its_text(
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_the_folded_table_is_what_the_embedding_gives_where_the_backbone_scales_it() -> None:
+    model = trained(seeded(causal("gemma3_text", head_dim=8)), AdeptConfig(num_virtual_tokens=2, bottleneck=2))
+    embedding = model.backbone.get_input_embeddings()
+    torch.testing.assert_close(embedding.folded_weight(), embedding(torch.arange(VOCABULARY)[None])[0])
+
+
 @pytest.mark.parametrize("config", [LoraConfig(dropout=0.5), AdeptConfig(dropout=0.5)], ids=["lora", "adept"])
 def test_an_adapter_that_is_loaded_is_in_evaluation_mode(
     make_backbone: Make, tmp_path: Path, config: MethodConfig

@@ -76,6 +76,16 @@ class AdeptEmbedding(PromptedEmbedding):
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
         return tokens + self.network(tokens)
 
+    @torch.no_grad()
+    def folded_weight(self, rows: int = 8_192) -> Tensor:
+        """Return what this embedding gives for each token of the vocabulary [V, d], computed `rows` rows at a time.
+
+        The offset depends on the token alone, so with these rows as the embedding a tuned model costs what the backbone
+        costs with l more tokens. The table must not be sharded. A whole model is written by `adept_ds.export`.
+        """
+        ids = torch.arange(self.num_embeddings, device=self.weight.device)
+        return torch.cat([self(part) for part in ids.split(rows)])
+
 
 class Adept(PromptedMethod):
     """Soft prompt and token-shared offset network in the input embedding; made from an `AdeptConfig`."""
