@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from adept_ds.backbone.hub import cached_commit
-from adept_ds.backbone.load import DTYPES, checkpoint_config, empty_backbone, trained_part, weight_files
+from adept_ds.backbone.load import DTYPES, checkpoint_config, empty_backbone, trained_part, unsharded_creation, weight_files
 from adept_ds.backbone.text_part import weight_transforms
 from adept_ds.backbone.weight_sources import WeightFiles, WeightMap, map_weights
 from adept_ds.config.run import ModelConfig
@@ -75,7 +75,8 @@ def open_table(config: ModelConfig) -> Iterator[OpenTable]:
     checkpoint = checkpoint_config(config)
     architecture = trained_part(config, checkpoint)
     paths = weight_files(config)
-    backbone = empty_backbone(config.model_copy(update={"attn_implementation": None}), architecture)
+    with unsharded_creation():
+        backbone = empty_backbone(config.model_copy(update={"attn_implementation": None}), architecture)
     with WeightFiles(paths) as files:
         weights = map_weights(backbone, files, weight_transforms(backbone, checkpoint))
         reader = backbone.get_encoder() if architecture.is_encoder_decoder else backbone

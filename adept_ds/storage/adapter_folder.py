@@ -62,7 +62,7 @@ def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:
         "vocab_size": table.num_embeddings,
         "embedding_fingerprint": embedding_fingerprint(table),
     }
-    if table.weight.dtype == torch.float16:
+    if table.weight.dtype == torch.float16 and not table.weight.is_meta:
         # fp16 rounds otherwise than bf16: the checkpoint's own values have the fingerprint that other precisions have.
         facts |= {"fp16_fingerprint": facts["embedding_fingerprint"]}
         facts |= {"embedding_fingerprint": _stored_fingerprint(backbone) or facts["embedding_fingerprint"]}
