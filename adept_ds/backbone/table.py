@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from adept_ds.backbone.hub import cached_commit
-from adept_ds.backbone.load import DTYPES, checkpoint_config, empty_backbone, trained_part, unsharded_creation, weight_files
+from adept_ds.backbone.load import (
+    DTYPES,
+    checkpoint_config,
+    empty_backbone,
+    trained_part,
+    unsharded_creation,
+    weight_files,
+)
 from adept_ds.backbone.text_part import weight_transforms
 from adept_ds.backbone.weight_sources import WeightFiles, WeightMap, map_weights
 from adept_ds.config.run import ModelConfig
