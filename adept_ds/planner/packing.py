@@ -28,6 +28,7 @@ from adept_ds.errors import UserError
 from adept_ds.formats import FORMATS
 from adept_ds.methods import create_method
 from adept_ds.model.adapted_model import AdaptedModel
+from adept_ds.model.loss import IGNORE_INDEX
 
 TOLERANCE = 1e-3
 """Of an example's loss; rounding is some 1e-6 of it, and what a neighbour changes a tenth."""
@@ -58,7 +59,7 @@ def check_packing(run: RunConfig, architecture: PreTrainedConfig) -> None:
         return
     if architecture.is_encoder_decoder:
         raise UserError(
-            f"train.packing is for causal models; the encoder of {architecture.name_or_path!r} (model type "
+            f"train.packing is for causal models; the encoder of {run.model.name_or_path!r} (model type "
             f"{architecture.model_type!r}) attends in both directions, with positions that are counted from the row's "
             "beginning or told by no argument; leave train.packing out"
         )
@@ -77,6 +78,8 @@ def check_packing(run: RunConfig, architecture: PreTrainedConfig) -> None:
         )
     try:
         reason = _found_out(run, architecture)
+    except UserError:
+        raise
     except Exception as error:
         reason = (
             "a small model of its kind could not be tried "
@@ -85,7 +88,7 @@ def check_packing(run: RunConfig, architecture: PreTrainedConfig) -> None:
     if reason:
         attention = run.model.attn_implementation or "as transformers chooses"
         raise UserError(
-            f"train.packing: {architecture.name_or_path!r} (model type {architecture.model_type!r}, attention "
+            f"train.packing: {run.model.name_or_path!r} (model type {architecture.model_type!r}, attention "
             f"{attention}) cannot be trained on packed rows as on single ones: {reason}; leave train.packing out"
         )
 
@@ -97,7 +100,7 @@ def _found_out(run: RunConfig, architecture: PreTrainedConfig) -> str | None:
 
     def example(length: int, learnt: bool) -> Encoded:
         ids = torch.randint(3, _VOCABULARY, (length,), generator=generator).tolist()
-        return Encoded(ids, ids if learnt else [-100] * length, False, False, False, 0)
+        return Encoded(ids, ids if learnt else [IGNORE_INDEX] * length, False, False, False, 0)
 
     with _flash_on_any_device(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -206,8 +209,8 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally, within the sequences that end at `cu_seq_lens_q` if it is given."""
-    index = torch.arange(query.shape[2])
-    distance = index[:, None] - index
+    index = torch.arange(key.shape[2])
+    distance = index[-query.shape[2] :, None] - index
     is_seen = distance >= 0
     if sliding_window is not None:
         is_seen &= distance < sliding_window
