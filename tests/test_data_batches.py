@@ -110,8 +110,10 @@ def test_packing_is_near_the_fewest_rows():
 def test_ranks_share_the_same_packed_rows_in_equally_many_micro_batches(world_size, micro):
     for rows in rows_of_epoch():
         shares = [rank_rows(rows, rank, world_size, micro) for rank in range(world_size)]
-        assert len({len(share) for share in shares}) == 1
-        assert all(len(micro_batch) == micro for share in shares for micro_batch in share)
+        assert {len(share) for share in shares} == {-(-len(rows) // (world_size * micro))}
+        assert len({len(micro_batch) for share in shares for micro_batch in share}) == 1
+        assert len(shares[0][0]) <= micro
+        assert sum(map(len, shares[0])) * world_size < len(rows) + world_size * len(shares[0])
         own = [[row for micro_batch in share for row in micro_batch if row] for share in shares]
         assert sorted(row for share in own for row in share) == sorted(rows)
         assert max(map(len, own)) - min(map(len, own)) <= 1

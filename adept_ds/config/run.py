@@ -192,7 +192,7 @@ class TrainConfig(Section):
     """Examples in one optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: Count | None = None
     """Examples in one forward pass of one rank; if not given, what global_batch_size / world size allows. With
-    `packing`: rows, and one if not given."""
+    `packing`: rows at most, and one if not given."""
     gradient_accumulation_steps: Count | None = None
     """Forward passes before one optimizer step; follows from the two sizes above and the world size if not given. With
     `packing` it is as many as the examples of a step fill, and must not be given."""

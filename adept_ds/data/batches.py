@@ -90,15 +90,16 @@ def pack_rows(batch: Sequence[int], sizes: Sequence[int], row_size: int) -> list
 
 
 def rank_rows(rows: Sequence[list[int]], rank: int, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
-    """Return this rank's micro-batches of so many packed rows each.
+    """Return this rank's micro-batches of at most so many packed rows each.
 
-    Rows are dealt to the ranks to and fro, and all ranks have equally many micro-batches of equally many rows: where
-    there are not enough, the last rows are empty.
+    Rows are dealt to the ranks to and fro. All ranks have equally many micro-batches, as few as possible, and all of
+    these equally many rows, as few as possible; where there are not enough, the last ones are empty.
     """
     micro_batches = -(-len(rows) // (world_size * micro_batch_size))
+    height = -(-len(rows) // (world_size * micro_batches))
     own = [row for number, row in enumerate(rows) if rank == _dealt_to(number, world_size)]
-    own += [[] for _ in range(micro_batches * micro_batch_size - len(own))]
-    return [own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)]
+    own += [[] for _ in range(micro_batches * height - len(own))]
+    return [own[start : start + height] for start in range(0, len(own), height)]
 
 
 def _dealt_to(position: int, world_size: int) -> int:

@@ -117,8 +117,8 @@ def batch_text(batch: BatchArithmetic) -> str:
         )
     return (
         f"{batch.global_batch_size} examples, packed into rows of {batch.packing} tokens (train.packing); "
-        f"{batch.micro_batch_size} of them in a forward pass (train.micro_batch_size) of each of {batch.world_size} "
-        f"ranks, and as many passes as they fill, at most {batch.gradient_accumulation_steps}"
+        f"at most {batch.micro_batch_size} of them in a forward pass (train.micro_batch_size) of each of "
+        f"{batch.world_size} ranks, and as many passes as they fill, at most {batch.gradient_accumulation_steps}"
     )
 
 
