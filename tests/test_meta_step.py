@@ -134,6 +134,8 @@ RUNS = {
     "t5": (run_of(), t5()),
     "t5, dropout": (run_of(), t5(dropout_rate=0.1)),
     "t5, int8": (run_of(model={"quantization": "int8"}), t5()),
+    "llama, fp8": (run_of(model={"quantization": "fp8"}), llama()),
+    "conv1d, fp8": (run_of(model={"quantization": "fp8"}), gpt2()),
     "t5, checkpointed": (run_of(train={"activation_checkpointing": True}), t5()),
 }
 
@@ -180,6 +182,13 @@ def test_a_dequantised_weight_is_counted_while_it_is_there():
     trace = predict(*RUNS["llama, nf4"])
     assert trace.dequantized_bytes == 160 * 64 * 4
     assert predict(*RUNS["llama"]).dequantized_bytes == 0
+
+
+def test_a_gpu_copies_an_fp8_weight_in_8_bits_and_a_cpu_widens_it():
+    run, architecture = run_of(model={"quantization": "fp8", "dtype": "bf16"}), llama()
+    model = meta_model(run, architecture)
+    assert trace_step(model, SHAPE, "cuda").dequantized_bytes == 160 * 64
+    assert trace_step(model, SHAPE, "cpu").dequantized_bytes == 160 * 64 * 4
 
 
 def test_logits_are_those_of_a_chunk():

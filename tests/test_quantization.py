@@ -12,6 +12,7 @@ from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_lin
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme("nf4"), Scheme("nf4", double=True), Scheme("int8")]
+"""Those whose layers multiply in the model's precision."""
 
 
 def layers(scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int] = (96, 130)) -> tuple[nn.Linear, QuantizedLinear]:
@@ -57,7 +58,7 @@ def test_values_are_off_by_no_more_than_the_format_allows(scheme: Scheme) -> Non
 
 @pytest.mark.parametrize(("scheme", "bits"), list(zip(SCHEMES, [4.5, 4.127, 8.125], strict=True)), ids=str)
 def test_bits_a_weight(scheme: Scheme, bits: float) -> None:
-    assert 8 * scheme.storage_bytes(4096 * 4096) / 4096**2 == pytest.approx(bits, abs=0.001)
+    assert 8 * scheme.storage_bytes(torch.Size((4096, 4096))) / 4096**2 == pytest.approx(bits, abs=0.001)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -8,8 +8,9 @@ stay whole on every rank. Here both lie in one 1-D tensor of the model's own dty
 which is gathered, moved and released like any other parameter. The dtype says nothing about the content: DeepSpeed
 casts every parameter of another precision than the model's, and bytes must not be cast.
 
-Source of the formats: Dettmers et al. 2023 (QLoRA), sections 2 and 3; Dettmers et al. 2022 (8-bit optimizers). The
-arithmetic is that of bitsandbytes.
+Source of the formats: Dettmers et al. 2023 (QLoRA), sections 2 and 3; Dettmers et al. 2022 (8-bit optimizers);
+Micikevicius et al. 2022 (FP8 formats for deep learning). The arithmetic of nf4 and int8 is that of bitsandbytes, and
+those layers multiply in the model's precision; fp8 layers multiply the 8-bit floats themselves (`fp8`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adept_ds.backbone.fp8 import E4M3, matmul_fp8, round_rows
 from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
 from adept_ds.backbone.sharding import full_numel
 from adept_ds.config.run import ModelConfig
@@ -49,7 +51,8 @@ def _blocks(numel: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is quantised: `nf4` in blocks of 64 or `int8` in blocks of 256, each block scaled by its absmax.
+    """How a weight is quantised: `nf4` in blocks of 64 or `int8` in blocks of 256, each block scaled by its absmax;
+    or `fp8`, e4m3 with a scale for each output row, by which its absmax is the type's largest value.
 
     With `double` (nf4 only) the scales themselves are 8-bit codes in blocks of 256, around their mean.
     """
@@ -63,28 +66,37 @@ class Scheme:
         return cls(config.quantization, config.double_quantization) if config.quantization else None
 
     @cache  # noqa: B019  (a handful of schemes, which live as long as the process)
-    def _sections(self, numel: int) -> tuple[tuple[torch.dtype, int], ...]:
-        """Dtype and length of the parts of the storage of a weight with `numel` elements, padding included."""
-        blocks = _blocks(numel, _BLOCK_SIZE[self.name])
-        codes = _blocks(numel, 2) if self.name == "nf4" else numel
-        scales: tuple[tuple[torch.dtype, int], ...] = ((torch.float32, blocks),)
-        if self.double:
-            scales = (torch.float32, 1 + _blocks(blocks, _SCALES_PER_NESTED_BLOCK)), (torch.uint8, blocks)
-        sections = *scales, (torch.uint8, codes)
+    def _sections(self, shape: torch.Size) -> tuple[tuple[torch.dtype, int], ...]:
+        """Dtype and length of the parts of the storage of a weight [out_features, in_features], padding included."""
+        numel = shape.numel()
+        if self.name == "fp8":
+            sections: tuple[tuple[torch.dtype, int], ...] = (torch.float32, shape[0]), (E4M3, numel)
+        else:
+            blocks = _blocks(numel, _BLOCK_SIZE[self.name])
+            codes = _blocks(numel, 2) if self.name == "nf4" else numel
+            scales: tuple[tuple[torch.dtype, int], ...] = ((torch.float32, blocks),)
+            if self.double:
+                scales = (torch.float32, 1 + _blocks(blocks, _SCALES_PER_NESTED_BLOCK)), (torch.uint8, blocks)
+            sections = *scales, (torch.uint8, codes)
         used = sum(dtype.itemsize * length for dtype, length in sections)
         return *sections, (torch.uint8, -used % _ALIGNMENT)
 
-    def storage_bytes(self, numel: int) -> int:
-        """Bytes that a weight of `numel` elements takes, scales included."""
-        return sum(dtype.itemsize * length for dtype, length in self._sections(numel))
+    def storage_bytes(self, shape: torch.Size) -> int:
+        """Bytes that a weight [out_features, in_features] takes, scales included."""
+        return sum(dtype.itemsize * length for dtype, length in self._sections(shape))
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the storage of `weight` [...], rounded to `dtype` first: 1-D, in `dtype`, on `device`.
+        """Return the storage of `weight` [out_features, in_features], rounded to `dtype` first: 1-D, in `dtype`, on
+        `device`.
 
         A million elements at a time, for which bitsandbytes needs 25 MB on a CPU; `weight` may be a mapped file.
         """
-        parts = [self._quantize_part(part.to(device, dtype)) for part in weight.reshape(-1).split(_PART_ELEMENTS)]
+        if self.name == "fp8":
+            whole = weight.split(max(1, _PART_ELEMENTS // weight.shape[1]))
+        else:
+            whole = weight.reshape(-1).split(_PART_ELEMENTS)
+        parts = [self._quantize_part(part.to(device, dtype)) for part in whole]
         absmax, codes = (torch.cat(column) for column in zip(*parts, strict=True))
         scales = [absmax]
         if self.double:
@@ -94,11 +106,14 @@ class Scheme:
             )
             scales = [torch.cat([mean.view(1), nested.absmax]), codes_of_scales]
         pieces = [piece.view(torch.uint8) for piece in [*scales, codes]]
-        _, padding = self._sections(weight.numel())[-1]
-        return torch.cat([*pieces, codes.new_zeros(padding)]).view(dtype)
+        _, padding = self._sections(weight.shape)[-1]
+        return torch.cat([*pieces, pieces[-1].new_zeros(padding)]).view(dtype)
 
     def _quantize_part(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Return absmax and codes of whole blocks [n]."""
+        """Return scales and codes of whole blocks [n], or of whole rows [n, in_features]."""
+        if self.name == "fp8":
+            codes, scales = round_rows(part)
+            return scales.view(-1), codes.view(-1)
         size = _BLOCK_SIZE[self.name]
         if self.name == "nf4":
             codes, state = bnb.quantize_4bit(part, blocksize=size, quant_type=self.name)
@@ -106,12 +121,18 @@ class Scheme:
             codes, state = bnb.quantize_blockwise(part, code=_dynamic_map(part.device), blocksize=size)
         return state.absmax, codes.view(-1)
 
+    def parts(self, storage: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+        """Views, 1-D, of the `storage` of a weight [*shape]: its scales, those of the scales first, and its codes."""
+        sections = self._sections(shape)
+        pieces = storage.view(torch.uint8).split([dtype.itemsize * length for dtype, length in sections])
+        return tuple(piece.view(dtype) for piece, (dtype, _) in zip(pieces[:-1], sections[:-1], strict=True))
+
     def dequantize(self, storage: Tensor, shape: torch.Size) -> Tensor:
         """Return the weight [*shape] in the dtype of its `storage`."""
         # Few calls: on a GPU a layer's product may take no longer than these lines on the host.
-        sections = self._sections(shape.numel())
-        pieces = storage.view(torch.uint8).split([dtype.itemsize * length for dtype, length in sections])
-        *scales, codes = (piece.view(dtype) for piece, (dtype, _) in zip(pieces[:-1], sections[:-1], strict=True))
+        *scales, codes = self.parts(storage, shape)
+        if self.name == "fp8":
+            return (codes.view(shape).float() * scales[0][:, None]).to(storage.dtype)
         absmax, size = scales[-1], _BLOCK_SIZE[self.name]
         if self.double:
             code = _dynamic_map(storage.device)
@@ -141,11 +162,12 @@ class QuantizedLinear(FrozenLinear):
     def __init__(self, linear: nn.Linear | Conv1D, scheme: Scheme) -> None:
         super().__init__(linear)
         self.scheme = scheme
-        numel, dtype = linear.weight.numel(), linear.weight.dtype
-        storage = torch.empty(scheme.storage_bytes(numel) // dtype.itemsize, dtype=dtype, device=linear.weight.device)
+        self.shape = torch.Size((self.out_features, self.in_features))
+        dtype, device = linear.weight.dtype, linear.weight.device
+        storage = torch.empty(scheme.storage_bytes(self.shape) // dtype.itemsize, dtype=dtype, device=device)
         self.weight = nn.Parameter(storage, requires_grad=False)
         # For counts of parameters; DeepSpeed knows the storage's own length only.
-        self.weight.dense_numel = numel  # type: ignore[attr-defined]
+        self.weight.dense_numel = self.shape.numel()  # type: ignore[attr-defined]
 
     def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
         """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
@@ -153,11 +175,32 @@ class QuantizedLinear(FrozenLinear):
 
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features], expanded anew."""
-        return self.scheme.dequantize(self.weight, torch.Size((self.out_features, self.in_features)))
+        return self.scheme.dequantize(self.weight, self.shape)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the scheme."""
         return f"{super().extra_repr()}, {self.scheme}"
+
+
+class Fp8Linear(QuantizedLinear):
+    """A frozen linear layer that multiplies 8-bit floats.
+
+        y = q(x) Q^T S + b      dL/dx = q(dL/dy S) Q      W = S Q
+
+    Q is the weight's e4m3, S the diagonal matrix of its rows' scales, q the rounding of a token's row. In dL/dy W the
+    scales stand between the factors, in the dimension that is summed over, so dL/dy takes them before it is rounded.
+    """
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b of rows [N, in_features]."""
+        scales, codes = self.scheme.parts(self.weight, self.shape)
+        return matmul_fp8(x, codes.view(self.shape).t(), scales, self.bias, x.dtype)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dx of dL/dy [N, out_features]."""
+        scales, codes = self.scheme.parts(self.weight, self.shape)
+        ones = torch.ones(self.in_features, device=scales.device)
+        return matmul_fp8(grad * scales, codes.view(self.shape), ones, None, grad.dtype)
 
 
 def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, QuantizedLinear]:
@@ -172,13 +215,14 @@ def quantize_linears(backbone: PreTrainedModel, scheme: Scheme) -> dict[str, Qua
     Raises:
         UserError: There is no such layer.
     """
+    kind = Fp8Linear if scheme.name == "fp8" else QuantizedLinear
     head, replaced = backbone.get_output_embeddings(), {}
     for parent_name, parent in list(backbone.named_modules()):
         if hasattr(parent, "A_log") and hasattr(parent, "D"):
             continue
         for name, child in list(parent.named_children()):
             if is_linear(child) and child is not head:
-                layer = QuantizedLinear(child, scheme)
+                layer = kind(child, scheme)
                 setattr(parent, name, layer)
                 replaced[f"{parent_name}.{name}.weight".lstrip(".")] = layer
     if not replaced:

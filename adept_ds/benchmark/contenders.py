@@ -7,6 +7,7 @@ optimizer is AdamW with the run's settings.
     adept_ds             this project: its linear layers, LM head and loss at the labelled positions, ADePT
     backbone             the floor: the same without ADePT, ordinary tokens in the soft prompt's place, gradient down to
                          the embedded input, no optimizer
+    adept_ds, dense      with model.quantization fp8: the same on weights in the model's precision
     backbone, stock      the floor as `transformers` has it: its linear layers and its loss over all positions
     PEFT ...             `get_peft_model` on the stock backbone; LoRA with PEFT's defaults, prompts of ADePT's length
 """
@@ -39,7 +40,7 @@ from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.training.optimizer import build_optimizer
 
-OURS, FLOOR, STOCK_FLOOR = "adept_ds", "backbone", "backbone, stock"
+OURS, DENSE, FLOOR, STOCK_FLOOR = "adept_ds", "adept_ds, dense", "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
 
 AGAINST = {
@@ -125,13 +126,13 @@ def build_contenders(
         device: Where all run.
 
     Raises:
-        UserError: The backbone cannot be loaded, or int8 is to be compared, which bitsandbytes computes otherwise.
+        UserError: The backbone cannot be loaded, or int8 or fp8 is to be compared, which PEFT's layers do not compute.
     """
     names = {name for choice in against for name in AGAINST[choice]}
-    if names and run.model.quantization == "int8":
+    if names and run.model.quantization in ("int8", "fp8"):
         raise UserError(
-            "--against: model.quantization is 'int8', and PEFT's 8-bit layers compute in 8 bits too, which is other "
-            "work; expected nf4 or no quantisation"
+            f"--against: model.quantization is {run.model.quantization!r}, and PEFT's layers compute otherwise in 8 "
+            "bits, which is other work; expected nf4 or no quantisation"
         )
     own_backbone, stock_backbone = _backbones(run, architecture, random_init, device)
 
@@ -155,6 +156,11 @@ def build_contenders(
         contender(OURS, ours, ours.backbone, steps, length),
         contender(FLOOR, floor, floor.backbone, longer, length),
     ]
+    if run.model.quantization == "fp8":
+        model = run.model.model_copy(update={"quantization": None})
+        dense_backbone, _ = _backbones(run.model_copy(update={"model": model}), architecture, random_init, device)
+        dense = get_adept_model(dense_backbone, run.method, work.tokenizer, run.train.seed)
+        contenders.append(contender(DENSE, dense, dense.backbone, steps, length))
     if stock_backbone is not None:
         stock = want_input_gradient(sharing_weights(stock_backbone))
         contenders.append(contender(STOCK_FLOOR, stock, stock, longer, length))
@@ -202,7 +208,7 @@ def _backbones(
 def _bitsandbytes_backbone(
     config: ModelConfig, architecture: PreTrainedConfig, random_init: bool, device: torch.device
 ) -> PreTrainedModel | None:
-    """The stock backbone with bitsandbytes' own 4-bit layers; None for int8."""
+    """The stock backbone with bitsandbytes' own 4-bit layers; None for int8 and fp8."""
     if config.quantization != "nf4":
         return None
     dtype = DTYPES[config.dtype]

@@ -36,9 +36,12 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the backbone and of the forward pass. Optimizer states and master weights are fp32 always. fp16 is
     for cards without bf16: the loss is scaled dynamically; encoder-decoder models overflow in it and are refused."""
-    quantization: Literal["nf4", "int8"] | None = None
-    """Keep the weights of the backbone's linear layers (all but the LM head) in 4 bits (NF4, blocks of 64) or 8 bits
-    (blocks of 256). They are sharded at ZeRO stage 3 like any other weight."""
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
+    """Keep the weights of the backbone's linear layers (all but the LM head) in 4 bits (NF4, blocks of 64), 8 bits
+    (blocks of 256) or 8-bit floats (e4m3, a scale for each output row), and expand them for each product; those of fp8
+    are multiplied as they are, with activations and gradients rounded to 8 bits too. They are sharded at ZeRO stage 3
+    like any other weight. The speed of fp8 on a GPU has not been measured; elsewhere than on NVIDIA's cards of compute
+    capability 8.9 and up it is emulated, which is slow."""
     double_quantization: StrictBool = False
     """For `nf4`: keep the blocks' scales in 8 bits too, 4.13 bits a weight instead of 4.5."""
     quantized_cache: str | None = None
