@@ -139,6 +139,30 @@ def test_nf4_is_that_of_bitsandbytes_to_the_bit(double: bool, dtype: torch.dtype
     assert torch.equal(layer.dense_weight(), bnb_functional.dequantize_4bit(theirs.data, theirs.quant_state))
 
 
+@pytest.mark.parametrize("rows", [1, 40, 2000])
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_products_are_those_of_bitsandbytes_to_the_bit(double: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(2048, 2112, bias=False, dtype=torch.bfloat16, device=CUDA).requires_grad_(False)
+    scheme = Scheme("nf4", double)
+    ours = QuantizedLinear(linear, scheme)
+    ours.weight.copy_(scheme.quantize(linear.weight, CUDA, torch.bfloat16))
+    theirs = bnb.nn.Linear4bit(
+        2048, 2112, bias=False, compute_dtype=torch.bfloat16, compress_statistics=double, quant_type="nf4"
+    )
+    data = linear.weight.data.cpu()
+    theirs.weight = bnb.nn.Params4bit(data, False, compress_statistics=double, quant_type="nf4")
+    results = []
+    for layer in (ours, theirs.to(CUDA)):
+        torch.manual_seed(1)
+        x = torch.randn(rows, 2048, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 @pytest.mark.parametrize("rows", [1, 7, 300])
 @pytest.mark.parametrize("bias", [False, True])
 def test_fp8_products_of_the_card_are_the_emulated_ones(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:

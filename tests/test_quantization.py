@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -73,6 +76,47 @@ def test_value_and_gradient_are_those_of_a_linear_layer_on_the_expanded_weight(s
         y.backward(torch.randn_like(y))
         results.append((y.detach(), x.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_the_product_in_one_call_is_that_on_the_expanded_weight(double: bool, bias: bool) -> None:
+    """Which a GPU makes; a CPU has the operation too."""
+    scheme = Scheme("nf4", double)
+    linear = nn.Linear(128, 96, bias=bias).requires_grad_(False)
+    quantized = QuantizedLinear(linear, scheme)
+    quantized.weight.copy_(scheme.quantize(linear.weight, CPU, torch.float32))
+    x = torch.randn(5, 128)
+    assert not scheme.multiplies(x)
+    torch.testing.assert_close(scheme.product(x, quantized.parts(), quantized.shape, linear.bias), quantized.product(x))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_layer_reads_the_storage_that_it_has_now(scheme: Scheme) -> None:
+    """Views of the storage are kept from one pass to the next, but not of another storage."""
+    linear, quantized = layers(scheme, torch.float32)
+    first = quantized.dense_weight()
+    assert quantized.parts()[0].data_ptr() == quantized.parts()[0].data_ptr() == quantized.weight.data_ptr()
+    doubled = copy.deepcopy(quantized)
+    doubled.weight.copy_(scheme.quantize(2 * linear.weight, CPU, torch.float32))
+    torch.testing.assert_close(doubled.dense_weight(), 2 * first)
+    assert torch.equal(quantized.dense_weight(), first)
+    quantized.weight.data = doubled.weight.data
+    assert torch.equal(quantized.dense_weight(), doubled.dense_weight())
+    old = weakref.ref(doubled.weight.data.untyped_storage())
+    quantized.weight.data = quantized.weight.data.clone()
+    quantized.dense_weight()
+    doubled.to(torch.float64)
+    assert old() is None
+
+
+def test_a_storage_that_zero3_gathers_is_not_held(monkeypatch) -> None:
+    _, quantized = layers(Scheme("nf4"), torch.float32)
+    quantized.weight.ds_id = 0
+    quantized.dense_weight()
+    gathered = weakref.ref(quantized.weight.data.untyped_storage())
+    quantized.weight.data = torch.empty(0)
+    assert gathered() is None
 
 
 def test_nothing_is_saved_for_the_backward_pass() -> None:

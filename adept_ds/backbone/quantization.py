@@ -15,8 +15,10 @@ those layers multiply in the model's precision; fp8 layers multiply the 8-bit fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -26,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adept_ds.backbone.fp8 import E4M3, matmul_fp8, round_rows
 from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
-from adept_ds.backbone.sharding import full_numel
+from adept_ds.backbone.sharding import full_numel, is_sharded
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
 
@@ -35,6 +37,9 @@ _SCALES_PER_NESTED_BLOCK = 256
 _BLOCK_SIZE = {"nf4": 64, "int8": 256}
 _PART_ELEMENTS = 2**20
 """A multiple of all block sizes."""
+_DEQUANTIZE_4BIT = torch.ops.bitsandbytes.dequantize_4bit.default
+_MULTIPLY_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
+_DEQUANTIZE_8BIT = torch.ops.bitsandbytes.dequantize_blockwise.default
 _NOTED_SHARE = 0.05
 """Of the parameters."""
 
@@ -47,6 +52,15 @@ def _dynamic_map(device: torch.device) -> Tensor:
 
 def _blocks(numel: int, size: int) -> int:
     return -(-numel // size)
+
+
+def _rows(shape: torch.Size) -> torch.Size:
+    """The shape in which bitsandbytes expands a nf4 weight [*shape].
+
+    Blocks run on from row to row, but its AVX-512 kernel begins a new one with every row, and would scale rows that are
+    no whole blocks by absmax of others: those are expanded as one row.
+    """
+    return shape if shape[-1] % _BLOCK_SIZE["nf4"] == 0 else torch.Size((1, shape.numel()))
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,8 @@ class Scheme:
             codes = _blocks(numel, 2) if self.name == "nf4" else numel
             scales: tuple[tuple[torch.dtype, int], ...] = ((torch.float32, blocks),)
             if self.double:
-                scales = (torch.float32, 1 + _blocks(blocks, _SCALES_PER_NESTED_BLOCK)), (torch.uint8, blocks)
+                nested = _blocks(blocks, _SCALES_PER_NESTED_BLOCK)
+                scales = (torch.float32, 1), (torch.float32, nested), (torch.uint8, blocks)
             sections = *scales, (torch.uint8, codes)
         used = sum(dtype.itemsize * length for dtype, length in sections)
         return *sections, (torch.uint8, -used % _ALIGNMENT)
@@ -122,30 +137,53 @@ class Scheme:
         return state.absmax, codes.view(-1)
 
     def parts(self, storage: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-        """Views, 1-D, of the `storage` of a weight [*shape]: its scales, those of the scales first, and its codes."""
+        """Views, 1-D, of the `storage` of a weight [*shape]: its scales, mean and scales of the scales first, and its
+        codes."""
         sections = self._sections(shape)
         pieces = storage.view(torch.uint8).split([dtype.itemsize * length for dtype, length in sections])
         return tuple(piece.view(dtype) for piece, (dtype, _) in zip(pieces[:-1], sections[:-1], strict=True))
 
     def dequantize(self, storage: Tensor, shape: torch.Size) -> Tensor:
         """Return the weight [*shape] in the dtype of its `storage`."""
-        # Few calls: on a GPU a layer's product may take no longer than these lines on the host.
-        *scales, codes = self.parts(storage, shape)
+        return self.expand(self.parts(storage, shape), shape, storage.dtype)
+
+    def expand(self, parts: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return the weight [*shape] in `dtype` of the `parts` of its storage."""
+        # Few calls, and bitsandbytes' operations without the functions around them: on a GPU a layer's product may take
+        # no longer than these lines on the host.
+        *scales, codes = parts
         if self.name == "fp8":
-            return (codes.view(shape).float() * scales[0][:, None]).to(storage.dtype)
-        absmax, size = scales[-1], _BLOCK_SIZE[self.name]
-        if self.double:
-            code = _dynamic_map(storage.device)
-            nested = bnb.QuantState(scales[0][1:], code=code, blocksize=_SCALES_PER_NESTED_BLOCK, dtype=torch.float32)
-            absmax = bnb.dequantize_blockwise(absmax, nested) + scales[0][0]
-        if self.name == "nf4":
-            # Blocks run on from row to row, but bitsandbytes' AVX-512 kernel begins a new one with every row, and would
-            # scale rows that are no whole blocks by absmax of others: those are expanded as one row.
-            rows = shape if shape[-1] % size == 0 else torch.Size((1, shape.numel()))
-            state = bnb.QuantState(absmax, shape=rows, dtype=storage.dtype, blocksize=size, quant_type=self.name)
-            return bnb.dequantize_4bit(codes.view(-1, 1), state).view(shape)
-        state = bnb.QuantState(absmax, code=_dynamic_map(storage.device), blocksize=size, dtype=storage.dtype)
-        return bnb.dequantize_blockwise(codes.view(shape), state)
+            return (codes.view(shape).float() * scales[0][:, None]).to(dtype)
+        if self.name == "int8":
+            code, size = _dynamic_map(codes.device), _BLOCK_SIZE[self.name]
+            return _DEQUANTIZE_8BIT(codes, scales[0], code, size, dtype).view(shape)
+        absmax, size = self._absmax(scales), _BLOCK_SIZE[self.name]
+        return _DEQUANTIZE_4BIT(codes, absmax, size, self.name, _rows(shape), dtype).view(shape)
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether `product` takes x [N, in_features]: on a GPU, a nf4 weight whose rows are whole blocks."""
+        return x.is_cuda and self.name == "nf4" and len(x) > 0 and x.shape[1] % _BLOCK_SIZE["nf4"] == 0
+
+    def product(self, x: Tensor, parts: tuple[Tensor, ...], shape: torch.Size, bias: Tensor | None) -> Tensor:
+        """x W^T + bias [N, out_features] as bitsandbytes' own layers have it: of few rows without expanding the weight,
+        where that is quicker on the card, and else in one call."""
+        *scales, codes = parts
+        size = _BLOCK_SIZE[self.name]
+        if not self.double:
+            return _MULTIPLY_4BIT(x, codes.view(-1, 1), shape, scales[0], size, self.name, bias)
+        mean, nested, codes_of_scales = scales
+        code = _dynamic_map(x.device)
+        return _MULTIPLY_4BIT(
+            x, codes.view(-1, 1), shape, nested, size, self.name, bias, codes_of_scales, code, mean.view(())
+        )
+
+    def _absmax(self, scales: list[Tensor]) -> Tensor:
+        """The blocks' scales of a nf4 weight, fp32."""
+        if not self.double:
+            return scales[0]
+        mean, nested, codes = scales
+        code = _dynamic_map(codes.device)
+        return _DEQUANTIZE_8BIT(codes, nested, code, _SCALES_PER_NESTED_BLOCK, torch.float32).add_(mean)
 
 
 class QuantizedLinear(FrozenLinear):
@@ -168,14 +206,39 @@ class QuantizedLinear(FrozenLinear):
         self.weight = nn.Parameter(storage, requires_grad=False)
         # For counts of parameters; DeepSpeed knows the storage's own length only.
         self.weight.dense_numel = self.shape.numel()  # type: ignore[attr-defined]
+        self._parts: tuple[int, tuple[Tensor, ...]] | None = None
 
     def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
         """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
         return self.scheme.quantize(weight.t() if self.is_transposed else weight, device, self.weight.dtype)
 
+    def parts(self) -> tuple[Tensor, ...]:
+        """Views of the storage, see `Scheme.parts`."""
+        weight = self.weight
+        if is_sharded(weight) or not isinstance(weight, nn.Parameter):
+            # Kept views would keep what ZeRO-3 has gathered.
+            return self.scheme.parts(weight, self.shape)
+        if self._parts is None or self._parts[0] != weight.data_ptr():
+            self._parts = weight.data_ptr(), self.scheme.parts(weight.data, self.shape)
+        return self._parts[1]
+
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features], expanded anew."""
-        return self.scheme.dequantize(self.weight, self.shape)
+        return self.scheme.expand(self.parts(), self.shape, self.weight.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b of rows [N, in_features]."""
+        if self.scheme.multiplies(x):
+            return self.scheme.product(x, self.parts(), self.shape, self.bias)
+        return super().product(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the layer has a storage of its own, or shares this one.
+        return vars(self) | {"_parts": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        self._parts = None  # or a layer that moves would leave them behind
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the scheme."""
@@ -193,12 +256,12 @@ class Fp8Linear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b of rows [N, in_features]."""
-        scales, codes = self.scheme.parts(self.weight, self.shape)
+        scales, codes = self.parts()
         return matmul_fp8(x, codes.view(self.shape).t(), scales, self.bias, x.dtype)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """dL/dx of dL/dy [N, out_features]."""
-        scales, codes = self.scheme.parts(self.weight, self.shape)
+        scales, codes = self.parts()
         ones = torch.ones(self.in_features, device=scales.device)
         return matmul_fp8(grad * scales, codes.view(self.shape), ones, None, grad.dtype)
 
