@@ -45,17 +45,21 @@ def _matmul_rows(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
-    """Of rows [N, in_features] to [N, out_features]: models may add to what it returns in place, but not to a view."""
+    """Of [..., in_features] to [..., out_features]. Shapes change in here, where no node of the graph comes of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         # The layer and not a saved tensor: ZeRO-3 exchanges the data of its parameters between the two passes.
         ctx.layer = layer
-        return layer.product(x)
+        rows = layer.product(x.reshape(-1, layer.in_features))
+        # Models may add to what it returns in place, but not to a view.
+        return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], layer.out_features))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.layer.input_gradient(grads[0]), None
+        layer, (grad,) = ctx.layer, grads
+        rows = layer.input_gradient(grad.reshape(-1, layer.out_features))
+        return rows.view(*grad.shape[:-1], layer.in_features), None
 
 
 class FrozenLinear(nn.Linear):
@@ -88,8 +92,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        rows = _FrozenLinearFunction.apply(input.reshape(-1, self.in_features), self)
-        return rows.unflatten(0, input.shape[:-1])
+        return _FrozenLinearFunction.apply(input, self)
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
