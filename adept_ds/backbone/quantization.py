@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adept_ds.backbone.fp8 import E4M3, matmul_fp8, round_rows
-from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
+from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear, matmul
 from adept_ds.backbone.sharding import full_numel, is_sharded
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
@@ -73,11 +73,15 @@ class Scheme:
 
     name: str
     double: bool = False
+    keeps_expanded: bool = False
+    """Whether a weight that a recomputed layer has expanded stays for the layer's backward pass."""
 
     @classmethod
     def of(cls, config: ModelConfig) -> Scheme | None:
         """The scheme that the config asks for; None keeps the weights as they are."""
-        return cls(config.quantization, config.double_quantization) if config.quantization else None
+        if config.quantization is None:
+            return None
+        return cls(config.quantization, config.double_quantization, config.keep_expanded)
 
     @cache  # noqa: B019  (a handful of schemes, which live as long as the process)
     def _sections(self, shape: torch.Size) -> tuple[tuple[torch.dtype, int], ...]:
@@ -186,6 +190,11 @@ class Scheme:
         return _DEQUANTIZE_8BIT(codes, nested, code, _SCALES_PER_NESTED_BLOCK, torch.float32).add_(mean)
 
 
+def _is_recomputing() -> bool:
+    """Whether this is a forward pass within a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class QuantizedLinear(FrozenLinear):
     """A frozen linear layer on a quantised weight, which is expanded for the product and dropped after it.
 
@@ -207,6 +216,7 @@ class QuantizedLinear(FrozenLinear):
         # For counts of parameters; DeepSpeed knows the storage's own length only.
         self.weight.dense_numel = self.shape.numel()  # type: ignore[attr-defined]
         self._parts: tuple[int, tuple[Tensor, ...]] | None = None
+        self._expanded: Tensor | None = None
 
     def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
         """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
@@ -226,15 +236,32 @@ class QuantizedLinear(FrozenLinear):
         """The weight [out_features, in_features], expanded anew."""
         return self.scheme.expand(self.parts(), self.shape, self.weight.dtype)
 
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        output = super().forward(input)
+        if self.scheme.keeps_expanded and not input.requires_grad:
+            self._expanded = None  # no backward pass comes for it
+        return output
+
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b of rows [N, in_features]."""
+        if self.scheme.keeps_expanded and _is_recomputing() and isinstance(self.weight, nn.Parameter):
+            self._expanded = self.dense_weight()
+            return matmul(x, self._expanded.t(), self.bias)
         if self.scheme.multiplies(x):
             return self.scheme.product(x, self.parts(), self.shape, self.bias)
         return super().product(x)
 
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dx of dL/dy [N, out_features]."""
+        if self._expanded is None:
+            return super().input_gradient(grad)
+        weight, self._expanded = self._expanded, None
+        return matmul(grad, weight)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer has a storage of its own, or shares this one.
-        return vars(self) | {"_parts": None}
+        return vars(self) | {"_parts": None, "_expanded": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._parts = None  # or a layer that moves would leave them behind

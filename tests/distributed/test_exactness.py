@@ -58,7 +58,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "llama-nf4-stage3": {"stage": 3, "model": {"quantization": "nf4"}},
         "llama-nf4-stage3-accumulated-checkpointed": {
             "stage": 3,
-            "model": {"quantization": "nf4"},
+            "model": {"quantization": "nf4", "keep_expanded": True},
             "train": {"micro_batch_size": 1, "activation_checkpointing": True},
         },
         "llama-int8-stage3": {"stage": 3, "model": {"quantization": "int8"}},
