@@ -50,6 +50,11 @@ def _dynamic_map(device: torch.device) -> Tensor:
     return bnb.create_dynamic_map().to(device)
 
 
+@cache
+def _ones(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, device=device)
+
+
 def _blocks(numel: int, size: int) -> int:
     return -(-numel // size)
 
@@ -289,7 +294,7 @@ class Fp8Linear(QuantizedLinear):
     def input_gradient(self, grad: Tensor) -> Tensor:
         """dL/dx of dL/dy [N, out_features]."""
         scales, codes = self.parts()
-        ones = torch.ones(self.in_features, device=scales.device)
+        ones = _ones(self.in_features, grad.device)
         return matmul_fp8(grad * scales, codes.view(self.shape), ones, None, grad.dtype)
 
 
