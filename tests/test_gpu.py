@@ -180,7 +180,7 @@ def test_fp8_products_of_the_card_are_the_emulated_ones(rows: int, bias: bool, m
         (layer.input_gradient(grad.to(CUDA)), on_cpu.input_gradient(grad)),
     ]:
         # The same 8-bit values; the order of the sum in fp32 may turn the one rounding to bf16.
-        assert float((own.cpu() - emulated).float().norm() / emulated.float().norm()) < 2e-3
+        assert float((own.cpu() - emulated).float().norm() / emulated.float().norm()) < 5e-3
         torch.testing.assert_close(own.cpu(), emulated, rtol=2**-6, atol=2**-7 * float(emulated.abs().max()))
 
 
