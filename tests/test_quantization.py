@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from adept_ds.backbone import quantization
 from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_linears
 
 CPU = torch.device("cpu")
@@ -108,6 +109,16 @@ def test_a_layer_reads_the_storage_that_it_has_now(scheme: Scheme) -> None:
     quantized.dense_weight()
     doubled.to(torch.float64)
     assert old() is None
+
+
+def test_a_kept_expansion_is_that_of_the_weight_which_the_layer_has(monkeypatch) -> None:
+    monkeypatch.setattr(quantization, "_is_recomputing", lambda: True)
+    scheme = Scheme("nf4", keeps_expanded=True)
+    linear, quantized = layers(scheme, torch.float32)
+    x, grad = torch.randn(4, 130, requires_grad=True), torch.randn(4, 96)
+    quantized(x)
+    quantized.weight = nn.Parameter(scheme.quantize(2 * linear.weight, CPU, torch.float32), requires_grad=False)
+    torch.testing.assert_close(quantized.input_gradient(grad), grad @ quantized.dense_weight())
 
 
 def test_a_storage_that_zero3_gathers_is_not_held(monkeypatch) -> None:

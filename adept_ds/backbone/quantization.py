@@ -221,7 +221,8 @@ class QuantizedLinear(FrozenLinear):
         # For counts of parameters; DeepSpeed knows the storage's own length only.
         self.weight.dense_numel = self.shape.numel()  # type: ignore[attr-defined]
         self._parts: tuple[int, tuple[Tensor, ...]] | None = None
-        self._expanded: Tensor | None = None
+        self._expanded: tuple[Tensor, Tensor] | None = None
+        """The weight as it is held and in full."""
 
     def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
         """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
@@ -251,18 +252,19 @@ class QuantizedLinear(FrozenLinear):
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b of rows [N, in_features]."""
         if self.scheme.keeps_expanded and _is_recomputing() and isinstance(self.weight, nn.Parameter):
-            self._expanded = self.dense_weight()
-            return matmul(x, self._expanded.t(), self.bias)
+            weight = self.dense_weight()
+            self._expanded = self.weight, weight
+            return matmul(x, weight.t(), self.bias)
         if self.scheme.multiplies(x):
             return self.scheme.product(x, self.parts(), self.shape, self.bias)
         return super().product(x)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """dL/dx of dL/dy [N, out_features]."""
-        if self._expanded is None:
+        kept, self._expanded = self._expanded, None
+        if kept is None or kept[0] is not self.weight:
             return super().input_gradient(grad)
-        weight, self._expanded = self._expanded, None
-        return matmul(grad, weight)
+        return matmul(grad, kept[1])
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the layer has a storage of its own, or shares this one.
