@@ -43,7 +43,7 @@ class Use:
 
 LOAD, SHARDING, STREAMING = (f"adept_ds/backbone/{name}.py" for name in ("load", "sharding", "streaming"))
 SOURCES, TAIL = "adept_ds/backbone/weight_sources.py", "adept_ds/model/logits_tail.py"
-QUANTIZATION, FROZEN = "adept_ds/backbone/quantization.py", "adept_ds/backbone/frozen_linear.py"
+QUANTIZATION, FROZEN, FP8 = (f"adept_ds/backbone/{name}.py" for name in ("quantization", "frozen_linear", "fp8"))
 HIDING, ADAPTED = "adept_ds/model/prompt_hiding.py", "adept_ds/model/adapted_model.py"
 LAYERS, PREFIX, DEPT, BITFIT = (f"adept_ds/methods/{name}.py" for name in ("layers", "prefix", "dept", "bitfit"))
 PEFT_LAYERS, MPT, P_TUNING = (f"adept_ds/methods/{name}.py" for name in ("peft_layers", "mpt", "p_tuning"))
@@ -225,6 +225,8 @@ USES: dict[str, tuple[Use, ...]] = {
     "torch": (
         Use("torch.cpu._is_avx512_bf16_supported", FROZEN),
         Use("torch.cpu._is_amx_tile_supported", FROZEN),
+        Use("torch.ops.aten._unsafe_view", FROZEN),
+        Use("torch._scaled_mm", FP8),
         Use("module._parameters", STREAMING),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
@@ -235,7 +237,8 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL}", "tree"),
         Use("torch.utils._pytree.tree_map", TAIL),
         Use("torch.utils._pytree.tree_map_only", META_STEP),
-        Use("torch._C._current_graph_task_id", META_STEP),
+        Use("torch._C._current_graph_task_id", f"{META_STEP} {QUANTIZATION}"),
+        Use("torch.ops.aten._to_copy.default", META_STEP),
         Use("storage._cdata", f"{META_STEP} {TAIL}"),
         Use("torch.ops.aten._local_scalar_dense.default.namespace", META_STEP),
         Use("torch.ops.aten.index.Tensor", META_STEP),
@@ -262,11 +265,9 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("bitsandbytes.functional.create_dynamic_map", QUANTIZATION),
         Use("bitsandbytes.functional.quantize_blockwise", QUANTIZATION, "A, code=, blocksize="),
         Use("bitsandbytes.functional.quantize_4bit", QUANTIZATION, "A, blocksize=, quant_type="),
-        Use("bitsandbytes.functional.dequantize_blockwise", QUANTIZATION, "A, quant_state"),
-        Use("bitsandbytes.functional.dequantize_4bit", QUANTIZATION, "A, quant_state"),
-        Use(
-            "bitsandbytes.functional.QuantState", QUANTIZATION, "absmax, shape=, code=, blocksize=, quant_type=, dtype="
-        ),
+        Use("torch.ops.bitsandbytes.dequantize_blockwise.default", QUANTIZATION),
+        Use("torch.ops.bitsandbytes.dequantize_4bit.default", QUANTIZATION),
+        Use("torch.ops.bitsandbytes.gemm_4bit.default", QUANTIZATION),
         Use("quant_state.absmax", QUANTIZATION),
         Use("quant_state.state2", MEMORY),
         Use("quantized_parameter.quant_state", f"{CONTENDERS} {MEMORY}"),
