@@ -17,7 +17,9 @@ from adept_ds.config.run import DataConfig, EvalConfig, GenerationConfig, RunCon
 from adept_ds.data.encode import task_number
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
-from adept_ds.evaluation.generate import Answers, generate_samples, sample_seed
+from adept_ds.evaluation.answers import Answers
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.sampling import sample_seed
 from adept_ds.evaluation.tuned import Tuned
 from adept_ds.export.cache import WholeModel, whole_model
 from adept_ds.export.forms import FOLDED, check_form

@@ -125,6 +125,7 @@ class Attempt(PromptedMethod):
 
     config: AttemptConfig
     embedding: AttemptEmbedding
+    prompt_is_shared = False
 
     @override
     def inject(

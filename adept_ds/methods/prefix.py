@@ -108,7 +108,9 @@ class PrefixTuning(MethodDefaults):
             self._fill(cache, ids)
         mask = kwargs.get("attention_mask")
         if mask is not None:
-            mask = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
+            # Who has seen the cache, and lays out its columns, gives a mask over the prefix too.
+            if mask.shape[1] < cache.get_seq_length() + ids.shape[1]:
+                mask = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
             kwargs["attention_mask"] = mask
             if self._window:
                 kwargs["attention_mask"] = self._by_position(decoder, mask, ids.shape[1], self._window)
