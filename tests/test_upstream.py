@@ -176,7 +176,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.initialize", ENGINE, "model=, optimizer=, config="),
         Use("deepspeed.init_distributed", ENGINE, "dist_backend=, verbose="),
         Use("deepspeed.ops.__compatible_ops__.async_io", ENGINE),
-        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", ENGINE),
+        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", "adept_ds/distributed.py"),
         Use("zero3_engine.backward", ENGINE, "loss, scale_wrt_gas="),
         Use("zero3_engine.get_global_grad_norm", ENGINE),
         Use("zero3_engine.gradient_accumulation_steps", ENGINE),
@@ -427,9 +427,9 @@ class Objects:
         from adept_ds.config.deepspeed import complete
         from adept_ds.config.method import AdeptConfig
         from adept_ds.config.run import RunConfig
-        from adept_ds.distributed import init_world
+        from adept_ds.distributed import init_world, prepare_deepspeed
         from adept_ds.model.adapted_model import get_adept_model
-        from adept_ds.training.engine import Engine, prepare_deepspeed
+        from adept_ds.training.engine import Engine
         from adept_ds.training.optimizer import build_optimizer
         from tests.models import BACKBONES, seeded
 

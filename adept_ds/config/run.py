@@ -328,6 +328,10 @@ class EvalConfig(Section):
     """Examples in one forward pass of one rank for the validation loss."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
+    sharding: Literal["none", "zero3"] = "none"
+    """How the ranks of `adept-ds eval` and `text2text` hold the backbone: `none` has a copy on each, `zero3` splits all
+    weights over the ranks, for backbones that one device cannot hold; `deepspeed.zero_optimization.offload_param` is
+    followed then. Samples do not depend on it."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What decodes in `adept-ds eval` and `text2text`: the model here on every rank, or vLLM, in an environment of its
     own and on all GPUs of one machine together, on the adapter folded into a whole model."""
@@ -337,6 +341,15 @@ class EvalConfig(Section):
     """Folder in which folded models are kept for vLLM; one in the user's cache folder if not given."""
     sandbox: SandboxConfig = SandboxConfig()
     """Execution."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.sharding == "zero3" and self.engine == "vllm":
+            raise ValueError(
+                "sharding zero3 is for engine transformers; vLLM splits a model by engine_options "
+                '{"tensor_parallel_size": N}'
+            )
+        return self
 
     def gain(self, value: float, reference: float | None) -> float:
         """By how much a figure of `metric` is better than another; NaN and infinity are worse than any and than none,

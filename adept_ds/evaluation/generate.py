@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,9 +62,8 @@ def generate_samples(
         progress = Progress(len(own), world)
         completions = decode_with_refill(model, answers, task_ids, own, config, world, adapter, progress)
     else:
-        if world.is_main and not model.is_encoder_decoder:
-            name = model.backbone_facts["name_or_path"]
-            print(f"{name} is decoded in batches that wait for their longest row: {reason}", file=sys.stderr)
+        if world.is_main:
+            _tell(type(model.backbone).__name__, reason)
         size = config.batch_size or STATIC_ROWS
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         progress = Progress(sum(map(len, batches[world.rank :: world.world_size])), world)
@@ -76,6 +76,12 @@ def generate_samples(
         completions.update(of_rank)
     in_order = ((number, index) for number in range(len(problems)) for index in range(config.num_samples))
     return [Sample(problems[number].task_id, completions[number, index]) for number, index in in_order]
+
+
+@cache
+def _tell(backbone: str, reason: str) -> None:
+    """Say once in a process what decoding there is."""
+    print(f"{backbone} is decoded in batches that wait for their longest row: {reason}", file=sys.stderr)
 
 
 class _CountTokens(StoppingCriteria):

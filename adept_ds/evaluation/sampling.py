@@ -8,11 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor
 
 from adept_ds.config.run import GenerationConfig
 
@@ -52,45 +48,39 @@ class Sampling:
         scores = scores / self.temperature
         if not self.top_k and self.top_p == 1:
             return _drawn(scores, draws)
-        values, ids, is_sure = self._kept_of_candidates(scores)
-        tokens = ids.gather(1, _drawn(values, draws)[:, None])[:, 0]
-        unsure = (~is_sure).nonzero()[:, 0]
-        if len(unsure):
-            tokens[unsure] = _drawn(self._kept_of_all(scores[unsure]), draws[unsure])
-        return tokens
-
-    def _kept_of_candidates(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores of the candidates [B, C], -inf where they are not kept, their ids in rising order [B, C], and
-        whether no other token of the row is kept [B]."""
         count = min(CANDIDATES, scores.shape[1])
         best, ids = scores.topk(count)
-        edge = best[:, -1]
         ids = ids.sort(1).values
-        values = scores.gather(1, ids)
-        if self.top_k:
-            if self.top_k > count:
-                return values, ids, torch.zeros_like(edge, dtype=torch.bool)
-            lowest = best[:, self.top_k - 1]
-            values = values.masked_fill(values < lowest[:, None], -torch.inf)
-            total = values.logsumexp(1)
+        values = self._kept(scores.gather(1, ids), best, scores)
+        tokens = ids.gather(1, _drawn(values, draws)[:, None])[:, 0]
+        # Whether more tokens would be kept is not known where the last candidate is kept, or one that is as likely.
+        is_sure = values.masked_fill(values == -torch.inf, torch.inf).amin(1) > best[:, -1]
+        unsure = (~is_sure).nonzero()[:, 0]
+        if count < scores.shape[1] and len(unsure):
+            rest = scores[unsure]
+            tokens[unsure] = _drawn(self._kept(rest, rest.topk(max(1, self.top_k)).values, rest), draws[unsure])
+        return tokens
+
+    def _kept(self, values: Tensor, best: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores [B, C] of some tokens by rising ids, the likeliest among them, -inf where one is not kept.
+
+        `best` are the likeliest by falling score, of all scores [B, V].
+        """
+        if self.top_k and self.top_k <= best.shape[1]:
+            values = values.masked_fill(values < best[:, self.top_k - 1 : self.top_k], -torch.inf)
+            total = values.logsumexp(1, keepdim=True)
         else:
-            total = scores.logsumexp(1)
+            total = scores.logsumexp(1, keepdim=True)
         if self.top_p < 1:
-            # As TopPLogitsWarper: by rising probability, of equal ones the lower id first.
+            # As TopPLogitsWarper; but of equally likely tokens the lower id goes first, which there depends on how the
+            # processor sorts.
             rising, order = values.sort(dim=1, stable=True)
-            probabilities = (rising - total[:, None]).double().exp()
+            probabilities = (rising - total).double().exp()
             below = 1 - probabilities.sum(1, keepdim=True)
             is_removed = below + probabilities.cumsum(1) <= 1 - self.top_p
             is_removed[:, -1] = False
             values = values.masked_fill(is_removed.scatter(1, order, is_removed), -torch.inf)
-        kept = values.masked_fill(values == -torch.inf, torch.inf).amin(1)
-        return values, ids, (kept > edge) | (count == scores.shape[1])
-
-    def _kept_of_all(self, scores: Tensor) -> Tensor:
-        """Return scores [B, V], -inf where a token is not kept."""
-        if self.top_k:
-            scores = TopKLogitsWarper(self.top_k)(scores, scores)
-        return TopPLogitsWarper(self.top_p)(scores, scores) if self.top_p < 1 else scores
+        return values
 
 
 def _drawn(scores: Tensor, draws: Tensor) -> Tensor:

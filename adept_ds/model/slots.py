@@ -184,8 +184,7 @@ class _RoomyLayer(DynamicLayer):
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self._end : end] = states
         self.show(self._first, end)
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
+        return self.buffers[0][:, :, self._first : end], self.buffers[1][:, :, self._first : end]
 
 
 class Slots:
