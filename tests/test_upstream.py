@@ -41,6 +41,7 @@ class Use:
     """The arguments that they give: `a, b` by position in this order, `c=` by name."""
 
 
+INFERENCE, DISTRIBUTED = "adept_ds/backbone/inference.py", "adept_ds/distributed.py"
 LOAD, SHARDING, STREAMING = (f"adept_ds/backbone/{name}.py" for name in ("load", "sharding", "streaming"))
 SOURCES, TAIL = "adept_ds/backbone/weight_sources.py", "adept_ds/model/logits_tail.py"
 QUANTIZATION, FROZEN = "adept_ds/backbone/quantization.py", "adept_ds/backbone/frozen_linear.py"
@@ -167,16 +168,16 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.zero.GatheredParameters", SHARDING, "params"),
         Use("zero3_parameter.ds_id", SHARDING),
         Use("zero3_parameter.ds_shape", SHARDING),
-        Use("zero3_parameter.ds_numel", f"{SHARDING} {METER}"),
-        Use("zero3_parameter.ds_tensor", f"{SHARDING} {ENGINE} {MEMORY} {METER}"),
+        Use("zero3_parameter.ds_numel", f"{SHARDING} {INFERENCE} {METER}"),
+        Use("zero3_parameter.ds_tensor", f"{SHARDING} {INFERENCE} {ENGINE} {MEMORY} {METER}"),
         Use("zero3_parameter.ds_tensor.ds_numel", SHARDING),
         Use("zero3_parameter.ds_zero_partition_rank", SHARDING),
         Use("zero3_parameter.partition", SHARDING),
         # The engine.
         Use("deepspeed.initialize", ENGINE, "model=, optimizer=, config="),
-        Use("deepspeed.init_distributed", ENGINE, "dist_backend=, verbose="),
+        Use("deepspeed.init_distributed", DISTRIBUTED, "dist_backend=, verbose="),
         Use("deepspeed.ops.__compatible_ops__.async_io", ENGINE),
-        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", "adept_ds/distributed.py"),
+        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", DISTRIBUTED),
         Use("zero3_engine.backward", ENGINE, "loss, scale_wrt_gas="),
         Use("zero3_engine.get_global_grad_norm", ENGINE),
         Use("zero3_engine.gradient_accumulation_steps", ENGINE),
@@ -228,7 +229,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("module._parameters", STREAMING),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
-        Use("torch.distributed.c10d_logger", ENGINE),
+        Use("torch.distributed.c10d_logger", DISTRIBUTED),
         Use("torch.distributed.DistError", "adept_ds/slurm/node_check.py"),
         # A step on the meta device.
         Use("torch.utils._python_dispatch.TorchDispatchMode", META_STEP),
