@@ -102,6 +102,15 @@ def test_other_caches_are_decoded_in_static_batches_and_that_is_told(
     assert reason in capsys.readouterr().err
 
 
+def test_a_prompt_without_a_token_changes_no_other_sample(
+    make_backbone: Make, tokenizer, world: World, problems
+) -> None:
+    model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["adept"]))
+    cfg = config(do_sample=False)
+    mixed = generate_samples(model, tokenizer, [replace(problems[0], prompt=""), problems[1]], cfg, DATA, world)
+    assert mixed[1:] == generate_samples(model, tokenizer, problems[1:2], cfg, DATA, world)
+
+
 def test_stop_strings_and_ends_hold_across_refills(make_backbone: Make, tokenizer, world: World, problems) -> None:
     model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["adept"]))
     free, _ = both(model, tokenizer, problems, config(num_samples=4), world)

@@ -53,7 +53,7 @@ def generate_samples(
     by_length = sorted(range(len(problems)), key=lambda number: -len(answers.prompts[number]))
     jobs = [(number, index) for number in by_length for index in range(config.num_samples)]
     seeds = {(number, index): sample_seed(config.seed, problems[number].task_id, index) for number, index in jobs}
-    reason = refusal(model)
+    reason = refusal(model) if all(answers.prompts) else "a prompt has no token"
     was_training = model.training
     model.eval()
     if reason is None:
