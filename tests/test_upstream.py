@@ -41,6 +41,7 @@ class Use:
     """The arguments that they give: `a, b` by position in this order, `c=` by name."""
 
 
+INFERENCE, DISTRIBUTED = "adept_ds/backbone/inference.py", "adept_ds/distributed.py"
 LOAD, SHARDING, STREAMING = (f"adept_ds/backbone/{name}.py" for name in ("load", "sharding", "streaming"))
 SOURCES, TAIL = "adept_ds/backbone/weight_sources.py", "adept_ds/model/logits_tail.py"
 QUANTIZATION, FROZEN, FP8 = (f"adept_ds/backbone/{name}.py" for name in ("quantization", "frozen_linear", "fp8"))
@@ -167,16 +168,16 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.zero.GatheredParameters", SHARDING, "params"),
         Use("zero3_parameter.ds_id", SHARDING),
         Use("zero3_parameter.ds_shape", SHARDING),
-        Use("zero3_parameter.ds_numel", f"{SHARDING} {METER}"),
-        Use("zero3_parameter.ds_tensor", f"{SHARDING} {ENGINE} {MEMORY} {METER}"),
+        Use("zero3_parameter.ds_numel", f"{SHARDING} {INFERENCE} {METER}"),
+        Use("zero3_parameter.ds_tensor", f"{SHARDING} {INFERENCE} {ENGINE} {MEMORY} {METER}"),
         Use("zero3_parameter.ds_tensor.ds_numel", SHARDING),
         Use("zero3_parameter.ds_zero_partition_rank", SHARDING),
         Use("zero3_parameter.partition", SHARDING),
         # The engine.
         Use("deepspeed.initialize", ENGINE, "model=, optimizer=, config="),
-        Use("deepspeed.init_distributed", ENGINE, "dist_backend=, verbose="),
+        Use("deepspeed.init_distributed", DISTRIBUTED, "dist_backend=, verbose="),
         Use("deepspeed.ops.__compatible_ops__.async_io", ENGINE),
-        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", ENGINE),
+        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", DISTRIBUTED),
         Use("zero3_engine.backward", ENGINE, "loss, scale_wrt_gas="),
         Use("zero3_engine.get_global_grad_norm", ENGINE),
         Use("zero3_engine.gradient_accumulation_steps", ENGINE),
@@ -230,7 +231,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("module._parameters", STREAMING),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
-        Use("torch.distributed.c10d_logger", ENGINE),
+        Use("torch.distributed.c10d_logger", DISTRIBUTED),
         Use("torch.distributed.DistError", "adept_ds/slurm/node_check.py"),
         # A step on the meta device.
         Use("torch.utils._python_dispatch.TorchDispatchMode", META_STEP),
@@ -428,9 +429,9 @@ class Objects:
         from adept_ds.config.deepspeed import complete
         from adept_ds.config.method import AdeptConfig
         from adept_ds.config.run import RunConfig
-        from adept_ds.distributed import init_world
+        from adept_ds.distributed import init_world, prepare_deepspeed
         from adept_ds.model.adapted_model import get_adept_model
-        from adept_ds.training.engine import Engine, prepare_deepspeed
+        from adept_ds.training.engine import Engine
         from adept_ds.training.optimizer import build_optimizer
         from tests.models import BACKBONES, seeded
 

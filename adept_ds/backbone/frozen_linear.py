@@ -92,7 +92,10 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return _FrozenLinearFunction.apply(input, self)
+        if torch.is_grad_enabled():
+            return _FrozenLinearFunction.apply(input, self)
+        # The same without the host's work for a node of the graph.
+        return self.product(input.reshape(-1, self.in_features)).unflatten(0, input.shape[:-1])
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

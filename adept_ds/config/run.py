@@ -302,8 +302,9 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] | None = None
     """A completion ends before the first of these strings; where the data's format says, and as soon as a program in a
     fence is complete, if not given."""
-    batch_size: Count = 16
-    """Samples decoded at a time on one rank."""
+    batch_size: Count | None = None
+    """Samples decoded at a time on one rank; if not given, as many as the memory has room for, up to 128 (16 where the
+    backbone wants batches that wait for their longest row). Samples do not depend on it."""
     seed: CountOrZero = 0
     """Every sample's random stream follows from this, its task and its index, not from its batch."""
 
@@ -347,6 +348,10 @@ class EvalConfig(Section):
     """Examples in one forward pass of one rank for the validation loss."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
+    sharding: Literal["none", "zero3"] = "none"
+    """How the ranks of `adept-ds eval` and `text2text` hold the backbone: `none` has a copy on each, `zero3` splits all
+    weights over the ranks, for backbones that one device cannot hold; `deepspeed.zero_optimization.offload_param` is
+    followed then. Samples do not depend on it."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What decodes in `adept-ds eval` and `text2text`: the model here on every rank, or vLLM, in an environment of its
     own and on all GPUs of one machine together, on the adapter folded into a whole model."""
@@ -356,6 +361,15 @@ class EvalConfig(Section):
     """Folder in which folded models are kept for vLLM; one in the user's cache folder if not given."""
     sandbox: SandboxConfig = SandboxConfig()
     """Execution."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.sharding == "zero3" and self.engine == "vllm":
+            raise ValueError(
+                "sharding zero3 is for engine transformers; vLLM splits a model by engine_options "
+                '{"tensor_parallel_size": N}'
+            )
+        return self
 
     def gain(self, value: float, reference: float | None) -> float:
         """By how much a figure of `metric` is better than another; NaN and infinity are worse than any and than none,
