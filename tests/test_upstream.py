@@ -43,6 +43,7 @@ class Use:
 
 LOAD, SHARDING, STREAMING = (f"adept_ds/backbone/{name}.py" for name in ("load", "sharding", "streaming"))
 SOURCES, TAIL = "adept_ds/backbone/weight_sources.py", "adept_ds/model/logits_tail.py"
+LAYER_GATHERS = "adept_ds/backbone/layer_gathers.py"
 QUANTIZATION, FROZEN = "adept_ds/backbone/quantization.py", "adept_ds/backbone/frozen_linear.py"
 HIDING, ADAPTED = "adept_ds/model/prompt_hiding.py", "adept_ds/model/adapted_model.py"
 LAYERS, PREFIX, DEPT, BITFIT = (f"adept_ds/methods/{name}.py" for name in ("layers", "prefix", "dept", "bitfit"))
@@ -107,6 +108,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.AutoConfig.for_model", LOAD, "model_type"),
         Use("t5.all_tied_weights_keys", STREAMING),
         Use("t5.base_model_prefix", SOURCES),
+        Use("t5._no_split_modules", LAYER_GATHERS),
         Use("llama._init_weights", STREAMING, "module"),
         Use("generation_config._from_model_config", LOAD),
         Use("llama._adjust_missing_and_unexpected_keys", SOURCES, "loading_info"),
@@ -166,12 +168,23 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.zero.Init._convert_to_deepspeed_param", SHARDING, "param"),
         Use("deepspeed.zero.GatheredParameters", SHARDING, "params"),
         Use("zero3_parameter.ds_id", SHARDING),
-        Use("zero3_parameter.ds_shape", SHARDING),
-        Use("zero3_parameter.ds_numel", f"{SHARDING} {METER}"),
-        Use("zero3_parameter.ds_tensor", f"{SHARDING} {ENGINE} {MEMORY} {METER}"),
+        Use("zero3_parameter.ds_shape", f"{SHARDING} {LAYER_GATHERS}"),
+        Use("zero3_parameter.ds_numel", f"{SHARDING} {LAYER_GATHERS} {METER}"),
+        Use("zero3_parameter.ds_tensor", f"{SHARDING} {LAYER_GATHERS} {ENGINE} {MEMORY} {METER}"),
         Use("zero3_parameter.ds_tensor.ds_numel", SHARDING),
         Use("zero3_parameter.ds_zero_partition_rank", SHARDING),
         Use("zero3_parameter.partition", SHARDING),
+        # Frozen weights that are gathered by their layers.
+        Use("zero3_parameter.ds_status", LAYER_GATHERS),
+        Use("zero3_parameter.ds_process_group", LAYER_GATHERS),
+        Use("zero3_parameter.ds_process_group.allgather_into_tensor_coalesced", LAYER_GATHERS),
+        Use("deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.AVAILABLE", LAYER_GATHERS),
+        Use("deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE", LAYER_GATHERS),
+        Use("z3_leaf._z3_leaf", LAYER_GATHERS),
+        Use("zero3_parameter.ds_persist", ENGINE),
+        Use("zero3_engine.optimizer.parameter_offload.persistent_parameters", ENGINE),
+        Use("zero3_engine.optimizer.parameter_offload.forward_hooks", ENGINE),
+        Use("zero3_engine.optimizer.parameter_offload.backward_hooks", ENGINE),
         # The engine.
         Use("deepspeed.initialize", ENGINE, "model=, optimizer=, config="),
         Use("deepspeed.init_distributed", ENGINE, "dist_backend=, verbose="),
@@ -225,17 +238,20 @@ USES: dict[str, tuple[Use, ...]] = {
     "torch": (
         Use("torch.cpu._is_avx512_bf16_supported", FROZEN),
         Use("torch.cpu._is_amx_tile_supported", FROZEN),
-        Use("module._parameters", STREAMING),
+        Use("module._parameters", f"{STREAMING} {LAYER_GATHERS}"),
+        Use("module._forward_pre_hooks", ENGINE),
+        Use("module._forward_hooks", ENGINE),
+        Use("removable_handle.hooks_dict_ref", ENGINE),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
         Use("torch.distributed.c10d_logger", ENGINE),
         Use("torch.distributed.DistError", "adept_ds/slurm/node_check.py"),
         # A step on the meta device.
         Use("torch.utils._python_dispatch.TorchDispatchMode", META_STEP),
-        Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL}", "tree"),
+        Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL} {LAYER_GATHERS}", "tree"),
         Use("torch.utils._pytree.tree_map", TAIL),
         Use("torch.utils._pytree.tree_map_only", META_STEP),
-        Use("torch._C._current_graph_task_id", META_STEP),
+        Use("torch._C._current_graph_task_id", f"{META_STEP} {LAYER_GATHERS}"),
         Use("storage._cdata", f"{META_STEP} {TAIL}"),
         Use("torch.ops.aten._local_scalar_dense.default.namespace", META_STEP),
         Use("torch.ops.aten.index.Tensor", META_STEP),
@@ -373,6 +389,17 @@ class Objects:
         from torch import nn
 
         return nn.Linear(2, 2)
+
+    @cached_property
+    def removable_handle(self) -> Any:
+        return self.module.register_forward_hook(lambda *_: None)
+
+    @cached_property
+    def z3_leaf(self) -> Any:
+        from deepspeed.utils import set_z3_leaf_module
+
+        set_z3_leaf_module(self.module, True)
+        return self.module
 
     @cached_property
     def storage(self) -> Any:
