@@ -51,9 +51,10 @@ PEFT_LAYERS, MPT, P_TUNING = (f"adept_ds/methods/{name}.py" for name in ("peft_l
 ENGINE, META_STEP, GATHERS = (
     f"adept_ds/{name}.py" for name in ("training/engine", "planner/meta_step", "planner/zero3_gathers")
 )
-CONTENDERS, MEMORY, OPERATORS, RANKS, PHASES = (
-    f"adept_ds/benchmark/{name}.py" for name in ("contenders", "memory", "operators", "ranks", "phases")
+CONTENDERS, MEMORY, OPERATORS, RANKS = (
+    f"adept_ds/benchmark/{name}.py" for name in ("contenders", "memory", "operators", "ranks")
 )
+COLLECTIVES = "adept_ds/benchmark/collectives.py"
 TRACKERS, MODEL_FOLDER = "adept_ds/storage/trackers.py", "adept_ds/storage/model_folder.py"
 METER = "tests/distributed/zero3_meter.py"
 
@@ -224,7 +225,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("zero3_engine.optimizer.parameter_offload.get_param_coordinator", RANKS),
         Use(
             "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator.fetch_sub_module",
-            f"{PHASES} {METER}",
+            f"{RANKS} {METER}",
         ),
         # What tests measure and pretend.
         Use("deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator.reset_step", METER),
@@ -247,8 +248,8 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("torch.distributed.c10d_logger", ENGINE),
         Use("torch.distributed.DistError", "adept_ds/slurm/node_check.py"),
         # A step on the meta device.
-        Use("torch.utils._python_dispatch.TorchDispatchMode", META_STEP),
-        Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL} {LAYER_GATHERS}", "tree"),
+        Use("torch.utils._python_dispatch.TorchDispatchMode", f"{META_STEP} {COLLECTIVES}"),
+        Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL} {LAYER_GATHERS} {COLLECTIVES}", "tree"),
         Use("torch.utils._pytree.tree_map", TAIL),
         Use("torch.utils._pytree.tree_map_only", META_STEP),
         Use("torch._C._current_graph_task_id", f"{META_STEP} {LAYER_GATHERS}"),

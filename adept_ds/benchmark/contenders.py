@@ -9,6 +9,11 @@ optimizer is AdamW with the run's settings.
                          the embedded input, no optimizer
     backbone, stock      the floor as `transformers` has it: its linear layers and its loss over all positions
     PEFT ...             `get_peft_model` on the stock backbone; LoRA with PEFT's defaults, prompts of ADePT's length
+
+On ranks, where `adept_ds` is in DeepSpeed's engine, each with weights of its own (`ranks`):
+
+    adept_ds, plain torch    without DeepSpeed: whole weights on every rank, each trains for itself
+    adept_ds, by weight      ZeRO-3 as DeepSpeed does it (`train.gather` weight)
 """
 
 from __future__ import annotations
@@ -42,13 +47,17 @@ from adept_ds.training.optimizer import build_optimizer
 OURS, FLOOR, STOCK_FLOOR = "adept_ds", "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
 
+PLAIN, BY_WEIGHT = "adept_ds, plain torch", "adept_ds, by weight"
+
 AGAINST = {
     "peft": (PEFT_PROMPT, PEFT_LORA),
     "peft-prompt-tuning": (PEFT_PROMPT,),
     "peft-lora": (PEFT_LORA,),
     "peft-padded": (PEFT_PADDED,),
 }
-"""Choice of `--against` to contenders."""
+"""Choice of `--against` to contenders of one process."""
+AGAINST_ON_RANKS = {"plain": PLAIN, "by-weight": BY_WEIGHT}
+"""Choice of `--against` to the contender of a launcher's ranks."""
 
 
 @dataclass
@@ -66,6 +75,8 @@ class Contender:
     padded_tokens: int
     """Positions computed in a round: tokens, padding, soft prompt."""
     rounds: list[dict[str, float]] = field(default_factory=list)
+    cpu_rounds: list[float] = field(default_factory=list)
+    """CPU seconds of this process in each round; on a GPU those of the host."""
 
     def forward_backward(self, number: int) -> Tensor:
         """Gradients of step `number`; returns its loss, the mean over its micro-batches."""
@@ -89,9 +100,9 @@ class Contender:
         return [sum(phases.values()) for phases in self.rounds]
 
     @property
-    def coordinator(self) -> Any:
-        """What fetches weights that ZeRO-3 has split; None if they are here."""
-        return None
+    def fetches(self) -> list[tuple[Any, str]]:
+        """Objects and names of their methods that fetch weights which ZeRO-3 has split."""
+        return []
 
 
 class InputGradient(nn.Module):
@@ -127,7 +138,7 @@ def build_contenders(
     Raises:
         UserError: The backbone cannot be loaded, or int8 is to be compared, which bitsandbytes computes otherwise.
     """
-    names = {name for choice in against for name in AGAINST[choice]}
+    names = {name for choice in against for name in AGAINST.get(choice, ())}
     if names and run.model.quantization == "int8":
         raise UserError(
             "--against: model.quantization is 'int8', and PEFT's 8-bit layers compute in 8 bits too, which is other "
