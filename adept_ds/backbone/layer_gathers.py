@@ -102,6 +102,10 @@ class LayerGathers:
         for index, layer in enumerate(layers):
             self._hook(layer, index)
 
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self._units)
+
     def _hook(self, layer: nn.Module, index: int) -> None:
         def before(*_: Any) -> None:
             self.enter(index)
@@ -148,9 +152,11 @@ class _Unit:
         self._group = parameters[0].ds_process_group
         self._ranks = dist.get_world_size(self._group)
         self._pending: list[Any] = []
+        """A collective under way and what it reads."""
+        self._copied: torch.cuda.Event | None = None
         parts = [parameter.ds_tensor for parameter in parameters]
         self._empty = [torch.empty(0, dtype=part.dtype, device=device) for part in parts]
-        if self._ranks == 1 and all(part.device == device for part in parts):
+        if self._ranks == 1 and all(part.device.type == device.type for part in parts):
             self._storage = None  # a part is the whole weight
             wholes = list(parts)
         else:
@@ -182,14 +188,18 @@ class _Unit:
                 else:
                     parts = [part.to(self._device, non_blocking=True) for part in parts]
                     self._pending = [self._group.allgather_into_tensor_coalesced(self._bytes, parts), parts]
+            if self._stream is not None:
+                self._copied = self._stream.record_event()
 
     def wait(self) -> None:
         """Let what follows see the whole weights, which may have been split again by DeepSpeed."""
         if self._pending:
             self._pending[0].wait()
             self._pending = []
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        if self._copied is not None:
+            # Not the whole stream, which may be at the next layer already.
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+            self._copied = None
         available = self._status.AVAILABLE
         for parameter, value in zip(self._parameters, self._values, strict=True):
             if parameter.ds_status is not available:
@@ -198,7 +208,7 @@ class _Unit:
 
     def drop(self) -> None:
         """Keep this rank's parts alone."""
-        if self._pending:
+        if self._pending or self._copied is not None:
             self.wait()
         for parameter, empty in zip(self._parameters, self._empty, strict=True):
             parameter.data = empty

@@ -154,7 +154,7 @@ class Engine:
                 self.deepspeed.step()  # Below the accumulation boundary this only counts.
             loss = self.deepspeed(**self._on_device(batch), reduction="sum").loss
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
-            if self.layers:
+            if self.layers is not None:
                 self.layers.drop()
             total += loss.detach()
         return total
