@@ -58,6 +58,24 @@ class _FrozenLinearFunction(torch.autograd.Function):
         return _matmul_rows(grads[0], ctx.layer.dense_weight()), None
 
 
+class _TracedProduct(torch.autograd.Function):
+    """`_FrozenLinearFunction` as a compiler traces it: of tensors alone, which become inputs of the compiled block.
+
+    The weight itself is saved and no view of it, so that the backward pass reads what lies in the parameter by then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.is_transposed = is_transposed
+        return _matmul_rows(x, weight if is_transposed else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return _matmul_rows(grads[0], weight.t() if ctx.is_transposed else weight), None, None, None
+
+
 class FrozenLinear(nn.Linear):
     """A linear layer that shares a frozen one's parameters and saves a reference to the weight only.
 
@@ -78,10 +96,16 @@ class FrozenLinear(nn.Linear):
         """The weight [out_features, in_features] as it enters the product."""
         return self.weight.t() if self.is_transposed else self.weight
 
+    def traced_product(self, rows: Tensor) -> Tensor:
+        """Rows [N, in_features] to [N, out_features], for a compiler: it traces functions of tensors, not of layers,
+        and one trace serves all layers of this shape."""
+        return _TracedProduct.apply(rows, self.weight, self.bias, self.is_transposed)
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        rows = _FrozenLinearFunction.apply(input.reshape(-1, self.in_features), self)
-        return rows.unflatten(0, input.shape[:-1])
+        rows = input.reshape(-1, self.in_features)
+        product = self.traced_product(rows) if torch.compiler.is_compiling() else _FrozenLinearFunction.apply(rows, self)
+        return product.unflatten(0, input.shape[:-1])
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

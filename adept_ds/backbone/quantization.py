@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
-from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
+from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear, matmul
 from adept_ds.backbone.sharding import full_numel
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
@@ -127,6 +129,49 @@ class Scheme:
         return bnb.dequantize_blockwise(codes.view(shape), state)
 
 
+# Of these a compiler sees the names alone. Were the expansion in its sight, it would keep the weight that the forward
+# pass has expanded for the backward pass, and so all weights of a model.
+@torch.library.custom_op("adept_ds::quantized_product", mutates_args=())
+def _quantized_product(
+    x: Tensor, storage: Tensor, bias: Tensor | None, out_features: int, scheme: str, double: bool
+) -> Tensor:
+    """x [N, in_features] W^T + bias [N, out_features]."""
+    weight = Scheme(scheme, double).dequantize(storage, torch.Size((out_features, x.shape[1])))
+    return matmul(x, weight.t(), bias)
+
+
+@torch.library.custom_op("adept_ds::quantized_input_gradient", mutates_args=())
+def _quantized_input_gradient(
+    grad: Tensor, storage: Tensor, in_features: int, scheme: str, double: bool
+) -> Tensor:
+    """grad [N, out_features] W [N, in_features]."""
+    return matmul(grad, Scheme(scheme, double).dequantize(storage, torch.Size((grad.shape[1], in_features))))
+
+
+@_quantized_product.register_fake
+def _(x: Tensor, storage: Tensor, bias: Tensor | None, out_features: int, scheme: str, double: bool) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@_quantized_input_gradient.register_fake
+def _(grad: Tensor, storage: Tensor, in_features: int, scheme: str, double: bool) -> Tensor:
+    return grad.new_empty(grad.shape[0], in_features)
+
+
+def _keep_storage(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, storage, _, _, scheme, double = inputs
+    ctx.save_for_backward(storage)
+    ctx.settings = x.shape[1], scheme, double
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (storage,) = ctx.saved_tensors
+    return _quantized_input_gradient(grad, storage, *ctx.settings), None, None, None, None, None
+
+
+_quantized_product.register_autograd(_product_backward, setup_context=_keep_storage)
+
+
 class QuantizedLinear(FrozenLinear):
     """A frozen linear layer on a quantised weight, which is expanded for the product and dropped after it.
 
@@ -154,6 +199,11 @@ class QuantizedLinear(FrozenLinear):
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features], expanded anew."""
         return self.scheme.dequantize(self.weight, torch.Size((self.out_features, self.in_features)))
+
+    @override
+    def traced_product(self, rows: Tensor) -> Tensor:
+        scheme = self.scheme
+        return _quantized_product(rows, self.weight, self.bias, self.out_features, scheme.name, scheme.double)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the scheme."""
