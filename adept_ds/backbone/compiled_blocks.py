@@ -26,6 +26,9 @@ from adept_ds.backbone.blocks import blocks_of
 RECOMPILE_LIMIT = 64
 """Graphs of one class of blocks. T5 has four: of first and other blocks, in encoder and decoder."""
 
+COMPILER: dict[str, Any] = {"backend": "inductor", "options": {"fallback_random": True}}
+"""Random numbers are drawn as without the compiler."""
+
 Say = Callable[[str], None]
 
 
@@ -44,9 +47,7 @@ class _Compiler:
         plain = kind.forward.__wrapped__ if isinstance(block, GradientCheckpointingLayer) else kind.forward
         if kind not in self._compiled:
             # A graph break is an error: what is left of a block in pieces is no faster, and would be so silently.
-            self._compiled[kind] = torch.compile(
-                plain, fullgraph=True, dynamic=self.dynamic, options={"fallback_random": True}
-            )
+            self._compiled[kind] = torch.compile(plain, fullgraph=True, dynamic=self.dynamic, **COMPILER)
         run = partial(self._run, self._compiled[kind], plain, block)
         is_whole: bool | None = None
 
@@ -68,7 +69,9 @@ class _Compiler:
 
         block.forward = forward
 
-    def _run(self, compiled: Callable[..., Any], plain: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _run(
+        self, compiled: Callable[..., Any], plain: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
         """Call the compiled block, or the plain one where that does not work; checkpointing, which calls this twice,
         gets the same of both calls."""
         graphs, start = counters["stats"]["unique_graphs"], time.perf_counter()
@@ -88,9 +91,7 @@ class _Compiler:
 
 
 def _has_inner_hooks(block: nn.Module) -> bool:
-    return any(
-        module._forward_pre_hooks or module._forward_hooks for module in block.modules() if module is not block
-    )
+    return any(module._forward_pre_hooks or module._forward_hooks for module in block.modules() if module is not block)
 
 
 def _reason(error: BaseException) -> str:

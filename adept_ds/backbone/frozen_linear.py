@@ -104,7 +104,9 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         rows = input.reshape(-1, self.in_features)
-        product = self.traced_product(rows) if torch.compiler.is_compiling() else _FrozenLinearFunction.apply(rows, self)
+        product = (
+            self.traced_product(rows) if torch.compiler.is_compiling() else _FrozenLinearFunction.apply(rows, self)
+        )
         return product.unflatten(0, input.shape[:-1])
 
 

@@ -141,9 +141,7 @@ def _quantized_product(
 
 
 @torch.library.custom_op("adept_ds::quantized_input_gradient", mutates_args=())
-def _quantized_input_gradient(
-    grad: Tensor, storage: Tensor, in_features: int, scheme: str, double: bool
-) -> Tensor:
+def _quantized_input_gradient(grad: Tensor, storage: Tensor, in_features: int, scheme: str, double: bool) -> Tensor:
     """grad [N, out_features] W [N, in_features]."""
     return matmul(grad, Scheme(scheme, double).dequantize(storage, torch.Size((grad.shape[1], in_features))))
 
