@@ -1,19 +1,24 @@
-"""A backbone's blocks: the layers of its stacks, each of them a unit that is compiled, and gathered, as a whole."""
+"""A backbone's blocks: its decoder and encoder layers, each of them a unit that is compiled and gathered as a whole."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedModel
 
 
-def blocks_of(backbone: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the blocks by name, in the order of the modules: those that `transformers` never splits over devices.
+def backbone_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The decoder and encoder layers in their order: modules that `transformers` would not split over devices, or else
+    the members of lists of modules. Of nested ones the outermost."""
+    names = set(getattr(backbone, "_no_split_modules", None) or ())
+    found = list(_outermost(backbone, lambda module, _: type(module).__name__ in names))
+    return found or list(_outermost(backbone, lambda _, parent: isinstance(parent, nn.ModuleList)))
 
-    Of blocks within one another the outermost counts. There are none where a model does not name their classes.
-    """
-    classes, blocks = set(backbone._no_split_modules or ()), dict[str, nn.Module]()
-    outermost = ""
-    for name, module in backbone.named_modules():
-        if type(module).__name__ in classes and not (outermost and name.startswith(outermost)):
-            blocks[name], outermost = module, f"{name}."
-    return blocks
+
+def _outermost(parent: nn.Module, is_layer: Any) -> Iterator[nn.Module]:
+    for module in parent.children():
+        if is_layer(module, parent):
+            yield module
+        else:
+            yield from _outermost(module, is_layer)

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from adept_ds.backbone.blocks import blocks_of
+from adept_ds.backbone.blocks import backbone_layers
 
 RECOMPILE_LIMIT = 64
 """Graphs of one class of blocks. T5 has four: of first and other blocks, in encoder and decoder."""
@@ -100,8 +100,8 @@ def _reason(error: BaseException) -> str:
     return str(inner).strip().partition("\n")[0].rstrip(".:") or type(inner).__name__
 
 
-def compile_blocks(backbone: PreTrainedModel, dynamic: bool, say: Say) -> int:
-    """Have the backbone's blocks compiled when training first calls them; return how many there are.
+def compile_blocks(backbone: PreTrainedModel, dynamic: bool, say: Say) -> None:
+    """Have the backbone's blocks compiled when training first calls them.
 
     Call it once the method is in the backbone, and before an engine puts its hooks in place.
 
@@ -111,9 +111,6 @@ def compile_blocks(backbone: PreTrainedModel, dynamic: bool, say: Say) -> int:
         say: Is told of each compilation and its time, and once if compiling does not work: blocks then run as they are.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    compiler, blocks = _Compiler(dynamic, say), blocks_of(backbone)
-    for block in blocks.values():
+    compiler = _Compiler(dynamic, say)
+    for block in backbone_layers(backbone):
         compiler.compile(block)
-    if not blocks:
-        say(f"train.compile: {type(backbone).__name__} names no blocks to compile; the run goes on without it")
-    return len(blocks)

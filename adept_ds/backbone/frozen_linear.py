@@ -51,11 +51,11 @@ class _FrozenLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         # The layer and not a saved tensor: ZeRO-3 exchanges the data of its parameters between the two passes.
         ctx.layer = layer
-        return _matmul_rows(x, layer.dense_weight().t(), layer.bias)
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _matmul_rows(grads[0], ctx.layer.dense_weight()), None
+        return ctx.layer.input_gradient(grads[0]), None
 
 
 class _TracedProduct(torch.autograd.Function):
@@ -95,6 +95,14 @@ class FrozenLinear(nn.Linear):
     def dense_weight(self) -> Tensor:
         """The weight [out_features, in_features] as it enters the product."""
         return self.weight.t() if self.is_transposed else self.weight
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b of rows [N, in_features]."""
+        return _matmul_rows(x, self.dense_weight().t(), self.bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dx of dL/dy [N, out_features]."""
+        return _matmul_rows(grad, self.dense_weight())
 
     def traced_product(self, rows: Tensor) -> Tensor:
         """Rows [N, in_features] to [N, out_features], for a compiler: it traces functions of tensors, not of layers,

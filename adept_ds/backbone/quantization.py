@@ -14,6 +14,9 @@ arithmetic is that of bitsandbytes.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +28,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear, matmul
+from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear
 from adept_ds.backbone.sharding import full_numel
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
@@ -129,42 +132,52 @@ class Scheme:
         return bnb.dequantize_blockwise(codes.view(shape), state)
 
 
-# Of these a compiler sees the names alone. Were the expansion in its sight, it would keep the weight that the forward
-# pass has expanded for the backward pass, and so all weights of a model.
+_STAND_INS: dict[str, QuantizedLinear] = {}
+"""A layer without weights for each `kind`, which computes with the weight that a compiled block hands to it."""
+
+
+@contextmanager
+def _holding(kind: str, storage: Tensor, bias: Tensor | None = None) -> Iterator[QuantizedLinear]:
+    layer = _STAND_INS[kind]
+    vars(layer).update(weight=storage, bias=bias)
+    try:
+        yield layer
+    finally:
+        vars(layer).update(weight=None, bias=None)
+
+
+# A compiler sees no more of these than their names. Were the expansion in its sight, it would keep the weight that the
+# forward pass has expanded for the backward pass, and so all weights of a model.
 @torch.library.custom_op("adept_ds::quantized_product", mutates_args=())
-def _quantized_product(
-    x: Tensor, storage: Tensor, bias: Tensor | None, out_features: int, scheme: str, double: bool
-) -> Tensor:
-    """x [N, in_features] W^T + bias [N, out_features]."""
-    weight = Scheme(scheme, double).dequantize(storage, torch.Size((out_features, x.shape[1])))
-    return matmul(x, weight.t(), bias)
+def _quantized_product(x: Tensor, storage: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    with _holding(kind, storage, bias) as layer:
+        return layer.product(x)
 
 
 @torch.library.custom_op("adept_ds::quantized_input_gradient", mutates_args=())
-def _quantized_input_gradient(grad: Tensor, storage: Tensor, in_features: int, scheme: str, double: bool) -> Tensor:
-    """grad [N, out_features] W [N, in_features]."""
-    return matmul(grad, Scheme(scheme, double).dequantize(storage, torch.Size((grad.shape[1], in_features))))
+def _quantized_input_gradient(grad: Tensor, storage: Tensor, kind: str) -> Tensor:
+    with _holding(kind, storage) as layer:
+        return layer.input_gradient(grad)
 
 
 @_quantized_product.register_fake
-def _(x: Tensor, storage: Tensor, bias: Tensor | None, out_features: int, scheme: str, double: bool) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+def _(x: Tensor, storage: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return x.new_empty(x.shape[0], _STAND_INS[kind].out_features)
 
 
 @_quantized_input_gradient.register_fake
-def _(grad: Tensor, storage: Tensor, in_features: int, scheme: str, double: bool) -> Tensor:
-    return grad.new_empty(grad.shape[0], in_features)
+def _(grad: Tensor, storage: Tensor, kind: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], _STAND_INS[kind].in_features)
 
 
 def _keep_storage(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, storage, _, _, scheme, double = inputs
+    _, storage, _, ctx.kind = inputs
     ctx.save_for_backward(storage)
-    ctx.settings = x.shape[1], scheme, double
 
 
 def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (storage,) = ctx.saved_tensors
-    return _quantized_input_gradient(grad, storage, *ctx.settings), None, None, None, None, None
+    return _quantized_input_gradient(grad, storage, ctx.kind), None, None, None
 
 
 _quantized_product.register_autograd(_product_backward, setup_context=_keep_storage)
@@ -189,6 +202,10 @@ class QuantizedLinear(FrozenLinear):
         self.weight = nn.Parameter(storage, requires_grad=False)
         # For counts of parameters; DeepSpeed knows the storage's own length only.
         self.weight.dense_numel = numel  # type: ignore[attr-defined]
+        self.kind = f"{type(self).__name__}({self.in_features}, {self.out_features}, {scheme})"
+        if self.kind not in _STAND_INS:
+            _STAND_INS[self.kind] = stand_in = copy.copy(self)
+            vars(stand_in).update(_parameters={}, weight=None, bias=None)
 
     def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
         """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
@@ -200,8 +217,7 @@ class QuantizedLinear(FrozenLinear):
 
     @override
     def traced_product(self, rows: Tensor) -> Tensor:
-        scheme = self.scheme
-        return _quantized_product(rows, self.weight, self.bias, self.out_features, scheme.name, scheme.double)
+        return _quantized_product(rows, self.weight, self.bias, self.kind)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the scheme."""
