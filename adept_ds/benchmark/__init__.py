@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.deepspeed import complete
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World, gather_objects, init_world, on_gpu
+from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.planner.memory import decide_sharding
 
 __all__ = ["Options", "benchmark", "text_report"]
@@ -53,6 +54,8 @@ class Options:
     """Random weights in place of the checkpoint's; the architecture alone is read."""
     synthetic: int | None = None
     """Length of examples of random tokens, in place of the data."""
+    brief: bool = False
+    """Without the stock backbone and without the profile."""
     on_ranks: bool = False
     """Measure ADePT alone, in DeepSpeed's engine on this launcher's ranks."""
 
@@ -88,10 +91,14 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         device, is_main = torch.device("cuda" if on_gpu() else "cpu"), True
         arithmetic = batch_arithmetic(run.train, world_size=1)
         work = build_work(run, architecture, options.steps, options.synthetic, arithmetic)
-        contenders = build_contenders(run, architecture, work, options.against, options.random_init, device)
+        contenders = build_contenders(
+            run, architecture, work, options.against, options.random_init, device, with_stock=not options.brief
+        )
+        if run.train.compile:
+            cast(AdaptedModel, contenders[0].model).compile_blocks(notes.append)
         if run.model.quantization == "int8":
             notes.append("no stock backbone: bitsandbytes' 8-bit layers multiply in 8 bits too, which is other work")
-        if run.model.quantization == "nf4":
+        if run.model.quantization == "nf4" and not options.brief:
             here, stock = (quantized_layers(contender.backbone) for contender in contenders[1:3])
             if stock != here:
                 notes.append(f"stock and PEFT have {stock} of the {here} linear layers in 4 bits; transformers' choice")
@@ -112,6 +119,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         "dtype": run.model.dtype,
         "quantization": run.model.quantization,
         "activation_checkpointing": run.train.activation_checkpointing,
+        "compile": run.train.compile,
         "machine": machine,
         "ranks": ranks,
         "zero_stage": plan.config["zero_optimization"]["stage"] if world else None,
@@ -129,7 +137,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
             for contender in contenders
         },
         "ratios": {other.name: _ratio(contenders[0], other) for other in contenders[1:]},
-        "operator_seconds": None if world else operator_seconds(contenders[0], device),
+        "operator_seconds": None if world or options.brief else operator_seconds(contenders[0], device),
         "notes": notes,
     }
 

@@ -113,6 +113,7 @@ def build_contenders(
     against: Sequence[str],
     random_init: bool,
     device: torch.device,
+    with_stock: bool = True,
 ) -> list[Contender]:
     """Return ADePT, the floors and the chosen others, each in training mode with its batches on `device`.
 
@@ -123,6 +124,7 @@ def build_contenders(
         against: Keys of `AGAINST`.
         random_init: Take random weights in place of a checkpoint's.
         device: Where all run.
+        with_stock: Whether the floor is measured on the stock backbone too; others are measured on it in any case.
 
     Raises:
         UserError: The backbone cannot be loaded, or int8 is to be compared, which bitsandbytes computes otherwise.
@@ -133,7 +135,7 @@ def build_contenders(
             "--against: model.quantization is 'int8', and PEFT's 8-bit layers compute in 8 bits too, which is other "
             "work; expected nf4 or no quantisation"
         )
-    own_backbone, stock_backbone = _backbones(run, architecture, random_init, device)
+    own_backbone, stock_backbone = _backbones(run, architecture, random_init, device, with_stock or bool(names))
 
     def on_device(step: Step) -> Step:
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in step]
@@ -155,7 +157,7 @@ def build_contenders(
         contender(OURS, ours, ours.backbone, steps, length),
         contender(FLOOR, floor, floor.backbone, longer, length),
     ]
-    if stock_backbone is not None:
+    if stock_backbone is not None and with_stock:
         stock = want_input_gradient(sharing_weights(stock_backbone))
         contenders.append(contender(STOCK_FLOOR, stock, stock, longer, length))
     positions, labels = longest_example(run.data, length, work.encoder_decoder)
@@ -185,12 +187,13 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | Non
 
 
 def _backbones(
-    run: RunConfig, architecture: PreTrainedConfig, random_init: bool, device: torch.device
+    run: RunConfig, architecture: PreTrainedConfig, random_init: bool, device: torch.device, with_stock: bool
 ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """Return the backbone that our layers are put into and that of the stock contenders, the same if it is dense."""
+    """Return the backbone that our layers are put into and that of the stock contenders, the same if it is dense, and
+    none unless they are wanted."""
     own = random_backbone(run.model, architecture, device) if random_init else load_backbone(run.model, device)
-    stock: PreTrainedModel | None = own
-    if run.model.quantization:
+    stock: PreTrainedModel | None = own if with_stock else None
+    if run.model.quantization and with_stock:
         stock = _bitsandbytes_backbone(run.model, architecture, random_init, device)
     for backbone in filter(None, (own, stock)):
         backbone.config.use_cache = False
