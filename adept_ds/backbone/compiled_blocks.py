@@ -95,9 +95,11 @@ def _has_inner_hooks(block: nn.Module) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what a compiler says."""
+    """What a compiler says, in a line: the beginning of its message, and its explanation if it has one."""
     inner = getattr(error, "inner_exception", None) or error
-    return str(inner).strip().partition("\n")[0].rstrip(".:") or type(inner).__name__
+    first, *others = str(inner).strip().splitlines() or [type(inner).__name__]
+    explanation = next((line.partition("Explanation:")[2] for line in others if "Explanation:" in line), "")
+    return f"{first.rstrip('.:')}{':' if explanation else ''}{explanation.rstrip('.')}"
 
 
 def compile_blocks(backbone: PreTrainedModel, dynamic: bool, say: Say) -> None:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 @cache
+@torch.compiler.assume_constant_result
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
