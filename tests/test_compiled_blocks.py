@@ -142,6 +142,15 @@ def test_compiled_blocks_are_the_same_but_for_rounding(family: str, settings: di
 
 
 @pytest.mark.usefixtures("traced_only")
+def test_bf16_blocks_are_traced_too() -> None:
+    """What the CPU multiplies quickly in bf16 is asked for on the way."""
+    plain, model = adapted("llama", dtype=torch.bfloat16), adapted("llama", dtype=torch.bfloat16)
+    model.compile_blocks()
+    assert_same_step(step(model), step(plain), loss=2e-3, gradients=0.2)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("traced_only")
 def test_a_compiled_quantised_block_keeps_no_expanded_weight() -> None:
     model = adapted("llama", scheme=Scheme("nf4"))
     expanded = {(layer.out_features, layer.in_features) for layer in model.modules() if hasattr(layer, "scheme")}

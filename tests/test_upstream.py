@@ -53,6 +53,7 @@ ENGINE, META_STEP, GATHERS = (
 CONTENDERS, MEMORY, OPERATORS, RANKS, PHASES = (
     f"adept_ds/benchmark/{name}.py" for name in ("contenders", "memory", "operators", "ranks", "phases")
 )
+COMPILED, BLOCKS = "adept_ds/backbone/compiled_blocks.py", "adept_ds/backbone/blocks.py"
 TRACKERS, MODEL_FOLDER = "adept_ds/storage/trackers.py", "adept_ds/storage/model_folder.py"
 METER = "tests/distributed/zero3_meter.py"
 
@@ -117,6 +118,10 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("llama.activation_checkpointing_enable", f"{ADAPTED} {CONTENDERS}", "activation_checkpointing_kwargs"),
         Use("llama.disable_input_require_grads", ADAPTED),
         Use("t5.prepare_decoder_input_ids_from_labels", ADAPTED, "labels="),
+        # Blocks, and the checkpointing around their `forward` that is done around compiled ones.
+        Use("transformers.LlamaForCausalLM._no_split_modules", BLOCKS),
+        Use("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward.__wrapped__", COMPILED),
+        Use("transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing", COMPILED),
         Use("transformers.PreTrainedModel.get_encoder", f"{DEPT} {CONTENDERS} {OPERATORS}"),
         Use("transformers.PreTrainedModel.get_decoder", f"{PREFIX} adept_ds/model/distillation.py"),
         # Calls of decoders, whose arguments a hook changes: under other names its changes would be without effect.
@@ -225,7 +230,15 @@ USES: dict[str, tuple[Use, ...]] = {
     "torch": (
         Use("torch.cpu._is_avx512_bf16_supported", FROZEN),
         Use("torch.cpu._is_amx_tile_supported", FROZEN),
-        Use("module._parameters", STREAMING),
+        # Compiled blocks: without these names failures would not be caught, and compilations not told.
+        Use("torch._dynamo.exc.TorchDynamoException", COMPILED),
+        Use("torch._dynamo.exc.FailOnRecompileLimitHit", COMPILED),
+        Use("torch._dynamo.utils.counters", f"{COMPILED} tests/test_compiled_blocks.py"),
+        Use("torch._dynamo.config.recompile_limit", COMPILED),
+        Use("torch._inductor.config.fallback_random", COMPILED),
+        Use("module._forward_pre_hooks", COMPILED),
+        Use("module._forward_hooks", COMPILED),
+        Use("module._parameters", f"{STREAMING} {QUANTIZATION}"),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
         Use("torch.distributed.c10d_logger", ENGINE),

@@ -55,7 +55,7 @@ class Options:
     synthetic: int | None = None
     """Length of examples of random tokens, in place of the data."""
     brief: bool = False
-    """Without the stock backbone and without the profile."""
+    """ADePT and the bare backbone alone, without the profile."""
     on_ranks: bool = False
     """Measure ADePT alone, in DeepSpeed's engine on this launcher's ranks."""
 

@@ -8,6 +8,7 @@ optimizer is AdamW with the run's settings.
     backbone             the floor: the same without ADePT, ordinary tokens in the soft prompt's place, gradient down to
                          the embedded input, no optimizer
     backbone, stock      the floor as `transformers` has it: its linear layers and its loss over all positions
+    adept_ds, not ...    with `train.compile`: this project without it; no other contender is compiled
     PEFT ...             `get_peft_model` on the stock backbone; LoRA with PEFT's defaults, prompts of ADePT's length
 """
 
@@ -39,7 +40,7 @@ from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.training.optimizer import build_optimizer
 
-OURS, FLOOR, STOCK_FLOOR = "adept_ds", "backbone", "backbone, stock"
+OURS, FLOOR, STOCK_FLOOR, UNCOMPILED = "adept_ds", "backbone", "backbone, stock", "adept_ds, not compiled"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
 
 AGAINST = {
@@ -124,7 +125,8 @@ def build_contenders(
         against: Keys of `AGAINST`.
         random_init: Take random weights in place of a checkpoint's.
         device: Where all run.
-        with_stock: Whether the floor is measured on the stock backbone too; others are measured on it in any case.
+        with_stock: Whether the floor is measured on the stock backbone too, on which others are measured in any case,
+            and a compiled model without the compiler.
 
     Raises:
         UserError: The backbone cannot be loaded, or int8 is to be compared, which bitsandbytes computes otherwise.
@@ -160,6 +162,9 @@ def build_contenders(
     if stock_backbone is not None and with_stock:
         stock = want_input_gradient(sharing_weights(stock_backbone))
         contenders.append(contender(STOCK_FLOOR, stock, stock, longer, length))
+    if run.train.compile and with_stock:
+        plain = get_adept_model(sharing_weights(own_backbone), run.method, work.tokenizer, run.train.seed)
+        contenders.append(contender(UNCOMPILED, plain, plain.backbone, steps, length))
     positions, labels = longest_example(run.data, length, work.encoder_decoder)
     maximum = positions - length, labels if work.encoder_decoder else positions - length
     for name in (PEFT_PROMPT, PEFT_LORA, PEFT_PADDED):

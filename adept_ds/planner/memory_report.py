@@ -55,6 +55,8 @@ def memory_text(plan: MemoryPlan) -> str:
         f"  Saved for the backward pass: {gigabytes(plan.held_bytes)}; {', '.join(alive)}.",
         "  Traffic: what the collectives of one step deliver to a rank.",
     ]
+    if plan.compiled:
+        notes.append("  train.compile: the figures are those without it; what it saves or takes is not counted.")
     verdict = "fits" if plan.configured.fits else "DOES NOT FIT"
     notes.append(f"  {plan.sharding} {verdict}" + (":" if plan.advice else "."))
     return "\n".join([*head, *table, *notes, *(f"    - {line}" for line in plan.advice)])
