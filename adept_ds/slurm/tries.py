@@ -62,6 +62,8 @@ STEPS_OF_A_TRY = 4
 """Most calls of srun in a try: node check, staging, ranks, and the question for nodes that are gone."""
 NETWORK_ERROR = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|Broken pipe|NCCL|gloo|Dist\w+Error")
 TERMINATED = 128 + signal.SIGTERM
+_LOG_END = 2**16
+"""Bytes of a job's log in which what SLURM has last written is looked for."""
 IDLE_TRIES = 2
 """So many tries one after another that gain no step end a run: one alone may have been bad luck."""
 LAUNCH_TRIES = 3
@@ -341,7 +343,8 @@ def _judge(this: Try, status: Mapping[str, Any], flags: argparse.Namespace) -> t
     # SLURM counts a restart as soon as it ends a job for one. It tells the script so, unless it has lost the node.
     if int(job.get("Restarts", "0")) > this.number:
         is_lost = flags.lost or not flags.cancelled
-        why = "preempted" if flags.preempted else "node failure" if is_lost else "requeued"
+        preempted = flags.preempted or _log_tells_preemption(flags.facts, this)
+        why = "preempted" if preempted else "node failure" if is_lost else "requeued"
         return replace(this, ended_by=why, requeued=True), TERMINATED
     if flags.cancelled:
         if job.get("Reason") == "TimeLimit":
@@ -365,6 +368,19 @@ def _judge(this: Try, status: Mapping[str, Any], flags: argparse.Namespace) -> t
         error = RANKS_ALONE.format(signal=status.get("signal") or "unknown")
         return replace(this, ended_by="interrupted", requeued=False, error=error), STOPPED
     return replace(this, ended_by="preempted" if preempted else "time limit", requeued=True), REQUEUE
+
+
+def _log_tells_preemption(facts: str, this: Try) -> bool:
+    """Whether SLURM has written into the job's log that it ended this try to make room for another job. It does not
+    tell the batch script so where that has had its warning of the time limit before, however early."""
+    job, path = (re.search(rf"\b{key}=(.+?)(?= \w+=|\n|$)", facts) for key in ("JobId", "StdErr"))
+    if not (job and path and Path(path[1]).is_file()):
+        return False
+    with open(path[1], "rb") as file:
+        file.seek(max(0, Path(path[1]).stat().st_size - _LOG_END))
+        end = file.read().decode(errors="replace")
+    told = re.findall(rf"\*\*\* (?:JOB|STEP) {job[1]}\b.* CANCELLED AT (\S+) DUE TO PREEMPTION", end)
+    return bool(told) and datetime.fromisoformat(told[-1]).astimezone() >= datetime.fromisoformat(this.started)
 
 
 def this_logs(run_dir: Path, one: Try) -> Path:

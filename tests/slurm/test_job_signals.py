@@ -347,6 +347,8 @@ def test_a_run_that_cannot_save_before_it_is_preempted_goes_on_from_its_last_che
 ) -> None:
     job = stub.submit("--time=5", STUB_FAIL="0 hang 7", STUB_STEP_SECONDS="0.1")
     stub.wait_for_step(6)
+    # SLURM warns a job once: this one gets no signal when it is preempted.
+    wait_for(lambda: "limit of 300 s is early" in stub.last_words(), 90, stub.last_words)
     cluster.sbatch("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.wait(job, "PENDING", "RUNNING", "COMPLETED", restarts=1)
     line = stub.history()[0]
