@@ -122,6 +122,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.LlamaForCausalLM._no_split_modules", BLOCKS),
         Use("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward.__wrapped__", COMPILED),
         Use("transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing", COMPILED),
+        Use("checkpointed_llama.model.layers.0._gradient_checkpointing_func", COMPILED),
         Use("transformers.PreTrainedModel.get_encoder", f"{DEPT} {CONTENDERS} {OPERATORS}"),
         Use("transformers.PreTrainedModel.get_decoder", f"{PREFIX} adept_ds/model/distillation.py"),
         # Calls of decoders, whose arguments a hook changes: under other names its changes would be without effect.
@@ -418,6 +419,14 @@ class Objects:
     @cached_property
     def quant_state(self) -> Any:
         return self.quantized_parameter.quant_state
+
+    @cached_property
+    def checkpointed_llama(self) -> Any:
+        from tests.models import BACKBONES, seeded
+
+        model = seeded(BACKBONES["llama"])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
     @cached_property
     def multitask_prompt(self) -> Any:
