@@ -9,7 +9,6 @@ again before the layer's backward pass.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -18,7 +17,6 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 
-@cache
 @torch.compiler.assume_constant_result
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware."""
