@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from adept_ds.backbone.layer_gathers import backbone_layers, frozen_layers, modules_by_layer
+from adept_ds.backbone.blocks import backbone_layers
+from adept_ds.backbone.layer_gathers import frozen_layers, modules_by_layer
 
 
 class Stack(nn.Module):

@@ -56,6 +56,7 @@ CONTENDERS, MEMORY, OPERATORS, RANKS = (
     f"adept_ds/benchmark/{name}.py" for name in ("contenders", "memory", "operators", "ranks")
 )
 COLLECTIVES = "adept_ds/benchmark/collectives.py"
+COMPILED, BLOCKS = "adept_ds/backbone/compiled_blocks.py", "adept_ds/backbone/blocks.py"
 TRACKERS, MODEL_FOLDER = "adept_ds/storage/trackers.py", "adept_ds/storage/model_folder.py"
 METER = "tests/distributed/zero3_meter.py"
 
@@ -121,6 +122,11 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("llama.activation_checkpointing_enable", f"{ADAPTED} {CONTENDERS}", "activation_checkpointing_kwargs"),
         Use("llama.disable_input_require_grads", ADAPTED),
         Use("t5.prepare_decoder_input_ids_from_labels", ADAPTED, "labels="),
+        # Blocks, and the checkpointing around their `forward` that is done around compiled ones.
+        Use("transformers.LlamaForCausalLM._no_split_modules", BLOCKS),
+        Use("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward.__wrapped__", COMPILED),
+        Use("transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing", COMPILED),
+        Use("checkpointed_llama.model.layers.0._gradient_checkpointing_func", COMPILED),
         Use("transformers.PreTrainedModel.get_encoder", f"{DEPT} {CONTENDERS} {OPERATORS}"),
         Use("transformers.PreTrainedModel.get_decoder", f"{PREFIX} adept_ds/model/distillation.py"),
         # Calls of decoders, whose arguments a hook changes: under other names its changes would be without effect.
@@ -241,10 +247,16 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("torch.cpu._is_amx_tile_supported", FROZEN),
         Use("torch.ops.aten._unsafe_view", FROZEN),
         Use("torch._scaled_mm", FP8),
-        Use("module._parameters", f"{STREAMING} {LAYER_GATHERS}"),
-        Use("module._forward_pre_hooks", ENGINE),
-        Use("module._forward_hooks", ENGINE),
+        Use("module._parameters", f"{STREAMING} {LAYER_GATHERS} {QUANTIZATION}"),
         Use("removable_handle.hooks_dict_ref", ENGINE),
+        # Compiled blocks: without these names failures would not be caught, and compilations not told.
+        Use("torch._dynamo.exc.TorchDynamoException", COMPILED),
+        Use("torch._dynamo.exc.FailOnRecompileLimitHit", COMPILED),
+        Use("torch._dynamo.utils.counters", f"{COMPILED} tests/test_compiled_blocks.py"),
+        Use("torch._dynamo.config.recompile_limit", COMPILED),
+        Use("torch._inductor.config.fallback_random", COMPILED),
+        Use("module._forward_pre_hooks", f"{COMPILED} {ENGINE}"),
+        Use("module._forward_hooks", f"{COMPILED} {ENGINE}"),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
         Use("torch.distributed.c10d_logger", DISTRIBUTED),
@@ -434,6 +446,14 @@ class Objects:
     @cached_property
     def quant_state(self) -> Any:
         return self.quantized_parameter.quant_state
+
+    @cached_property
+    def checkpointed_llama(self) -> Any:
+        from tests.models import BACKBONES, seeded
+
+        model = seeded(BACKBONES["llama"])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
     @cached_property
     def multitask_prompt(self) -> Any:

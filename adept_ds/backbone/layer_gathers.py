@@ -24,24 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from adept_ds.backbone.blocks import backbone_layers
+
 ALIGNMENT = 128
 """Bytes at a multiple of which a weight begins in its layer's storage."""
-
-
-def backbone_layers(backbone: nn.Module) -> list[nn.Module]:
-    """The decoder and encoder layers in their order: modules that `transformers` would not split over devices, or else
-    the members of lists of modules. Of nested ones the outermost."""
-    names = set(getattr(backbone, "_no_split_modules", None) or ())
-    found = list(_outermost(backbone, lambda module, _: type(module).__name__ in names))
-    return found or list(_outermost(backbone, lambda _, parent: isinstance(parent, nn.ModuleList)))
-
-
-def _outermost(parent: nn.Module, is_layer: Any) -> Iterator[nn.Module]:
-    for module in parent.children():
-        if is_layer(module, parent):
-            yield module
-        else:
-            yield from _outermost(module, is_layer)
 
 
 def frozen_layers(model: nn.Module, backbone: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from adept_ds.backbone.layer_gathers import backbone_layers
+from adept_ds.backbone.blocks import backbone_layers
 from adept_ds.errors import NodeError, UserError
 
 SPARE_BUFFERS = 4

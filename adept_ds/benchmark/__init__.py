@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -40,6 +40,7 @@ from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.deepspeed import complete
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World, gather_objects, init_world, on_gpu
+from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.planner.memory import decide_sharding
 from adept_ds.planner.packing import check_packing
 
@@ -67,6 +68,8 @@ class Options:
     """Random weights in place of the checkpoint's; the architecture alone is read."""
     synthetic: tuple[int, ...] = ()
     """Lengths of examples of random tokens, in turn, in place of the data."""
+    brief: bool = False
+    """ADePT and the bare backbone alone, without the profile."""
     on_ranks: bool = False
     """Measure ADePT in DeepSpeed's engine on this launcher's ranks."""
     cpu_seconds: bool = False
@@ -110,12 +113,16 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
                 f"packed: {arithmetic.micro_batch_size} x {arithmetic.packing} positions a forward pass; others: "
                 f"{len(work.steps[0][0]['input_ids'])} examples, of which as many as can be as long as the longest"
             )
-        contenders = build_contenders(run, architecture, work, options.against, options.random_init, device)
+        contenders = build_contenders(
+            run, architecture, work, options.against, options.random_init, device, with_stock=not options.brief
+        )
+        if run.train.compile:
+            cast(AdaptedModel, contenders[0].model).compile_blocks(notes.append)
         if run.model.quantization == "int8":
             notes.append("no stock backbone: bitsandbytes' 8-bit layers multiply in 8 bits too, which is other work")
         if run.model.quantization == "fp8":
             notes.append(f"{speed_note(device, DTYPES[run.model.dtype])}; MFU is of the rate of {run.model.dtype}")
-        if run.model.quantization == "nf4":
+        if run.model.quantization == "nf4" and not options.brief:
             here, stock = (quantized_layers(contender.backbone) for contender in contenders[1:3])
             if stock != here:
                 notes.append(f"stock and PEFT have {stock} of the {here} linear layers in 4 bits; transformers' choice")
@@ -139,6 +146,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         "dtype": run.model.dtype,
         "quantization": run.model.quantization,
         "activation_checkpointing": run.train.activation_checkpointing,
+        "compile": run.train.compile,
         "machine": machine,
         "ranks": ranks,
         "zero_stage": plan.config["zero_optimization"]["stage"] if world else None,
@@ -158,7 +166,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
             for contender in contenders
         },
         "ratios": {other.name: _ratio(contenders[0], other) for other in contenders[1:]},
-        "operator_seconds": None if world else operator_seconds(contenders[0], device),
+        "operator_seconds": None if world or options.brief else operator_seconds(contenders[0], device),
         "notes": notes,
     }
 

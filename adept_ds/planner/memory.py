@@ -126,6 +126,8 @@ class MemoryPlan:
     cluster: Cluster
     shape: StepShape
     activation_checkpointing: bool
+    compiled: bool
+    """Whether the run compiles its layers, which the figures do not know of."""
     held_bytes: int
     """Activations saved for the backward pass."""
     logits_bytes: int

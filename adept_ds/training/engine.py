@@ -327,6 +327,8 @@ def build_engine(
     model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
+    if run.train.compile:
+        model.compile_blocks(say=print if world.is_main else None)
     if values:
         model.load_trained(values)
     return Engine(model, build_optimizer(model, run.train), config, world, gathers_layers(run, config))
