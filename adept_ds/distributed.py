@@ -50,6 +50,7 @@ def init_world() -> World:
     """Join the process group and take this rank's device. Collective.
 
     Ranks come from the launcher (`deepspeed`, torchrun), from SLURM's own tasks where RANK is not set, or there is one.
+    On CPUs each has its share of this node's cores, or OMP_NUM_THREADS threads where that is set.
 
     Raises:
         NodeError: The ranks cannot meet: their port is taken, or nobody answers there.
@@ -65,9 +66,10 @@ def init_world() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        # The ranks of this node share its cores; left alone, each would start a thread for every core.
-        cores, ranks_here = len(os.sched_getaffinity(0)), int(environment.get("LOCAL_WORLD_SIZE", world_size))
-        torch.set_num_threads(max(1, cores // ranks_here))
+        if not environment.get("OMP_NUM_THREADS"):  # which torch has followed
+            # The ranks of this node share its cores; left alone, each would start a thread for every core.
+            cores, ranks_here = len(os.sched_getaffinity(0)), int(environment.get("LOCAL_WORLD_SIZE", world_size))
+            torch.set_num_threads(max(1, cores // ranks_here))
     if dist.is_initialized():  # by an earlier run of this process
         return World(rank, world_size, local_rank, device)
     if world_size == 1 and "MASTER_ADDR" not in environment:

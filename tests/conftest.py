@@ -144,7 +144,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        "LOCAL_WORLD_SIZE": str(os.cpu_count()),  # a rank takes its share of the cores: one
         "HF_HUB_OFFLINE": "1",
         "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),

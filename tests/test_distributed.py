@@ -37,3 +37,16 @@ def test_a_port_that_cannot_be_had_is_named(port: str | None, message: str) -> N
     assert f"error: {message}" in done.stderr
     assert taken in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), (None, len(os.sched_getaffinity(0)))])
+def test_a_rank_has_the_threads_that_are_asked_for_or_else_its_share_of_the_cores(
+    asked: str | None, threads: int
+) -> None:
+    outside = ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if name not in outside}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
+    environment |= {"OMP_NUM_THREADS": asked} if asked else {}
+    show = "import torch; from adept_ds.distributed import init_world; init_world(); print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(threads)], done.stderr
