@@ -1,26 +1,29 @@
 """A backbone that ZeRO-3 has split over ranks, used as it is: without an engine, which is for training.
 
-Each decoder layer, and what is outside of the layers, is gathered as a whole when it is called, by one collective, and
-split again behind it. So a rank holds its part of all weights and one layer, and what a method adds to the backbone
-stays whole and in its own precision, as on one rank.
+Layers are gathered as in training (`layer_gathers`): whole are the one at work and the next one. A module outside of
+them is gathered when it is called and split again behind it. So a rank holds its part of all weights, two layers and
+such a module, and what a method adds to the backbone stays whole and in its own precision, as on one rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adept_ds.backbone.layer_gathers import LayerGathers, layer_parameters
 from adept_ds.backbone.load import load_backbone
 from adept_ds.backbone.sharding import gathered, is_sharded
 from adept_ds.config.deepspeed import SHARDED_STAGE
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError
+
+_Units: TypeAlias = dict[nn.Module, list[nn.Parameter]]
 
 
 def load_split_backbone(
@@ -60,7 +63,11 @@ def gather_in_forward(backbone: nn.Module) -> None:
 
     Call it when all layers are in their places. From then on all ranks must make the same calls.
     """
-    for module, parameters in _units(backbone):
+    layers, others = _units(backbone)
+    if layers:
+        device = next(iter(layers.values()))[0].device
+        LayerGathers(layers, device)
+    for module, parameters in others.items():
         gathering = _Gathering(parameters)
         module.register_forward_pre_hook(gathering.enter)
         module.register_forward_hook(gathering.leave, always_call=True)
@@ -69,7 +76,7 @@ def gather_in_forward(backbone: nn.Module) -> None:
 class _Gathering:
     """Holds the full values of some parameters within a module's forward."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self._held: AbstractContextManager[None] | None = None
 
@@ -83,27 +90,28 @@ class _Gathering:
             self._held = None
 
 
-def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[Tensor]]]:
-    """The modules whose parameters are gathered together: the members of lists, as layers are, whole, and of all other
-    modules what they have themselves."""
-    is_list = isinstance(module, nn.ModuleList)
-    own: list[Tensor] = [parameter for parameter in module.parameters(recurse=False) if is_sharded(parameter)]
-    if own:
-        yield module, own
-    for child in module.children():
-        if is_list:
-            parameters: list[Tensor] = [parameter for parameter in child.parameters() if is_sharded(parameter)]
-            if parameters:
-                yield child, parameters
-        else:
-            yield from _units(child)
+def _units(backbone: nn.Module) -> tuple[_Units, _Units]:
+    """The layers, and the other modules, to the split parameters that are gathered with them."""
+    layers = {
+        layer: split
+        for layer, parameters in layer_parameters(backbone, backbone).items()
+        if (split := [parameter for parameter in parameters if is_sharded(parameter)])
+    }
+    of_layers = {parameter for parameters in layers.values() for parameter in parameters}
+    others = {
+        module: split
+        for module in backbone.modules()
+        if (split := [one for one in module.parameters(recurse=False) if is_sharded(one) and one not in of_layers])
+    }
+    return layers, others
 
 
 def held_bytes(backbone: nn.Module) -> tuple[int, int]:
-    """Bytes of the split weights that this rank keeps, and of the largest module as it is gathered."""
+    """Bytes of the split weights that this rank keeps, and the most that are whole at a time: two layers and a module
+    outside of them."""
     parts = [parameter.ds_tensor.nbytes for parameter in backbone.parameters() if is_sharded(parameter)]  # type: ignore[attr-defined]
-    largest = max(
-        sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)  # type: ignore[attr-defined]
-        for _, parameters in _units(backbone)
+    layers, others = (
+        sorted(sum(one.ds_numel * one.element_size() for one in parameters) for parameters in units.values())  # type: ignore[attr-defined]
+        for units in _units(backbone)
     )
-    return sum(parts), largest
+    return sum(parts), sum(layers[-2:] + others[-1:])

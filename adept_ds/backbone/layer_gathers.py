@@ -30,20 +30,27 @@ ALIGNMENT = 128
 """Bytes at a multiple of which a weight begins in its layer's storage."""
 
 
-def frozen_layers(model: nn.Module, backbone: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
-    """Layers of `backbone` to the parameters that can be gathered with them: frozen ones that nothing outside the layer
-    has, and no module that has trained ones too, which DeepSpeed gathers along with those."""
+def layer_parameters(model: nn.Module, backbone: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """Layers of `backbone` to their parameters, but for those that something else in `model` has too."""
     places = Counter(parameter for module in model.modules() for parameter in module._parameters.values())
+    found: dict[nn.Module, list[nn.Parameter]] = {}
+    for layer in dict.fromkeys(backbone_layers(backbone)):
+        here = Counter(parameter for module in layer.modules() for parameter in module._parameters.values())
+        found[layer] = [parameter for parameter in layer.parameters() if here[parameter] == places[parameter]]
+    return found
+
+
+def frozen_layers(model: nn.Module, backbone: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
+    """Layers of `backbone` to the parameters that can be gathered with them in training: of `layer_parameters` those of
+    no module that has trained ones, which DeepSpeed gathers along with those."""
     beside_trained: set[nn.Parameter] = set()
     for module in model.modules():
         own = list(fetched_with(module))
         if any(parameter.requires_grad for parameter in own):
             beside_trained.update(own)
     found: dict[nn.Module, list[nn.Parameter]] = {}
-    for layer in dict.fromkeys(backbone_layers(backbone)):
-        here = Counter(parameter for module in layer.modules() for parameter in module._parameters.values())
-        own = [parameter for parameter in layer.parameters() if here[parameter] == places[parameter]]
-        if own := [parameter for parameter in own if parameter not in beside_trained]:
+    for layer, parameters in layer_parameters(model, backbone).items():
+        if own := [parameter for parameter in parameters if parameter not in beside_trained]:
             found[layer] = own
     return found
 
@@ -76,7 +83,7 @@ class LayerGathers:
     Every rank must call the same layers in the same order, as ZeRO-3 requires anyway.
 
     Args:
-        layers: From `frozen_layers`; all parameters are split by ZeRO-3, and not offloaded to a disk.
+        layers: Each with what is gathered for it; all parameters are split by ZeRO-3, and not offloaded to a disk.
         device: Where they are used.
     """
 

@@ -64,10 +64,10 @@ class Tuned:
         zero = run.deepspeed.get("zero_optimization", {})
         backbone = load_split_backbone(self.config, world.device, zero, world.is_main)
         if world.is_main:
-            part, largest = held_bytes(backbone)
+            part, whole = held_bytes(backbone)
             print(
                 f"eval.sharding zero3: each of {world.world_size} ranks holds {part / 1e9:.2f} GB of the weights, and "
-                f"{largest / 1e9:.2f} GB of them whole while it computes",
+                f"at most {whole / 1e9:.2f} GB of them whole while it computes",
                 file=sys.stderr,
             )
         return backbone
