@@ -191,7 +191,7 @@ def test_blocks_with_hooks_inside_run_as_they_are() -> None:
     assert_same_step(step(model), step(plain))
     assert said == [
         "train.compile: modules within LlamaDecoderLayer have hooks, with which it cannot be compiled (at ZeRO stage 3 "
-        "DeepSpeed gathers their weights so); the run goes on without it"
+        "DeepSpeed gathers weights so: trained ones, and all without train.gather layer); the run goes on without it"
     ]
     assert not counters["stats"]
 

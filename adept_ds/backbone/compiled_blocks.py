@@ -55,12 +55,12 @@ class _Compiler:
             nonlocal is_whole
             if self.has_failed or not block.training:
                 return uncompiled(*args, **kwargs)
-            if is_whole is None:  # not before: DeepSpeed's hooks are put in place after this exchange
+            if is_whole is None:  # not before: an engine puts hooks in place, and takes some off, after this exchange
                 is_whole = not _has_inner_hooks(block)
                 if not is_whole:
                     self._fail(
                         f"modules within {kind.__name__} have hooks, with which it cannot be compiled (at ZeRO stage 3 "
-                        "DeepSpeed gathers their weights so)"
+                        "DeepSpeed gathers weights so: trained ones, and all without train.gather layer)"
                     )
                     return uncompiled(*args, **kwargs)
             if getattr(block, "gradient_checkpointing", False):

@@ -62,6 +62,11 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "llama-bf16-stage1": {"stage": 1, "model": {"dtype": "bf16"}},
         "llama-bf16-stage3": {"stage": 3, "model": {"dtype": "bf16"}},
         "llama-nf4-stage3": {"stage": 3, "model": {"quantization": "nf4"}},
+        "llama-nf4-stage3-compiled-checkpointed": {
+            "stage": 3,
+            "model": {"quantization": "nf4"},
+            "train": {"compile": True, "activation_checkpointing": True},
+        },
         "llama-nf4-stage3-accumulated-checkpointed": {
             "stage": 3,
             "model": {"quantization": "nf4", "keep_expanded": True},
@@ -236,11 +241,12 @@ def test_fp32_is_plain_pytorch(ranks: int, name: str, run_dirs: Callable[[int], 
 
 
 def test_runs_say_what_was_compiled(run_dirs: Callable[[int], Path]) -> None:
-    said = [line for line in (run_dirs(2) / "2.out").read_text().splitlines() if line.startswith("train.compile: ")]
-    compiled, left = said
-    assert compiled.startswith("train.compile: compiled LlamaDecoderLayer in ")
-    # DeepSpeed's hooks at stage 3.
-    assert left.startswith("train.compile: modules within LlamaDecoderLayer have hooks")
+    _, *texts = (run_dirs(2) / "2.out").read_text().split("trainable params:")
+    said = [[line for line in text.splitlines() if line.startswith("train.compile: ")] for text in texts]
+    assert [bool(lines) for lines in said] == ["compiled" in name for name in RUNS[2]]
+    assert all(
+        line.startswith("train.compile: compiled LlamaDecoderLayer in ") for line in itertools.chain.from_iterable(said)
+    )
 
 
 @pytest.mark.parametrize(("ranks", "name"), runs(having="llama-nf4"))
