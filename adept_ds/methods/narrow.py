@@ -1,0 +1,199 @@
+"""Narrow copies of a backbone's layers: the same kind of layer, with every width divided by one factor.
+
+They come from the backbone's own class, built from its own config with smaller numbers in it, so that no architecture
+is written out here. Their values are those that the class draws, or what is left of the backbone's when its smallest
+rows and columns are cut away.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from adept_ds.backbone.frozen_linear import FrozenLinear
+from adept_ds.backbone.load import unsharded_creation
+from adept_ds.backbone.sharding import gathered
+from adept_ds.errors import UserError
+from adept_ds.methods.layers import seeded
+
+_WIDTHS = (
+    *("hidden_size", "intermediate_size", "head_dim", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim"),
+    *("d_model", "d_ff", "d_kv", "n_embd", "n_inner", "rotary_dim"),
+)
+"""Fields of configs that are divided; those of the heads' number stay."""
+_LAST_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def block_list(stack: nn.Module) -> nn.ModuleList | None:
+    """Return the layers of an encoder or decoder, if it holds them in one list."""
+    return next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
+
+
+def last_norm(stack: nn.Module) -> nn.Module | None:
+    """Return the layer norm behind the layers of an encoder or decoder, if it is known by name."""
+    return next((child for name, child in stack.named_children() if name in _LAST_NORMS), None)
+
+
+def refusal(backbone: PreTrainedModel) -> str | None:
+    """Why there can be no narrow copy of this backbone's layers; None if there can."""
+    config = backbone.config
+    stacks = [backbone.get_decoder(), *([backbone.get_encoder()] if config.is_encoder_decoder else [])]
+    if getattr(config, "num_attention_heads", None) is None:
+        return "it has no attention heads, whose number a narrow copy keeps"
+    if any(block_list(stack) is None or last_norm(stack) is None for stack in stacks):
+        return "its layers are not one list with a layer norm behind them"
+    if config.is_encoder_decoder and not all(hasattr(block_list(stack)[0], "layer") for stack in stacks):  # type: ignore[index]
+        return "it is an encoder-decoder model that is not built like T5"
+    if any(getattr(config, name, None) for name in _EXPERTS):
+        return "it is a mixture of experts, whose router has no narrow form"
+    if getattr(config, "kv_lora_rank", None):
+        return "its keys and values come from a low-rank pair, whose rank is no multiple of a head's width"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(one, dict) for one in rope.values()) else [rope]
+    for one in kinds:
+        if one.get("rope_type") == "longrope" or "mrope_section" in one:
+            return "its rotary positions have a number for each feature of a head, of which a narrow one has fewer"
+    return None
+
+
+def narrow_config(config: PreTrainedConfig, reduction: int, layers: Sequence[int]) -> PreTrainedConfig:
+    """Return the config of a model with every width divided by `reduction`, of as many layers as `layers` names.
+
+    Raises:
+        UserError: A width cannot be divided, or a head's width with rotary positions comes out odd.
+    """
+    narrow: Any = copy.deepcopy(config)
+    depth = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if name in _WIDTHS and isinstance(value, int):
+            _check_divisible(config, name, value, reduction)
+            setattr(narrow, name, value // reduction)
+        elif isinstance(value, list) and len(value) == depth:  # a value for each layer
+            setattr(narrow, name, [value[layer] for layer in layers])
+    heads = config.num_attention_heads
+    own_width = getattr(config, "d_kv", None) or getattr(config, "head_dim", None)
+    if own_width is None:
+        _check_divisible(config, "the width of a head", config.hidden_size // heads, reduction)
+    width = (own_width or config.hidden_size // heads) // reduction
+    if getattr(config, "rope_parameters", None) and width % 2:
+        raise UserError(
+            f"method.reduction is {reduction}, and {config.name_or_path!r} turns the features of a head in pairs: "
+            f"{width * reduction} features leave {width}; expected a divisor that leaves an even number"
+        )
+    narrow.num_hidden_layers = len(layers)
+    if config.is_encoder_decoder:
+        narrow.num_decoder_layers = len(layers)
+    narrow.vocab_size, narrow.pad_token_id = 1, None
+    narrow._attn_implementation = config._attn_implementation
+    return narrow
+
+
+def _check_divisible(config: PreTrainedConfig, name: str, value: int, reduction: int) -> None:
+    if value % reduction:
+        divisors = [str(number) for number in range(2, 65) if value % number == 0]
+        raise UserError(
+            f"method.reduction is {reduction}, and {name} of {config.name_or_path!r} is {value}, which it does not "
+            f"divide; expected one of {', '.join(divisors) or 1}"
+        )
+
+
+def narrow_copy(
+    backbone: PreTrainedModel, reduction: int, layers: Sequence[int], generator: torch.Generator | None
+) -> PreTrainedModel:
+    """Return a model of the backbone's class in fp32 with narrow layers, which start as the class draws them.
+
+    Its tables have one row. The caches' numbers of its layers follow those of the backbone's.
+
+    Raises:
+        UserError: As `narrow_config`.
+    """
+    config = narrow_config(backbone.config, reduction, layers)
+    with seeded(generator), unsharded_creation():
+        narrow: PreTrainedModel = type(backbone)(config).requires_grad_(True)
+    depth = len(block_list(backbone.get_decoder()))  # type: ignore[arg-type]
+    for module in narrow.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx += depth
+    return narrow
+
+
+@torch.no_grad()
+def prune(backbone: PreTrainedModel, narrow: PreTrainedModel, reduction: int, layers: Sequence[int]) -> None:
+    """Give a narrow copy of a T5 the backbone's largest values, of the layers in `layers`.
+
+    As published (Sung et al. 2022, version 2 of their pruning, with the weights as the measure): of the columns of the
+    embedding table those with the largest sums are kept. Then, matrix after matrix in the order of the forward pass,
+    the inputs are what was kept last, and of the outputs those rows are kept whose sums of magnitudes are largest; of
+    matrices with the same inputs, of the product of the matrices. There the decoder's cross-attention reads the encoder
+    by what was kept in the decoder; here by what was kept last in the encoder.
+
+    Every matrix of the backbone is looked at, one at a time: gathered, or expanded. Collective where they are sharded.
+    """
+    table = backbone.get_input_embeddings().weight
+    with gathered([table]):
+        sums = torch.linalg.vector_norm(table, 1, dim=0, dtype=torch.float32)
+    kept = of_encoder = _largest(sums, reduction)
+    for wide_stack, stack in (
+        (backbone.get_encoder(), narrow.get_encoder()),
+        (backbone.get_decoder(), narrow.get_decoder()),
+    ):
+        # The decoder's first layer takes the encoder's last indices too, as published.
+        for number, wide in enumerate(wide_stack.block):
+            values, kept = _pruned_block(wide, kept, of_encoder, reduction)
+            if number not in layers:
+                continue
+            block = stack.block[layers.index(number)]
+            for name, value in values.items():
+                block.get_parameter(name).copy_(value)
+            attention = block.layer[0].SelfAttention
+            if attention.has_relative_attention_bias:
+                own = wide.layer[0].SelfAttention
+                source = (own if own.has_relative_attention_bias else wide_stack.block[0].layer[0].SelfAttention)
+                bias = source.relative_attention_bias.weight
+                with gathered([bias]):
+                    attention.relative_attention_bias.weight.copy_(bias)
+        with gathered([wide_stack.final_layer_norm.weight]):
+            stack.final_layer_norm.weight.copy_(wide_stack.final_layer_norm.weight[kept])
+        of_encoder = kept
+
+
+def _pruned_block(
+    block: Any, kept: Tensor, of_encoder: Tensor, reduction: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What is left of a T5 block that reads the features `kept`, by name; and the features that it writes."""
+    values: dict[str, Tensor] = {}
+    for number, part in enumerate(block.layer):
+        name, inner = next((name, child) for name, child in part.named_children() if name not in ("layer_norm", "dropout"))
+        with gathered([part.layer_norm.weight]):
+            values[f"layer.{number}.layer_norm.weight"] = part.layer_norm.weight[kept].float()
+        ends = [end for end, child in inner.named_children() if isinstance(child, (nn.Linear))]
+        last = "o" if "o" in ends else "wo"
+        first = [end for end in ends if end != last]
+        reads_encoder = name == "EncDecAttention"
+        inputs = [of_encoder if reads_encoder and end in ("k", "v") else kept for end in first]
+        cut = [_columns(inner.get_submodule(end), chosen) for end, chosen in zip(first, inputs, strict=True)]
+        rows = _largest(math.prod(cut[1:], start=cut[0]).abs().sum(1), reduction)
+        (out,) = [_columns(inner.get_submodule(last), rows)]
+        kept = _largest(out.abs().sum(1), reduction)
+        left = dict(zip(first, (matrix[rows] for matrix in cut), strict=True)) | {last: out[kept]}
+        values |= {f"layer.{number}.{name}.{end}.weight": value for end, value in left.items()}
+    return values, kept
+
+
+def _columns(layer: nn.Linear, chosen: Tensor) -> Tensor:
+    """Those columns of a layer's weight in fp32 [out, chosen]."""
+    with gathered([layer.weight]):
+        weight = layer.dense_weight() if isinstance(layer, FrozenLinear) else layer.weight
+        return weight[:, chosen].float()
+
+
+def _largest(values: Tensor, reduction: int) -> Tensor:
+    """Indices of the largest 1 / `reduction` of the values [n], in ascending order."""
+    return values.topk(len(values) // reduction).indices.sort().values
