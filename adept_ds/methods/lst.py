@@ -35,7 +35,7 @@ from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError
 from adept_ds.methods.base import MethodDefaults
 from adept_ds.methods.layers import embedding_table
-from adept_ds.methods.narrow import block_list, last_norm, narrow_copy, prune, refusal
+from adept_ds.methods.narrow import block_list, can_be_pruned, last_norm, narrow_copy, prune, refusal
 
 GATE_TEMPERATURE = 0.1
 _INITIAL_STD = 0.01
@@ -128,7 +128,8 @@ class SideStack(nn.Module):
         result = self.blocks[number](state, **call)
         self._state = result if isinstance(result, Tensor) else result[0]
         if _POSITION_BIASES[1] in self._arguments:
-            self._biases = dict(zip(_POSITION_BIASES, result[1:], strict=False))
+            # LongT5 puts the attention's weights behind each.
+            self._biases = dict(zip(_POSITION_BIASES, (result[1], result[3 if len(result) > 3 else -1]), strict=True))
 
     def finish(self) -> Tensor:
         """Return the state [B, S, d / r] behind the last layer, and forget the pass."""
@@ -158,13 +159,14 @@ class SideStack(nn.Module):
         if isinstance(cache, EncoderDecoderCache):
             parts = [cache.self_attention_cache, cache.cross_attention_cache]
         for part in parts:
-            if len(part.layers) == self.depth:  # not one that grows by itself
-                if part.layers[self.layers[0]].is_initialized:
+            layers: list[Any] = part.layers
+            if len(layers) == self.depth:  # not one that grows by itself
+                if layers[self.layers[0]].is_initialized:
                     raise UserError(
                         "past_key_values has been filled without the side network, which would lack what was read; "
                         "expected an empty cache, or one that this model has filled"
                     )
-                part.layers.extend(copy.copy(part.layers[layer]) for layer in self.layers)
+                layers.extend(copy.copy(layers[layer]) for layer in self.layers)
 
 
 def sampler(width_in: int, width_out: int, generator: torch.Generator | None) -> nn.Linear:
@@ -206,7 +208,7 @@ class LadderSideTuning(MethodDefaults):
                 "plain layers, T5 or one built like it, or another method"
             )
         self._is_encoder_decoder: bool = backbone.config.is_encoder_decoder
-        if config.init == "magnitude" and not self._is_encoder_decoder:
+        if config.init == "magnitude" and not can_be_pruned(backbone):
             raise UserError(
                 f"method.init is 'magnitude', which cuts T5's layers as published; of {name!r} (model type "
                 f"{backbone.config.model_type!r}) it is not known which features may be cut; expected 'random'"
@@ -232,9 +234,9 @@ class LadderSideTuning(MethodDefaults):
             }
         )
         head = backbone.get_output_embeddings()
-        self.side["up"] = sampler(side_width, full_shape(head.weight)[1], generator)
+        up = self.side["up"] = sampler(side_width, full_shape(head.weight)[1], generator)
         if not self._is_encoder_decoder:
-            nn.init.zeros_(self.side["up"].weight)
+            nn.init.zeros_(up.weight)
         self.side.to(embedding_table(backbone).weight.device)
         if config.init == "magnitude" and generator is not None:
             prune(backbone, narrow, config.reduction, layers)

@@ -20,7 +20,7 @@ from adept_ds.backbone.frozen_linear import FrozenLinear
 from adept_ds.backbone.load import unsharded_creation
 from adept_ds.backbone.sharding import gathered
 from adept_ds.errors import UserError
-from adept_ds.methods.layers import seeded
+from adept_ds.methods.layers import embedding_table, seeded
 
 _WIDTHS = (
     *("hidden_size", "intermediate_size", "head_dim", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim"),
@@ -28,6 +28,8 @@ _WIDTHS = (
 )
 """Fields of configs that are divided; those of the heads' number stay."""
 _LAST_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+_CACHE_NUMBERS = ("layer_idx", "layer_id")
+"""Attributes of modules by which they find their layer of a cache."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -47,12 +49,14 @@ def refusal(backbone: PreTrainedModel) -> str | None:
     stacks = [backbone.get_decoder(), *([backbone.get_encoder()] if config.is_encoder_decoder else [])]
     if getattr(config, "num_attention_heads", None) is None:
         return "it has no attention heads, whose number a narrow copy keeps"
-    if any(block_list(stack) is None or last_norm(stack) is None for stack in stacks):
-        return "its layers are not one list with a layer norm behind them"
-    if config.is_encoder_decoder and not all(hasattr(block_list(stack)[0], "layer") for stack in stacks):  # type: ignore[index]
-        return "it is an encoder-decoder model that is not built like T5"
+    if any(hasattr(module, "A_log") for module in backbone.modules()):
+        return "it has state-space layers, whose sizes are not those of attention"
     if any(getattr(config, name, None) for name in _EXPERTS):
         return "it is a mixture of experts, whose router has no narrow form"
+    if config.is_encoder_decoder and not all(hasattr(stack, "block") for stack in stacks):
+        return "it is an encoder-decoder model that is not built like T5"
+    if any(block_list(stack) is None or last_norm(stack) is None for stack in stacks):
+        return "its layers are not one list with a layer norm behind them"
     if getattr(config, "kv_lora_rank", None):
         return "its keys and values come from a low-rank pair, whose rank is no multiple of a head's width"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -112,16 +116,30 @@ def narrow_copy(
     Its tables have one row. The caches' numbers of its layers follow those of the backbone's.
 
     Raises:
-        UserError: As `narrow_config`.
+        UserError: As `narrow_config`; or the class does not take the numbers.
     """
     config = narrow_config(backbone.config, reduction, layers)
-    with seeded(generator), unsharded_creation():
-        narrow: PreTrainedModel = type(backbone)(config).requires_grad_(True)
+    try:
+        with seeded(generator), unsharded_creation():
+            narrow: PreTrainedModel = type(backbone)(config).requires_grad_(True)
+    except (ValueError, RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"method.reduction is {reduction}: layers of {backbone.config.name_or_path!r} (model type "
+            f"{backbone.config.model_type!r}) cannot be built so narrow ({str(error).splitlines()[0]}); expected a "
+            "smaller divisor, or another method"
+        ) from error
     depth = len(block_list(backbone.get_decoder()))  # type: ignore[arg-type]
     for module in narrow.modules():
-        if isinstance(getattr(module, "layer_idx", None), int):
-            module.layer_idx += depth
+        for name in _CACHE_NUMBERS:
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, getattr(module, name) + depth)
     return narrow
+
+
+def can_be_pruned(backbone: PreTrainedModel) -> bool:
+    """Whether `prune` knows the backbone's layers: those of T5, mT5 and UMT5."""
+    stacks = [backbone.get_encoder(), backbone.get_decoder()]
+    return all(hasattr(stack, "block") and hasattr(stack.block[0].layer[0], "SelfAttention") for stack in stacks)
 
 
 @torch.no_grad()
@@ -136,7 +154,7 @@ def prune(backbone: PreTrainedModel, narrow: PreTrainedModel, reduction: int, la
 
     Every matrix of the backbone is looked at, one at a time: gathered, or expanded. Collective where they are sharded.
     """
-    table = backbone.get_input_embeddings().weight
+    table = embedding_table(backbone).weight
     with gathered([table]):
         sums = torch.linalg.vector_norm(table, 1, dim=0, dtype=torch.float32)
     kept = of_encoder = _largest(sums, reduction)
@@ -155,7 +173,7 @@ def prune(backbone: PreTrainedModel, narrow: PreTrainedModel, reduction: int, la
             attention = block.layer[0].SelfAttention
             if attention.has_relative_attention_bias:
                 own = wide.layer[0].SelfAttention
-                source = (own if own.has_relative_attention_bias else wide_stack.block[0].layer[0].SelfAttention)
+                source = own if own.has_relative_attention_bias else wide_stack.block[0].layer[0].SelfAttention
                 bias = source.relative_attention_bias.weight
                 with gathered([bias]):
                     attention.relative_attention_bias.weight.copy_(bias)
@@ -164,23 +182,23 @@ def prune(backbone: PreTrainedModel, narrow: PreTrainedModel, reduction: int, la
         of_encoder = kept
 
 
-def _pruned_block(
-    block: Any, kept: Tensor, of_encoder: Tensor, reduction: int
-) -> tuple[dict[str, Tensor], Tensor]:
+def _pruned_block(block: Any, kept: Tensor, of_encoder: Tensor, reduction: int) -> tuple[dict[str, Tensor], Tensor]:
     """What is left of a T5 block that reads the features `kept`, by name; and the features that it writes."""
     values: dict[str, Tensor] = {}
     for number, part in enumerate(block.layer):
-        name, inner = next((name, child) for name, child in part.named_children() if name not in ("layer_norm", "dropout"))
+        name, inner = next(
+            (name, child) for name, child in part.named_children() if name not in ("layer_norm", "dropout")
+        )
         with gathered([part.layer_norm.weight]):
             values[f"layer.{number}.layer_norm.weight"] = part.layer_norm.weight[kept].float()
-        ends = [end for end, child in inner.named_children() if isinstance(child, (nn.Linear))]
+        ends = [end for end, child in inner.named_children() if isinstance(child, nn.Linear)]
         last = "o" if "o" in ends else "wo"
         first = [end for end in ends if end != last]
         reads_encoder = name == "EncDecAttention"
         inputs = [of_encoder if reads_encoder and end in ("k", "v") else kept for end in first]
         cut = [_columns(inner.get_submodule(end), chosen) for end, chosen in zip(first, inputs, strict=True)]
         rows = _largest(math.prod(cut[1:], start=cut[0]).abs().sum(1), reduction)
-        (out,) = [_columns(inner.get_submodule(last), rows)]
+        out = _columns(inner.get_submodule(last), rows)
         kept = _largest(out.abs().sum(1), reduction)
         left = dict(zip(first, (matrix[rows] for matrix in cut), strict=True)) | {last: out[kept]}
         values |= {f"layer.{number}.{name}.{end}.weight": value for end, value in left.items()}
