@@ -26,6 +26,7 @@ from adept_ds.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import StepShape, meta_model, trace_step
+from adept_ds.tools import families
 from tests.models import EOS, PAD, VOCABULARY, WIDTH, causal, llama_config, seeded, t5_config, talkative_t5
 from tests.tolerances import assert_equal_up_to_rounding
 
@@ -304,6 +305,20 @@ def test_beams_with_a_cache_are_those_without(name: str) -> None:
     assert not torch.equal(cached, greedy)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "cohere2", "gpt_neo", "bloom", "falcon", "umt5", "longt5"])
+def test_other_builds_write_the_same_with_a_cache(name: str) -> None:
+    """With sliding windows, kinds of layers, biases of positions, and other names for the cache."""
+    model, ids = adapted(families.build(name), layers=(1,)), random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, slice(9, None) if model.is_encoder_decoder else slice(0, 3)] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": PAD, "suppress_tokens": [EOS]}
+    cached, plain = (model.generate(ids, mask, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached, plain)
+    with torch.no_grad(), model.disable_adapter():
+        inputs = {"decoder_input_ids": ids} if model.is_encoder_decoder else {}
+        assert_equal_up_to_rounding(model(ids, **inputs).logits, families.build(name)(ids, **inputs).logits)
+
+
 def test_a_cache_that_was_filled_without_the_side_network_is_refused() -> None:
     model, ids = adapted(llama()), random_ids(1, 5)
     cache = DynamicCache(config=model.backbone.config)
@@ -317,9 +332,10 @@ def test_a_cache_that_was_filled_without_the_side_network_is_refused() -> None:
 # Where it starts
 
 
-@pytest.mark.parametrize("form", ["plain", "nf4"])
+@pytest.mark.parametrize("form", ["plain", "nf4", "gated"])
 def test_magnitude_keeps_the_largest_rows_in_the_order_of_the_forward_pass(form: str) -> None:
-    backbone, reduction = t5(), 4
+    gated = form == "gated"
+    backbone, reduction = t5(**{"feed_forward_proj": "gated-gelu"} if gated else {}), 4
     plain = {name: value.detach().clone() for name, value in backbone.state_dict().items()}
     if form == "nf4":
         scheme = Scheme("nf4")
@@ -343,7 +359,8 @@ def test_magnitude_keeps_the_largest_rows_in_the_order_of_the_forward_pass(form:
             for number, part in enumerate(parts):
                 at = f"{stack}.block.{layer}.layer.{number}"
                 expected = {"layer_norm.weight": plain[f"{at}.layer_norm.weight"][kept]}
-                names, last = (("wi",), "wo") if part == "DenseReluDense" else (("q", "k", "v"), "o")
+                read = ("wi_0", "wi_1") if gated else ("wi",)
+                names, last = (read, "wo") if part == "DenseReluDense" else (("q", "k", "v"), "o")
                 across = part == "EncDecAttention"
                 cut = [
                     plain[f"{at}.{part}.{name}.weight"][:, encoder if across and name != "q" else kept]

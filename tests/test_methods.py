@@ -437,6 +437,8 @@ COUNTS: list[tuple[MethodConfig, str, int, str]] = [
     (BitFitConfig(), "t5-base", 280_960, "281.0K"),
     (LstConfig(layers=(1, 2, 3, 5, 6, 7, 9, 10, 11)), "t5-base", 3_878_712, "3.9M"),
     (LstConfig(layers=(23,)), "t5-3b", 2_494_896, "2.5M"),
+    (LstConfig(), "codegen", 6_837_652, "6.8M"),
+    (LstConfig(), "llama3", 180_409_376, "180.4M"),
 ]
 
 
