@@ -387,6 +387,66 @@ def test_magnitude_keeps_the_largest_rows_in_the_order_of_the_forward_pass(form:
     assert checked == {key for key in values if ".blocks." in key}
 
 
+def test_magnitude_keeps_of_heads_that_turn_pairs_one_of_every_few_neighbours() -> None:
+    backbone, reduction = seeded(causal("qwen2", num_hidden_layers=3, num_key_value_heads=2)), 2
+    with torch.no_grad():
+        for name, value in backbone.named_parameters():
+            if name.endswith("bias"):
+                value.normal_()
+    plain = {name: value.detach().clone() for name, value in backbone.model.state_dict().items()}
+    model = get_adept_model(backbone, LstConfig(reduction=reduction, layers=LAYERS, init="magnitude"))
+    values = under({name: value.detach() for name, value in model.trainable_parameters().items()}, "side_network")
+
+    def largest(sums: list[float]) -> list[int]:
+        order = sorted(range(len(sums)), key=lambda index: -sums[index])
+        return sorted(order[: len(sums) // reduction])
+
+    kept = largest([float(plain["embed_tokens.weight"][:, column].abs().sum()) for column in range(WIDTH)])
+    for layer in range(3):
+        part = under(plain, f"layers.{layer}")
+        expected = {"input_layernorm.weight": part["input_layernorm.weight"][kept]}
+        cut = {name: part[f"self_attn.{name}_proj.weight"][:, kept] for name in "qkv"}
+        rows: dict[str, list[int]] = {"q": [], "k": [], "v": []}
+        read: list[int] = []
+        for head in range(2):  # of keys; two of queries go with each, and a head has 8 features, 4 pairs
+            queries = [2 * head, 2 * head + 1]
+
+            def worth(pair: int, head: int = head, queries: list[int] = queries, cut: dict = cut) -> float:
+                both = (pair, pair + 4)
+                return sum(
+                    float((cut["q"][8 * query + i] * cut["k"][8 * head + i]).abs().sum())
+                    for query in queries
+                    for i in both
+                )
+
+            pairs = [max((first, first + 1), key=worth) for first in (0, 2)]
+            turned = [*pairs, *(pair + 4 for pair in pairs)]
+            features = largest([float(row.abs().sum()) for row in cut["v"][8 * head : 8 * head + 8]])
+            rows["q"] += [8 * query + i for query in queries for i in turned]
+            rows["k"] += [8 * head + i for i in turned]
+            rows["v"] += [8 * head + i for i in features]
+            read += [8 * query + i for query in queries for i in features]
+        for name in "qkv":
+            expected[f"self_attn.{name}_proj.weight"] = cut[name][rows[name]]
+            expected[f"self_attn.{name}_proj.bias"] = part[f"self_attn.{name}_proj.bias"][rows[name]]
+        out = part["self_attn.o_proj.weight"][:, read]
+        kept = largest([float(row.abs().sum()) for row in out])
+        expected["self_attn.o_proj.weight"] = out[kept]
+        expected["post_attention_layernorm.weight"] = part["post_attention_layernorm.weight"][kept]
+        gate, up = (part[f"mlp.{name}_proj.weight"][:, kept] for name in ("gate", "up"))
+        wide = largest([float(row.abs().sum()) for row in gate * up])
+        expected |= {"mlp.gate_proj.weight": gate[wide], "mlp.up_proj.weight": up[wide]}
+        out = part["mlp.down_proj.weight"][:, wide]
+        kept = largest([float(row.abs().sum()) for row in out])
+        expected["mlp.down_proj.weight"] = out[kept]
+        if layer in LAYERS:
+            side = under(values, f"decoder.blocks.{LAYERS.index(layer)}")
+            assert side.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(side[name], value), (layer, name)
+    assert torch.equal(values["decoder.norm.weight"], plain["norm.weight"][kept])
+
+
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_side_network_starts_as_published(name: str) -> None:
     model = get_adept_model(BUILDS[name](), LstConfig(reduction=2, layers=LAYERS))
@@ -400,6 +460,11 @@ def test_a_side_network_starts_as_published(name: str) -> None:
 
 
 # What it cannot be put into
+
+
+def with_flex_attention(backbone: PreTrainedModel) -> PreTrainedModel:
+    backbone.set_attn_implementation("flex_attention")
+    return backbone
 
 
 REFUSED = {
@@ -425,8 +490,13 @@ REFUSED = {
     ),
     "width": (t5, {"reduction": 5}, r"method\.reduction is 5, and d_\w+ of .* expected one of 2, 4"),
     "pairs": (llama, {"reduction": 8}, r"method\.reduction is 8, .* in pairs: 8 features leave 1"),
+    "flex": (
+        lambda: with_flex_attention(llama()),
+        {},
+        r"'flex_attention', which needs heads of 16 features.* leaves 4",
+    ),
     "layer": (t5, {"layers": (1, 3)}, r"method\.layers has 3; the layers of .* are 0 to 2 of encoder and decoder each"),
-    "magnitude": (llama, {"init": "magnitude"}, r"method\.init is 'magnitude', which cuts T5's layers"),
+    "magnitude": (causal("gpt2"), {"init": "magnitude", "layers": (1,)}, r"method\.init is 'magnitude', .*'gpt2'"),
 }
 
 

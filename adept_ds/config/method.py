@@ -337,7 +337,8 @@ class LstConfig(AdapterSettings, PromptlessSettings):
     if not given. Published for T5-base: 1, 2, 3, 5, 6, 7, 9, 10, 11; T5-large: the odd ones; T5-3B: 23."""
     init: Literal["random", "magnitude"] = "random"
     """Where the side network's layers start: drawn as those of a new model, or what is left of the backbone's when the
-    smallest rows and columns are cut away (T5 only; the published figures cut by the size of gradients)."""
+    smallest rows and columns are cut away (T5, Llama and those built like them; the published figures, of T5, cut by
+    the size of gradients)."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:

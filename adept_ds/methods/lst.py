@@ -210,8 +210,8 @@ class LadderSideTuning(MethodDefaults):
         self._is_encoder_decoder: bool = backbone.config.is_encoder_decoder
         if config.init == "magnitude" and not can_be_pruned(backbone):
             raise UserError(
-                f"method.init is 'magnitude', which cuts T5's layers as published; of {name!r} (model type "
-                f"{backbone.config.model_type!r}) it is not known which features may be cut; expected 'random'"
+                f"method.init is 'magnitude', which cuts layers of T5, Llama and those built like them; of {name!r} "
+                f"(model type {backbone.config.model_type!r}) it is not known which features may go; expected 'random'"
             )
         stacks = {"decoder": backbone.get_decoder()}
         if self._is_encoder_decoder:

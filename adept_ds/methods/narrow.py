@@ -28,8 +28,12 @@ _WIDTHS = (
 )
 """Fields of configs that are divided; those of the heads' number stay."""
 _LAST_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f")
+_FLEX_WIDTH = 16
+"""Narrower heads have no kernel in torch's flex attention."""
 _CACHE_NUMBERS = ("layer_idx", "layer_id")
 """Attributes of modules by which they find their layer of a cache."""
+_PAIRED_HALVES = ("llama", "mistral", "qwen2", "smollm3")
+"""Model types whose layers are Llama's by name, and whose heads turn the two halves of their features as pairs."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -91,6 +95,11 @@ def narrow_config(config: PreTrainedConfig, reduction: int, layers: Sequence[int
             f"method.reduction is {reduction}, and {config.name_or_path!r} turns the features of a head in pairs: "
             f"{width * reduction} features leave {width}; expected a divisor that leaves an even number"
         )
+    if config._attn_implementation == "flex_attention" and width < _FLEX_WIDTH:
+        raise UserError(
+            f"model.attn_implementation is 'flex_attention', which needs heads of {_FLEX_WIDTH} features; "
+            f"method.reduction {reduction} leaves {width} of {config.name_or_path!r}; expected another attention"
+        )
     narrow.num_hidden_layers = len(layers)
     if config.is_encoder_decoder:
         narrow.num_decoder_layers = len(layers)
@@ -137,20 +146,24 @@ def narrow_copy(
 
 
 def can_be_pruned(backbone: PreTrainedModel) -> bool:
-    """Whether `prune` knows the backbone's layers: those of T5, mT5 and UMT5."""
+    """Whether `prune` knows the backbone's layers."""
+    if not backbone.config.is_encoder_decoder:
+        return backbone.config.model_type in _PAIRED_HALVES
     stacks = [backbone.get_encoder(), backbone.get_decoder()]
     return all(hasattr(stack, "block") and hasattr(stack.block[0].layer[0], "SelfAttention") for stack in stacks)
 
 
 @torch.no_grad()
 def prune(backbone: PreTrainedModel, narrow: PreTrainedModel, reduction: int, layers: Sequence[int]) -> None:
-    """Give a narrow copy of a T5 the backbone's largest values, of the layers in `layers`.
+    """Give a narrow copy the backbone's largest values, of the layers in `layers`; for backbones that `can_be_pruned`.
 
-    As published (Sung et al. 2022, version 2 of their pruning, with the weights as the measure): of the columns of the
-    embedding table those with the largest sums are kept. Then, matrix after matrix in the order of the forward pass,
-    the inputs are what was kept last, and of the outputs those rows are kept whose sums of magnitudes are largest; of
-    matrices with the same inputs, of the product of the matrices. There the decoder's cross-attention reads the encoder
-    by what was kept in the decoder; here by what was kept last in the encoder.
+    As published for T5 (Sung et al. 2022, version 2 of their pruning, with the weights as the measure): of the columns
+    of the embedding table those with the largest sums are kept. Then, matrix after matrix in the order of the forward
+    pass, the inputs are what was kept last, and of the outputs those rows are kept whose sums of magnitudes are
+    largest; of matrices with the same inputs, of the product of the matrices. There the decoder's cross-attention reads
+    the encoder by what was kept in the decoder; here by what was kept last in the encoder.
+
+    Where heads turn pairs of features, rows are chosen head by head; see `_rows_of_heads`.
 
     Every matrix of the backbone is looked at, one at a time: gathered, or expanded. Collective where they are sharded.
     """
@@ -158,51 +171,104 @@ def prune(backbone: PreTrainedModel, narrow: PreTrainedModel, reduction: int, la
     with gathered([table]):
         sums = torch.linalg.vector_norm(table, 1, dim=0, dtype=torch.float32)
     kept = of_encoder = _largest(sums, reduction)
-    for wide_stack, stack in (
-        (backbone.get_encoder(), narrow.get_encoder()),
-        (backbone.get_decoder(), narrow.get_decoder()),
-    ):
+    stacks: list[tuple[Any, Any]] = [(backbone.get_decoder(), narrow.get_decoder())]
+    if backbone.config.is_encoder_decoder:
         # The decoder's first layer takes the encoder's last indices too, as published.
-        for number, wide in enumerate(wide_stack.block):
+        stacks.insert(0, (backbone.get_encoder(), narrow.get_encoder()))
+    for wide_stack, stack in stacks:
+        wide_blocks: Any = block_list(wide_stack)
+        blocks: Any = block_list(stack)
+        for number, wide in enumerate(wide_blocks):
             values, kept = _pruned_block(wide, kept, of_encoder, reduction)
             if number not in layers:
                 continue
-            block = stack.block[layers.index(number)]
+            block = blocks[layers.index(number)]
             for name, value in values.items():
                 block.get_parameter(name).copy_(value)
-            attention = block.layer[0].SelfAttention
-            if attention.has_relative_attention_bias:
-                own = wide.layer[0].SelfAttention
-                source = own if own.has_relative_attention_bias else wide_stack.block[0].layer[0].SelfAttention
-                bias = source.relative_attention_bias.weight
+            if _has_bias_table(block):
+                source = wide if _has_bias_table(wide) else wide_blocks[0]
+                bias = source.layer[0].SelfAttention.relative_attention_bias.weight
                 with gathered([bias]):
-                    attention.relative_attention_bias.weight.copy_(bias)
-        with gathered([wide_stack.final_layer_norm.weight]):
-            stack.final_layer_norm.weight.copy_(wide_stack.final_layer_norm.weight[kept])
+                    block.layer[0].SelfAttention.relative_attention_bias.weight.copy_(bias)
+        wide_norm: Any = last_norm(wide_stack)
+        norm: Any = last_norm(stack)
+        with gathered([wide_norm.weight]):
+            norm.weight.copy_(wide_norm.weight[kept])
         of_encoder = kept
 
 
-def _pruned_block(block: Any, kept: Tensor, of_encoder: Tensor, reduction: int) -> tuple[dict[str, Tensor], Tensor]:
-    """What is left of a T5 block that reads the features `kept`, by name; and the features that it writes."""
-    values: dict[str, Tensor] = {}
+def _has_bias_table(block: Any) -> bool:
+    return hasattr(block, "layer") and block.layer[0].SelfAttention.has_relative_attention_bias
+
+
+def _parts(block: Any) -> list[tuple[str, str, list[str], str]]:
+    """A layer's parts in the order of the forward pass: names of the norm, of the part, of its first matrices and of
+    its last one."""
+    if not hasattr(block, "layer"):
+        return [
+            ("input_layernorm", "self_attn", ["q_proj", "k_proj", "v_proj"], "o_proj"),
+            ("post_attention_layernorm", "mlp", ["gate_proj", "up_proj"], "down_proj"),
+        ]
+    parts = []
     for number, part in enumerate(block.layer):
-        name, inner = next(
-            (name, child) for name, child in part.named_children() if name not in ("layer_norm", "dropout")
-        )
-        with gathered([part.layer_norm.weight]):
-            values[f"layer.{number}.layer_norm.weight"] = part.layer_norm.weight[kept].float()
-        ends = [end for end, child in inner.named_children() if isinstance(child, nn.Linear)]
-        last = "o" if "o" in ends else "wo"
+        name = next(name for name, _ in part.named_children() if name not in ("layer_norm", "dropout"))
+        ends = [end for end, child in part.get_submodule(name).named_children() if isinstance(child, nn.Linear)]
+        last = "wo" if "wo" in ends else "o"
         first = [end for end in ends if end != last]
-        reads_encoder = name == "EncDecAttention"
+        parts.append((f"layer.{number}.layer_norm", f"layer.{number}.{name}", first, last))
+    return parts
+
+
+def _pruned_block(block: Any, kept: Tensor, of_encoder: Tensor, reduction: int) -> tuple[dict[str, Tensor], Tensor]:
+    """What is left of a layer that reads the features `kept`, by name; and the features that it writes."""
+    values: dict[str, Tensor] = {}
+    for norm, name, first, last in _parts(block):
+        values[f"{norm}.weight"] = _entries(block.get_submodule(norm).weight, kept)
+        part = block.get_submodule(name)
+        reads_encoder = name.endswith("EncDecAttention")
         inputs = [of_encoder if reads_encoder and end in ("k", "v") else kept for end in first]
-        cut = [_columns(inner.get_submodule(end), chosen) for end, chosen in zip(first, inputs, strict=True)]
-        rows = _largest(math.prod(cut[1:], start=cut[0]).abs().sum(1), reduction)
-        out = _columns(inner.get_submodule(last), rows)
+        cut = [_columns(part.get_submodule(end), chosen) for end, chosen in zip(first, inputs, strict=True)]
+        if name == "self_attn":
+            rows, read = _rows_of_heads(cut, part.head_dim, reduction)
+        else:
+            read = _largest(math.prod(cut[1:], start=cut[0]).abs().sum(1), reduction)
+            rows = [read] * len(first)
+        out = _columns(part.get_submodule(last), read)
         kept = _largest(out.abs().sum(1), reduction)
-        left = dict(zip(first, (matrix[rows] for matrix in cut), strict=True)) | {last: out[kept]}
-        values |= {f"layer.{number}.{name}.{end}.weight": value for end, value in left.items()}
+        for end, matrix, chosen in zip([*first, last], [*cut, out], [*rows, kept], strict=True):
+            values[f"{name}.{end}.weight"] = matrix[chosen]
+            bias = part.get_submodule(end).bias
+            if bias is not None:
+                values[f"{name}.{end}.bias"] = _entries(bias, chosen)
     return values, kept
+
+
+def _rows_of_heads(cut: Sequence[Tensor], width: int, reduction: int) -> tuple[list[Tensor], Tensor]:
+    """Rows of q, k and v, each [its heads x width, in], that are kept, and columns of the matrix behind them.
+
+    Features i and i + width / 2 of a head are turned as a pair, the faster the smaller i is. In the place of every
+    `reduction` neighbouring pairs a narrow head has one: that with the largest product of q and k, the same in all
+    heads that share keys. Of v, the features with the largest sums are kept.
+    """
+    q, k, v = cut
+    count, group = len(k) // width, len(q) // len(k)
+    product = q.view(count, group, 2, width // 2, -1) * k.view(count, 1, 2, width // 2, -1)
+    bands = product.abs().sum((1, 2, 4)).view(count, -1, reduction)
+    pairs = bands.argmax(-1) + reduction * torch.arange(bands.shape[1], device=q.device)
+    turned = torch.cat([pairs, pairs + width // 2], -1)
+    features = v.view(count, width, -1).abs().sum(-1).topk(width // reduction).indices.sort().values
+
+    def of(chosen: Tensor, heads: int) -> Tensor:
+        starts = width * torch.arange(count * heads, device=q.device).view(count, heads, 1)
+        return (starts + chosen[:, None]).flatten()
+
+    return [of(turned, group), of(turned, 1), of(features, 1)], of(features, group)
+
+
+def _entries(vector: Tensor, chosen: Tensor) -> Tensor:
+    """Those entries of a parameter in fp32 [chosen]."""
+    with gathered([vector]):
+        return vector[chosen].float()
 
 
 def _columns(layer: nn.Linear, chosen: Tensor) -> Tensor:
