@@ -305,6 +305,14 @@ def test_beams_with_a_cache_are_those_without(name: str) -> None:
     assert not torch.equal(cached, greedy)
 
 
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_cache_of_fixed_size_serves_too(name: str) -> None:
+    model, ids = adapted(BUILDS[name]()), random_ids(2, 6)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "suppress_tokens": [EOS]}
+    fixed = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(fixed, model.generate(ids, **options))
+
+
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "cohere2", "gpt_neo", "bloom", "falcon", "umt5", "longt5"])
 def test_other_builds_write_the_same_with_a_cache(name: str) -> None:
     """With sliding windows, kinds of layers, biases of positions, and other names for the cache."""

@@ -393,6 +393,18 @@ NAMES = {
             *("*.input_layernorm.bias", "*.post_attention_layernorm.bias", "lm_head.bias"),
         ]
     ),
+    "lst": " ".join(
+        f"side_network.{name}"
+        for name in (
+            *(f"{layer}.{end}" for layer in ("decoder.first", "up") for end in ("weight", "bias")),
+            *("decoder.gates.weight", "decoder.norm.weight"),
+            *(f"decoder.down.{layer}.{end}" for layer in range(2) for end in ("weight", "bias")),
+            *(f"decoder.blocks.{layer}.self_attn.{x}_proj.weight" for layer in range(2) for x in "qkvo"),
+            *(f"decoder.blocks.{layer}.mlp.{x}_proj.weight" for layer in range(2) for x in ("gate", "up", "down")),
+            *(f"decoder.blocks.{layer}.input_layernorm.weight" for layer in range(2)),
+            *(f"decoder.blocks.{layer}.post_attention_layernorm.weight" for layer in range(2)),
+        )
+    ),
 }
 
 

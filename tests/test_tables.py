@@ -147,7 +147,6 @@ def test_methods_that_were_not_run_stand_as_quoted(make_run: MakeRun) -> None:
     text = markdown([table], [], "the paper")
     assert "HyperFormer (m) (quoted)" in text
     assert "PT (quoted)" in text
-    assert "LST (quoted; --config t5_base_lst)" in text
     assert "ADePT (paper)" in text
     rows = {row.label: row for row in table.rows}
     assert (rows["LST"].quoted_from, rows["ADePT"].quoted_from) == ("Sung et al. 2022", None)

@@ -166,7 +166,7 @@ class SideStack(nn.Module):
                         "past_key_values has been filled without the side network, which would lack what was read; "
                         "expected an empty cache, or one that this model has filled"
                     )
-                layers.extend(copy.copy(layers[layer]) for layer in self.layers)
+                layers.extend(copy.deepcopy(layers[layer]) for layer in self.layers)
 
 
 def sampler(width_in: int, width_out: int, generator: torch.Generator | None) -> nn.Linear:

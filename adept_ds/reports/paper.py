@@ -39,8 +39,6 @@ class PaperRow(Section):
     """Heading that the row stands under."""
     method: str | None = None
     """`method.name` of runs that the row is compared with; None for methods that are not part of this project."""
-    config: str | None = None
-    """The recipe that trains it with its own settings; None where another recipe and `method.name` do."""
     parameters: str
     """Trained parameters, as printed."""
     quoted_from: str | None = None

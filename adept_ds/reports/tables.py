@@ -149,7 +149,6 @@ class Row:
     section: str = ""
     paper_parameters: str = ""
     quoted_from: str | None = None
-    config: str | None = None
 
     @property
     def is_run(self) -> bool:
@@ -238,7 +237,7 @@ def _paper_row(row: PaperRow, columns: Sequence[PaperColumn], figures: Sequence[
         our_mean = own.mean if own else mean(known) if known and len(known) == len(parts) else None
         deviation = row.deviations[index] if row.deviations else None
         cells.append(Cell(own, row.values[index], deviation, our_mean))
-    return Row(row.label, tuple(cells), row.section, row.parameters, row.quoted_from, row.config)
+    return Row(row.label, tuple(cells), row.section, row.parameters, row.quoted_from)
 
 
 def _fits(figure: RunFigure, column: PaperColumn, settings: dict[str, Any]) -> bool:

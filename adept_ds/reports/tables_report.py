@@ -48,8 +48,6 @@ def wide_lines(table: Table) -> list[Line]:
             lines.append(Line("section", (section, "", *("" for _ in table.columns))))
         if table.has_paper:
             mark = "paper" if row.is_run else "quoted"
-            if row.config is not None and not row.is_run:
-                mark += f"; --config {row.config}"
             figures = (_paper_text(cell) for cell in row.cells)
             lines.append(Line("quoted", (f"{row.label} ({mark})", row.paper_parameters, *figures)))
         if row.is_run:
@@ -214,7 +212,6 @@ def _record(table: Table, row: Row, column: str, cell: Cell) -> dict[str, Any]:
         "paper_standard_deviation": cell.paper_deviation,
         "paper_parameters": row.paper_parameters,
         "quoted_from": row.quoted_from,
-        "config": row.config,
         "difference": cell.difference,
         "noise": cell.noise,
         "exceeds_noise": cell.exceeds_noise,
