@@ -13,7 +13,8 @@ generation. Padding is no part of it; the published code counts it in.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -59,6 +60,8 @@ class AttemptEmbedding(PromptedEmbedding):
     sources: Tensor
     context: Tensor | None = None
     """Which columns of a row are its input [B, l + S]."""
+    example_ids: Tensor | None = None
+    """In packed rows, the number of each column's example, from 1 on [B, l + S]."""
 
     def __init__(
         self,
@@ -92,15 +95,18 @@ class AttemptEmbedding(PromptedEmbedding):
     @override
     def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
         assert self.soft_prompt is not None
-        rows, columns = index.shape
-        length = self.sources.shape[1]
+        (rows, columns), length = index.shape, self.sources.shape[1]
+        examples, owner = 1, index.new_zeros(rows, columns)
+        if self.example_ids is not None:
+            examples, owner = columns // (length + 1), (self.example_ids - 1).clamp(min=0)
+        owner = owner + examples * torch.arange(rows, device=index.device)[:, None]
         own: Tensor = self.soft_prompt(torch.arange(length, device=index.device))
         prompts = torch.cat([self.sources.float(), own[None]])
-        queries = self.network(_largest(tokens, self._input_columns(rows, columns, index.device)).float())
+        largest = _largest(tokens, self._input_columns(rows, columns, index.device), owner, rows * examples)
+        queries = self.network(largest.float())
         weights = (queries @ prompts.amax(1).T / self.temperature).softmax(-1)
         mixtures = own + torch.einsum("bn,nld->bld", weights, prompts)
-        place = index.clamp(max=length - 1) + length * torch.arange(rows, device=index.device)[:, None]
-        return F.embedding(place, mixtures.flatten(0, 1))
+        return F.embedding(index.clamp(max=length - 1) + length * owner, mixtures.flatten(0, 1))
 
     def _input_columns(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Which columns are a row's input [B, S]. A call for generated tokens alone has no prompt, and none are."""
@@ -111,10 +117,13 @@ class AttemptEmbedding(PromptedEmbedding):
         return context.repeat_interleave(rows // context.shape[0], 0)
 
 
-def _largest(vectors: Tensor, is_counted: Tensor) -> Tensor:
-    """Return the largest of the vectors [B, S, d] that count [B, S] in each dimension [B, d]; zeros where none does."""
-    largest = vectors.masked_fill(~is_counted[..., None], -torch.inf).amax(1)
-    return largest.masked_fill(~is_counted.any(1, keepdim=True), 0)
+def _largest(vectors: Tensor, is_counted: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """Return the largest of each owner's vectors in each dimension [O, d], of vectors [B, S, d] that count and whose
+    owner has a number [B, S]; zeros where none does."""
+    counted = vectors.masked_fill(~is_counted[..., None], -torch.inf).flatten(0, 1)
+    lowest = vectors.new_full((owners, vectors.shape[-1]), -torch.inf)
+    largest = lowest.scatter_reduce(0, owner.flatten()[:, None].expand_as(counted), counted, "amax")
+    return largest.masked_fill(largest == -torch.inf, 0)
 
 
 class Attempt(PromptedMethod):
@@ -162,5 +171,8 @@ class Attempt(PromptedMethod):
         return source.tensors | self.constants()
 
     @override
-    def reading(self, context: Tensor, prompts: Tensor) -> AbstractContextManager[None]:
-        return attribute_set(self.embedding, "context", context)
+    @contextmanager
+    def reading(self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None) -> Iterator[None]:
+        embedding = self.embedding
+        with attribute_set(embedding, "context", context), attribute_set(embedding, "example_ids", example_ids):
+            yield

@@ -77,12 +77,18 @@ class Method(Protocol):
         """Which of the l prompt tokens of each row are there [B, l], 1 or 0, for the numbers of their prompts [B]."""
 
     @abstractmethod
-    def reading(self, context: Tensor, prompts: Tensor) -> AbstractContextManager[None]:
+    def reading(
+        self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None
+    ) -> AbstractContextManager[None]:
         """Context in which the backbone reads a batch, or generates from it.
 
         Some methods make a prompt for each row from the row's own tokens. `context` [B, l + S] is true at the tokens
         that it may depend on, and false at padding, at the prompt itself, and at what is to be predicted. `prompts` [B]
         are the numbers of the rows' prompts.
+
+        Rows may be packed, and then every example in a row has a prompt of its own in front: `example_ids` [B, l + S]
+        says by its number which one a position is of, 0 where it is of none, and `prompts` [B, l + S] are those of
+        positions. Less than (l + S) // (l + 1) examples fit into a row, or as many.
         """
 
     @abstractmethod
@@ -117,7 +123,9 @@ class MethodDefaults(Method):
         return prompts.new_ones(len(prompts), self.num_virtual_tokens)
 
     @override
-    def reading(self, context: Tensor, prompts: Tensor) -> AbstractContextManager[None]:
+    def reading(
+        self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
 

@@ -175,7 +175,7 @@ class MixedAdapters(MethodDefaults):
 
     @override
     @contextmanager
-    def reading(self, context: Tensor, prompts: Tensor) -> Iterator[None]:
+    def reading(self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None) -> Iterator[None]:
         with attribute_set(self._embedding, "rows", prompts):
             yield
 
