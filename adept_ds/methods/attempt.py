@@ -134,6 +134,7 @@ class Attempt(PromptedMethod):
 
     config: AttemptConfig
     embedding: AttemptEmbedding
+    prompt_is_shared = False
 
     @override
     def inject(

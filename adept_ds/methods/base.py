@@ -42,6 +42,8 @@ class Method(Protocol):
     """Soft-prompt tokens l in front of the input; those of prompt k have the ids V + k l .. V + (k + 1) l - 1."""
     distillation: Distillation | None
     """How training follows teachers; None if it has none."""
+    prompt_is_shared: bool
+    """Whether rows with prompts of one number read the same vectors, which do not depend on the rows."""
 
     @abstractmethod
     def inject(
@@ -101,6 +103,7 @@ class MethodDefaults(Method):
     adapter file, and no interest in the batch that is read."""
 
     distillation: Distillation | None = None
+    prompt_is_shared = True
 
     def __init__(self, config: Any) -> None:
         self.config = config
