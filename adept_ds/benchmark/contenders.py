@@ -11,6 +11,11 @@ optimizer is AdamW with the run's settings.
     adept_ds, dense      with model.quantization fp8: the same on weights in the model's precision
     backbone, stock      the floor as `transformers` has it: its linear layers and its loss over all positions
     PEFT ...             `get_peft_model` on the stock backbone; LoRA with PEFT's defaults, prompts of ADePT's length
+
+On ranks, where `adept_ds` is in DeepSpeed's engine, each with weights of its own (`ranks`):
+
+    adept_ds, plain torch    without DeepSpeed: whole weights on every rank, each trains for itself
+    adept_ds, by weight      ZeRO-3 as DeepSpeed does it (`train.gather` weight)
 """
 
 from __future__ import annotations
@@ -45,13 +50,17 @@ OURS, PACKED, DENSE = "adept_ds", "adept_ds, packed", "adept_ds, dense"
 FLOOR, STOCK_FLOOR = "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
 
+PLAIN, BY_WEIGHT = "adept_ds, plain torch", "adept_ds, by weight"
+
 AGAINST = {
     "peft": (PEFT_PROMPT, PEFT_LORA),
     "peft-prompt-tuning": (PEFT_PROMPT,),
     "peft-lora": (PEFT_LORA,),
     "peft-padded": (PEFT_PADDED,),
 }
-"""Choice of `--against` to contenders."""
+"""Choice of `--against` to contenders of one process."""
+AGAINST_ON_RANKS = {"plain": PLAIN, "by-weight": BY_WEIGHT}
+"""Choice of `--against` to the contender of a launcher's ranks."""
 
 
 @dataclass
@@ -69,6 +78,8 @@ class Contender:
     padded_tokens: int
     """Positions computed in a round: tokens, padding, soft prompt."""
     rounds: list[dict[str, float]] = field(default_factory=list)
+    cpu_rounds: list[float] = field(default_factory=list)
+    """CPU seconds of this process in each round; on a GPU those of the host."""
 
     def forward_backward(self, number: int) -> Tensor:
         """Gradients of step `number`; returns its loss, the mean over its micro-batches."""
@@ -92,9 +103,9 @@ class Contender:
         return [sum(phases.values()) for phases in self.rounds]
 
     @property
-    def coordinator(self) -> Any:
-        """What fetches weights that ZeRO-3 has split; None if they are here."""
-        return None
+    def fetches(self) -> list[tuple[Any, str]]:
+        """Objects and names of their methods that fetch weights which ZeRO-3 has split."""
+        return []
 
 
 class InputGradient(nn.Module):
@@ -130,7 +141,7 @@ def build_contenders(
     Raises:
         UserError: The backbone cannot be loaded, or int8 or fp8 is to be compared, which PEFT's layers do not compute.
     """
-    names = {name for choice in against for name in AGAINST[choice]}
+    names = {name for choice in against for name in AGAINST.get(choice, ())}
     if names and run.model.quantization in ("int8", "fp8"):
         raise UserError(
             f"--against: model.quantization is {run.model.quantization!r}, and PEFT's layers compute otherwise in 8 "

@@ -238,6 +238,9 @@ class TrainConfig(Section):
     """Where the frozen weights live: whole on every rank (`replicate`), split over the ranks of each node (`node`) or
     over all ranks (`global`); `auto` takes the first of these that fits into the memory. It sets
     `deepspeed.zero_optimization.stage`; if not given, that stage decides (3 is `global`, less is `replicate`)."""
+    gather: Literal["layer", "weight"] = "layer"
+    """What ranks that have split the frozen weights gather at a time: a decoder or encoder `layer`, the next one while
+    it is at work, or each `weight` by itself, as DeepSpeed does. With weights on a disk it is `weight` always."""
     activation_checkpointing: StrictBool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
     group_by_length: StrictBool = True
