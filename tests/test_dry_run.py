@@ -31,6 +31,7 @@ def plan(name: str, *overrides: str, world_size: int = 1) -> Plan:
     ("name", "trained", "backbone"),
     [
         ("t5_base", 76_051, 222_903_552),
+        ("t5_base_lst", 3_878_712, 222_903_552),
         ("t5_3b", 101_395, 2_851_598_336),
         ("codegen_350m", 10_241, 356_712_448),
         ("llama3_8b", 40_961, 8_030_261_248),

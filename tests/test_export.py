@@ -219,11 +219,12 @@ def test_pefts_own_format_and_back(base: Callable[[str], Path], settings: dict[s
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["dept", "adapter", "adapter_drop"])
+@pytest.mark.parametrize("name", ["dept", "adapter", "adapter_drop", "lst"])
 def test_what_cannot_leave_says_why(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     settings = {
         "dept": {"num_virtual_tokens": 4, "rank": 2, "max_positions": 64},
         "adapter_drop": {"dropped_layers": 1},
+        "lst": {"reduction": 2},
     }
     made = adapter(base("llama"), tmp_path / "a", name=name, **settings.get(name, {}))
     with pytest.raises(UserError, match=rf"method '{name}' cannot be exported so, since .*use it here"):

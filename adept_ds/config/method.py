@@ -324,6 +324,29 @@ class BitFitConfig(AdapterSettings, PromptlessSettings):
     """The method."""
 
 
+class LstConfig(AdapterSettings, PromptlessSettings):
+    """Ladder side tuning (LST, https://arxiv.org/abs/2206.06522): a narrow network beside the backbone, which reads its
+    layers and through which alone gradients go; at the rate `train.learning_rate.side`."""
+
+    name: Literal["lst"] = "lst"
+    """The method."""
+    reduction: Count = 8
+    """The backbone's widths divided by those of the side network, r."""
+    layers: tuple[CountOrZero, ...] | None = Field(default=None, min_length=1)
+    """Layers of the backbone with one of the side network beside them, counted from 0, of encoder and decoder each; all
+    if not given. Published for T5-base: 1, 2, 3, 5, 6, 7, 9, 10, 11; T5-large: the odd ones; T5-3B: 23."""
+    init: Literal["random", "magnitude"] = "random"
+    """Where the side network's layers start: drawn as those of a new model, or what is left of the backbone's when the
+    smallest rows and columns are cut away (T5, Llama and those built like them; the published figures, of T5, cut by
+    the size of gradients)."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers are {list(self.layers)}; expected ascending numbers, each once")
+        return self
+
+
 class FullConfig(PromptlessSettings):
     """Full fine-tuning: every weight of the backbone is trained, at the rate `train.learning_rate.backbone`."""
 
@@ -355,6 +378,7 @@ MethodConfig = Annotated[
     | AdapterConfig
     | AdapterDropConfig
     | BitFitConfig
+    | LstConfig
     | FullConfig,
     Field(discriminator="name"),
     BeforeValidator(_named),

@@ -186,6 +186,8 @@ class LearningRateConfig(Section):
     """alpha2: of what changes the token embeddings, such as ADePT's token-shared network."""
     adapter: PositiveFloat = 1e-4
     """Of weights that are added to the backbone's layers (low-rank pairs, bottlenecks, scales, biases)."""
+    side: PositiveFloat = 3e-3
+    """Of a network beside the backbone."""
     backbone: PositiveFloat = 5e-5
     """Of the backbone's own weights."""
 

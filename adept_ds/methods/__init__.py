@@ -12,6 +12,7 @@ from adept_ds.methods.bitfit import BitFit
 from adept_ds.methods.bottleneck import Bottleneck
 from adept_ds.methods.dept import Dept
 from adept_ds.methods.full import Full
+from adept_ds.methods.lst import LadderSideTuning
 from adept_ds.methods.mpt import MultitaskPromptTuning
 from adept_ds.methods.p_tuning import PTuning
 from adept_ds.methods.peft_layers import Ia3, Lora
@@ -33,6 +34,7 @@ _METHODS: dict[str, Any] = {
     "adapter": Bottleneck,
     "adapter_drop": Bottleneck,
     "bitfit": BitFit,
+    "lst": LadderSideTuning,
     "full": Full,
 }
 """Class of each method, made from its settings."""
