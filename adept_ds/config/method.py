@@ -35,7 +35,8 @@ class MethodSettings(Section):
 
     @property
     def prompt_tasks(self) -> tuple[str, ...]:
-        """Tasks with a soft prompt of their own, in the order of their prompts; none where one serves all."""
+        """Tasks with a soft prompt or other parameters of their own, in their order; none where all are trained
+        alike."""
         return ()
 
     @property

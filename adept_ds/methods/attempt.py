@@ -13,7 +13,6 @@ generation. Padding is no part of it; the published code counts it in.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from adept_ds.config.method import AttemptConfig
-from adept_ds.contexts import attribute_set
+from adept_ds.methods.base import BatchValue, for_rows
 from adept_ds.methods.layers import embedding_table
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding, SoftPrompt
@@ -54,11 +53,10 @@ class AttentionNetwork(nn.Module):
 
 
 class AttemptEmbedding(PromptedEmbedding):
-    """Input embedding whose prompt depends on the row. `context` must be set before a row with a prompt is read."""
+    """Input embedding whose prompt depends on the row. The value of `batch` says which columns of a row are its input
+    [B, l + S]; it must be there when a row with a prompt is read."""
 
     sources: Tensor
-    context: Tensor | None = None
-    """Which columns of a row are its input [B, l + S]."""
 
     def __init__(
         self,
@@ -67,8 +65,10 @@ class AttemptEmbedding(PromptedEmbedding):
         sources: Tensor,
         network: AttentionNetwork,
         temperature: float,
+        batch: BatchValue[Tensor],
     ) -> None:
         super().__init__(table, soft_prompt)
+        self.batch = batch
         self.register_buffer("sources", sources, persistent=False)
         self.network = network
         self.temperature = temperature
@@ -81,7 +81,8 @@ class AttemptEmbedding(PromptedEmbedding):
             ValueError: There is a prompt to read, but not the whole of the input that it depends on.
         """
         # Without a cache, what has been generated is read again behind the input.
-        is_whole = self.context is not None and self.context.shape[1] <= input_ids.shape[1]
+        context = self.batch.value
+        is_whole = context is not None and context.shape[1] <= input_ids.shape[1]
         if self.enabled and not is_whole and bool((input_ids >= self.num_embeddings).any()):
             raise ValueError(
                 "the prompt of ATTEMPT depends on the whole input, and a part of it came alone; generate without "
@@ -104,11 +105,10 @@ class AttemptEmbedding(PromptedEmbedding):
 
     def _input_columns(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Which columns are a row's input [B, S]. A call for generated tokens alone has no prompt, and none are."""
-        if self.context is None or self.context.shape[1] > columns:
+        context = self.batch.value
+        if context is None or context.shape[1] > columns:
             return torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        context = F.pad(self.context, (0, columns - self.context.shape[1]))
-        # Beams are copies of a row, side by side.
-        return context.repeat_interleave(rows // context.shape[0], 0)
+        return for_rows(F.pad(context, (0, columns - context.shape[1])), rows)
 
 
 def _largest(vectors: Tensor, is_counted: Tensor) -> Tensor:
@@ -125,6 +125,10 @@ class Attempt(PromptedMethod):
 
     config: AttemptConfig
     embedding: AttemptEmbedding
+
+    def __init__(self, config: AttemptConfig) -> None:
+        super().__init__(config)
+        self.batch: BatchValue[Tensor] = BatchValue()
 
     @override
     def inject(
@@ -150,7 +154,7 @@ class Attempt(PromptedMethod):
         network = AttentionNetwork(table.embedding_dim, self.config.bottleneck, generator)
         temperature = self.config.temperature or math.e * table.embedding_dim
         sources = self._sources.to(table.weight.device)
-        return AttemptEmbedding(table, cast(SoftPrompt, prompt), sources, network, temperature)
+        return AttemptEmbedding(table, cast(SoftPrompt, prompt), sources, network, temperature, self.batch)
 
     @override
     def constants(self) -> dict[str, Tensor]:
@@ -162,5 +166,5 @@ class Attempt(PromptedMethod):
         return source.tensors | self.constants()
 
     @override
-    def reading(self, context: Tensor, prompts: Tensor) -> AbstractContextManager[None]:
-        return attribute_set(self.embedding, "context", context)
+    def for_batch(self, context: Tensor, task_ids: Tensor) -> Tensor:
+        return context
