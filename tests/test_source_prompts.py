@@ -232,7 +232,7 @@ def test_mpt_target_starts_from_the_source_tasks(make_backbone: Make, tmp_path: 
         assert torch.equal(target(tasks=("p", "q"))[name][1], mean[name][0])
     assert torch.equal(mean["soft_prompt"], theirs["soft_prompt"])
     assert torch.equal(target(tasks=TASKS)["prefix_task_rows"], theirs["prefix_task_rows"])
-    with pytest.raises(UserError, match=r"factors_from is 'hart'; .* has factors of easy, hard, odd.*'hard'"):
+    with pytest.raises(UserError, match=r"factors_from is 'hart'; .* has parameters of easy, hard, odd.*'hard'"):
         target(factors_from="hart")
 
 

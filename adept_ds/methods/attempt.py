@@ -5,7 +5,8 @@
     P' = P + sum_j a_j P_j                    j: the n frozen source prompts, and P itself
     in = concat(P', E)
 
-Every row has weights a of its own, and so a prompt of its own. The input x is what is read before anything is
+Every row has weights a of its own, and so a prompt of its own. Where several tasks are trained together, each has a
+target prompt P of its own, and they share the network. The input x is what is read before anything is
 predicted: all that an encoder reads, and in a causal model the tokens in front of the answer, in training as in
 generation. Padding is no part of it; the published code counts it in.
 """
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import AttemptConfig
 from adept_ds.methods.base import BatchValue, for_rows
 from adept_ds.methods.layers import embedding_table
-from adept_ds.methods.prompted import PromptedMethod
+from adept_ds.methods.prompted import PromptedMethod, initial_prompt
 from adept_ds.methods.soft_prompt import PromptedEmbedding, SoftPrompt
 from adept_ds.methods.source_prompts import load_source_prompts
+from adept_ds.methods.source_tasks import for_own_tasks
 from adept_ds.storage.adapter_folder import Adapter, backbone_facts
 
 INIT_STD = 0.01
@@ -94,13 +97,16 @@ class AttemptEmbedding(PromptedEmbedding):
     def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
         assert self.soft_prompt is not None
         rows, columns = index.shape
-        length = self.sources.shape[1]
-        own: Tensor = self.soft_prompt(torch.arange(length, device=index.device))
-        prompts = torch.cat([self.sources.float(), own[None]])
+        sources = self.sources.float()
+        length = sources.shape[1]
+        # The prompt's tokens say which task's they are; among other tokens the index is 0.
+        first = length * (index.amax(1, keepdim=True) // length)
+        own: Tensor = self.soft_prompt(first + torch.arange(length, device=index.device))
         queries = self.network(_largest(tokens, self._input_columns(rows, columns, index.device)).float())
-        weights = (queries @ prompts.amax(1).T / self.temperature).softmax(-1)
-        mixtures = own + torch.einsum("bn,nld->bld", weights, prompts)
-        place = index.clamp(max=length - 1) + length * torch.arange(rows, device=index.device)[:, None]
+        scores = torch.cat([queries @ sources.amax(1).T, (queries * own.amax(1)).sum(-1, keepdim=True)], 1)
+        weights = (scores / self.temperature).softmax(-1)
+        mixtures = (1 + weights[:, -1, None, None]) * own + torch.einsum("bn,nld->bld", weights[:, :-1], sources)
+        place = index % length + length * torch.arange(rows, device=index.device)[:, None]
         return F.embedding(place, mixtures.flatten(0, 1))
 
     def _input_columns(self, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -118,9 +124,11 @@ def _largest(vectors: Tensor, is_counted: Tensor) -> Tensor:
 
 
 class Attempt(PromptedMethod):
-    """Target prompt and attention over source prompts: l d + 2 r d + 2 d parameters; made from an `AttemptConfig`.
+    """Target prompts of T tasks and attention over source prompts: T l d + 2 r d + 2 d parameters; made from an
+    `AttemptConfig`.
 
-    For T5-base at l = r = 100, 231,936. The source prompts are in the adapter file too, which needs no other.
+    For T5-base at l = r = 100, 231,936 for one task, and for eight 769,536, which are 96,192 for each. The source
+    prompts are in the adapter file too, which needs no other.
     """
 
     config: AttemptConfig
@@ -148,6 +156,18 @@ class Attempt(PromptedMethod):
         super().inject(backbone, tokenizer, generator)
 
     @override
+    def make_prompt(
+        self, table: nn.Embedding, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
+    ) -> SoftPrompt:
+        """All tasks' prompts [T l, d], one after another; they start alike."""
+        if self.config.prompt_init == "source":
+            start = self._sources[0]
+        else:
+            with gathered([table.weight]):
+                start = initial_prompt(self.config, table, tokenizer, generator)
+        return SoftPrompt(start.repeat(max(1, len(self.config.tasks)), 1))
+
+    @override
     def make_embedding(
         self, table: nn.Embedding, prompt: nn.Module | None, generator: torch.Generator | None
     ) -> AttemptEmbedding:
@@ -162,8 +182,14 @@ class Attempt(PromptedMethod):
 
     @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """The source prompts stay those of the settings."""
-        return source.tensors | self.constants()
+        """The source prompts stay those of the settings.
+
+        Raises:
+            UserError: As `for_own_tasks`.
+        """
+        prompts = source.tensors["soft_prompt"].unflatten(0, (-1, self.config.num_virtual_tokens))
+        prompts = for_own_tasks(prompts, source, self.config).flatten(0, 1)
+        return source.tensors | self.constants() | {"soft_prompt": prompts}
 
     @override
     def for_batch(self, context: Tensor, task_ids: Tensor) -> Tensor:

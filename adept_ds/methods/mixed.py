@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from adept_ds.config.method import AdeptConfig, MethodConfig, MptConfig, PromptTuningConfig, PTuningConfig
+from adept_ds.config.method import (
+    AdeptConfig,
+    DptConfig,
+    MethodConfig,
+    MptConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    ResidualPromptConfig,
+)
 from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.adept import AdeptEmbedding
@@ -31,6 +39,9 @@ from adept_ds.methods.base import BatchValue, Method, MethodDefaults, for_rows, 
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding
 from adept_ds.storage.adapter_folder import Adapter
+
+BY_TOKEN = AdeptConfig | PromptTuningConfig | PTuningConfig | DptConfig | ResidualPromptConfig | MptConfig
+"""Methods whose vectors depend on the token alone."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,11 @@ class MixedAdapters(MethodDefaults):
         """
         vectors = dict(self._vectors)
         for name, (adapter, method) in adapters.items():
-            if not isinstance(adapter.method, AdeptConfig | PromptTuningConfig | PTuningConfig | MptConfig):
+            if not isinstance(adapter.method, BY_TOKEN):
                 raise UserError(
                     f"the adapter {name!r} of {adapter.folder} is of method {adapter.method.name!r}, which is neither "
                     "a soft prompt nor a function of single tokens, so rows of one batch cannot be read with different "
-                    "ones; expected methods adept, pt, p_tuning or mpt"
+                    "ones; expected methods adept, pt, p_tuning, dpt, residual_pt or mpt"
                 )
             # Each is put into the backbone as if it was alone, and its values are taken out again.
             self._reader.set_input_embeddings(self._table)
