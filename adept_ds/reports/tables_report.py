@@ -83,12 +83,12 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], source: str) -> str:
         details = detail_lines(table)
         parts += [
             f"## {table.title}",
-            _grid(("", "parameters", *table.columns), *(line.cells for line in wide_lines(table))),
+            grid(("", "parameters", *table.columns), *(line.cells for line in wide_lines(table))),
         ]
-        parts.append(_grid(details[0].keys(), *(line.values() for line in details)))
+        parts.append(grid(details[0].keys(), *(line.values() for line in details)))
         parts += [f"- {line}" for line in table.differences]
         if table.has_paper:
-            parts += [RECIPES, _grid(("", "adept-ds train"), *recipe_lines(table))]
+            parts += [RECIPES, grid(("", "adept-ds train"), *recipe_lines(table))]
     if notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join([*parts, f"Paper: {source}"]) + "\n"
@@ -240,7 +240,7 @@ def _record(table: Table, row: Row, column: str, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _grid(*rows: Iterable[str]) -> str:
+def grid(*rows: Iterable[str]) -> str:
     """A Markdown table with columns of even width; the first row is its heading."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
