@@ -22,6 +22,7 @@ from adept_ds.benchmark.contenders import (
     AGAINST,
     FLOOR,
     OURS,
+    PACKED,
     PEFT_LORA,
     PEFT_PADDED,
     PEFT_PROMPT,
@@ -72,7 +73,7 @@ def run(config: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(config)
 
 
-def contenders_of(run: RunConfig, steps: int = 1, synthetic: int | None = 12) -> dict[str, Contender]:
+def contenders_of(run: RunConfig, steps: int = 1, synthetic: tuple[int, ...] = (12,)) -> dict[str, Contender]:
     """All contenders on random weights, without dropout."""
     architecture = load_architecture(run.model)
     work = build_work(run, architecture, steps, synthetic, batch_arithmetic(run.train, 1))
@@ -118,7 +119,7 @@ def real_rows(contender: Contender) -> list[list[int]]:
 
 
 def test_contenders_train_on_the_same_examples(run: RunConfig):
-    contenders = contenders_of(run, 3, synthetic=None)
+    contenders = contenders_of(run, 3, synthetic=())
     rows = real_rows(contenders[OURS])
     assert len(rows) == 12
     for name in (PEFT_PROMPT, PEFT_LORA, PEFT_PADDED):
@@ -128,7 +129,7 @@ def test_contenders_train_on_the_same_examples(run: RunConfig):
 
 
 def test_batches_are_padded_alike_unless_the_name_says_otherwise(run: RunConfig):
-    contenders = contenders_of(run, 3, synthetic=None)
+    contenders = contenders_of(run, 3, synthetic=())
     padded = {name: contender.padded_tokens for name, contender in contenders.items()}
     assert padded[OURS] == padded[FLOOR] == padded[STOCK_FLOOR] == padded[PEFT_PROMPT]
     assert padded[PEFT_LORA] == padded[OURS] - 12 * run.method.num_virtual_tokens
@@ -170,7 +171,7 @@ def test_both_floors_are_the_same_function(run: RunConfig, t5_run: RunConfig, fa
 
 def test_a_stock_backbone_with_fewer_layers_in_4_bits_is_told(run: RunConfig, t5_run: RunConfig):
     def notes(run: RunConfig) -> list[str]:
-        options = Options(steps=1, rounds=1, random_init=True, synthetic=8)
+        options = Options(steps=1, rounds=1, random_init=True, synthetic=(8,))
         return benchmark(changed(run, model={"quantization": "nf4"}), options)["notes"]
 
     assert any("28 of the 32 linear layers" in note for note in notes(t5_run))
@@ -338,7 +339,7 @@ def test_every_part_of_a_step_has_its_share(run: RunConfig):
 
 
 def test_a_shape_is_enough_for_random_weights_and_tokens(t5_run: RunConfig):
-    result = benchmark(t5_run, Options(steps=1, rounds=1, against=("peft",), random_init=True, synthetic=20))
+    result = benchmark(t5_run, Options(steps=1, rounds=1, against=("peft",), random_init=True, synthetic=(20,)))
     assert list(result["contenders"]) == [OURS, FLOOR, STOCK_FLOOR, PEFT_PROMPT, PEFT_LORA]
     assert result["tokens"] == 2 * (20 + 20)
     assert all(own["model_tflops_per_second"] > 0 for own in result["contenders"].values())
@@ -346,7 +347,7 @@ def test_a_shape_is_enough_for_random_weights_and_tokens(t5_run: RunConfig):
 
 def test_checkpointing_lowers_the_memory_of_a_step(run: RunConfig):
     def growth(on: bool) -> int:
-        options = Options(steps=1, rounds=1, random_init=True, synthetic=100)
+        options = Options(steps=1, rounds=1, random_init=True, synthetic=(100,))
         result = benchmark(changed(run, train={"activation_checkpointing": on}), options)
         return result["contenders"][OURS]["memory_bytes"]["step"]
 
@@ -378,3 +379,22 @@ def test_steps_must_be_a_count(config: dict[str, Any], tmp_path: Path):
     file.write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"--steps: '0': expected an integer >= 1"):
         throughput.main(["--config", str(file), "--steps", "0"])
+
+
+def test_packed_rows_are_measured_on_the_same_examples(config: dict[str, Any]) -> None:
+    sections = {
+        "train": config["train"] | {"packing": 60, "global_batch_size": 6},
+        "data": {"max_length": 50, "max_prompt_length": 30},
+    }
+    run = RunConfig.model_validate(config | sections)
+    result = benchmark(run, Options(steps=2, rounds=1, random_init=True, synthetic=(5, 9, 30), cpu_seconds=True))
+    padded, packed = (result["contenders"][name] for name in (OURS, PACKED))
+    for contender in (padded, packed):
+        assert contender["tokens_per_second"] / contender["examples_per_second"] == pytest.approx(44 / 3)
+    filled = result["tokens"] + run.method.num_virtual_tokens * result["examples"]
+    positions = filled / (1 - packed["padding_share"])
+    assert positions / 60 == pytest.approx(round(positions / 60))
+    assert padded["padding_share"] == 0  # one example a micro-batch
+    assert "packed: 1 x 60 positions a forward pass; others: 1 examples" in text_report(result)
+    with pytest.raises(UserError, match="the longest example has"):
+        benchmark(run, Options(steps=1, rounds=1, random_init=True, synthetic=(70,)))

@@ -6,7 +6,10 @@ import random
 
 import pytest
 
-from adept_ds.data.batches import global_batches, rank_micro_batches
+from adept_ds.config.batch import BatchArithmetic
+from adept_ds.data.batches import global_batches, pack_rows, rank_micro_batches, rank_rows
+from adept_ds.data.encode import Encoded
+from adept_ds.data.micro_batches import MicroBatches
 
 LENGTHS = random.Random(0).choices(range(10, 600), k=487)
 
@@ -82,3 +85,52 @@ def test_ranks_get_like_numbers_of_tokens():
 def test_too_large_a_batch_is_refused():
     with pytest.raises(ValueError, match="larger than"):
         rank_micro_batches([0, 1, 2], 0, 1, 2, 1)
+
+
+ROW = 600
+
+
+def rows_of_epoch(size: int = 32) -> list[list[list[int]]]:
+    return [pack_rows(batch, LENGTHS, ROW) for batch in global_batches(LENGTHS, size, 3, 0, group_by_length=False)]
+
+
+def test_packed_rows_hold_each_example_once_and_no_more_than_fits():
+    rows = [row for batch in rows_of_epoch() for row in batch]
+    assert sorted(index for row in rows for index in row) == list(range(487))
+    assert all(sum(LENGTHS[index] for index in row) <= ROW for row in rows)
+
+
+def test_packing_is_near_the_fewest_rows():
+    for rows in rows_of_epoch():
+        fewest = -(-sum(LENGTHS[index] for row in rows for index in row) // ROW)
+        assert len(rows) <= 11 / 9 * fewest + 1
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 1), (2, 1), (2, 3), (8, 2)])
+def test_ranks_share_the_same_packed_rows_in_equally_many_micro_batches(world_size, micro):
+    for rows in rows_of_epoch():
+        shares = [rank_rows(rows, rank, world_size, micro) for rank in range(world_size)]
+        assert {len(share) for share in shares} == {-(-len(rows) // (world_size * micro))}
+        assert len({len(micro_batch) for share in shares for micro_batch in share}) == 1
+        assert len(shares[0][0]) <= micro
+        assert sum(map(len, shares[0])) * world_size < len(rows) + world_size * len(shares[0])
+        own = [[row for micro_batch in share for row in micro_batch if row] for share in shares]
+        assert sorted(row for share in own for row in share) == sorted(rows)
+        assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_share_of_padding_is_that_of_the_tensors(world_size):
+    examples = [Encoded([5] * length, [5] * length, False, False, False) for length in LENGTHS]
+    batches = global_batches(LENGTHS, 32, 3, 0, group_by_length=True)
+    for arithmetic in (
+        BatchArithmetic(32, 2, 16 // world_size, world_size),
+        BatchArithmetic(32, 2, 16 // world_size, world_size, packing=ROW + 7),
+    ):
+        micro_batches = MicroBatches(examples, arithmetic, num_virtual_tokens=7, pad_token_id=0)
+        prompt = 0 if arithmetic.packing else 7
+        made = [micro for b in batches for rank in range(world_size) for micro in micro_batches.of_rank(b, rank)]
+        held = [micro for micro in made if arithmetic.packing or (micro["labels"] != -100).any()]
+        positions = sum(micro["input_ids"].numel() + prompt * len(micro["input_ids"]) for micro in held)
+        filled = sum(LENGTHS) + 7 * len(LENGTHS)
+        assert micro_batches.padding(batches) == pytest.approx(1 - filled / positions)

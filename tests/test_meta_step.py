@@ -70,6 +70,8 @@ def real_model(run: RunConfig, architecture: PreTrainedConfig) -> AdaptedModel:
 
 def real_loss(model: AdaptedModel, shape: StepShape = SHAPE) -> Tensor:
     """A batch of the traced shape, one row padded."""
+    if shape.is_packed:
+        return packed_loss(model, shape)
     ids = torch.randint(5, 90, (shape.micro_batch_size, shape.input_length - model.num_virtual_tokens))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -80,11 +82,25 @@ def real_loss(model: AdaptedModel, shape: StepShape = SHAPE) -> Tensor:
     return model(ids, mask, labels=labels, reduction="sum").loss
 
 
-def measured_peak(model: AdaptedModel) -> int:
+def packed_loss(model: AdaptedModel, shape: StepShape) -> Tensor:
+    """Rows of two examples."""
+    prompt, half = model.num_virtual_tokens, shape.input_length // 2
+    ids = torch.randint(5, 90, (shape.micro_batch_size, shape.input_length))
+    places = torch.arange(shape.input_length)
+    example_ids = (1 + places // half).expand_as(ids)
+    mask = (places % half >= prompt).long().expand_as(ids)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for end in (half, shape.input_length):
+        labels[:, end - shape.label_length // 2 : end] = 7
+    inputs = {"example_ids": example_ids, "task_ids": ids.new_zeros(len(ids), shape.input_length // (prompt + 1))}
+    return model(ids, mask, labels=labels, reduction="sum", **inputs).loss
+
+
+def measured_peak(model: AdaptedModel, shape: StepShape = SHAPE) -> int:
     """Most bytes that the allocator had handed out in one forward and backward pass."""
     for warm_up in (True, False):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            real_loss(model).backward()
+            real_loss(model, shape).backward()
         for parameter in model.parameters():
             parameter.grad = None
         if not warm_up:
@@ -152,6 +168,25 @@ def test_bytes_saved_for_the_backward_pass(name):
         loss = real_loss(model)
     assert loss.requires_grad
     assert predict(run, architecture).held_bytes == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+PACKED = StepShape(micro_batch_size=2, input_length=240, label_length=80, is_packed=True)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_bytes_of_packed_rows(attention, is_checkpointed):
+    run = run_of(
+        model={"attn_implementation": attention},
+        train={"packing": 600, "activation_checkpointing": is_checkpointed},
+    )
+    model, predicted = real_model(run, llama()), predict(run, llama(), PACKED)
+    assert predicted.peak_bytes == pytest.approx(measured_peak(model, PACKED), rel=0.1)
+    if not is_checkpointed:
+        with saved_bytes(model) as saved:
+            loss = real_loss(model, PACKED)
+        assert loss.requires_grad
+        assert predicted.held_bytes == pytest.approx(sum(saved.values()), rel=0.1)
 
 
 def test_checkpointing_keeps_little_more_than_the_layers_inputs():

@@ -29,6 +29,7 @@ from adept_ds.config.deepspeed import complete
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World, gather_objects, init_world, on_gpu
 from adept_ds.planner.memory import decide_sharding
+from adept_ds.planner.packing import check_packing
 
 __all__ = ["Options", "benchmark", "text_report"]
 
@@ -51,10 +52,12 @@ class Options:
     """Keys of `contenders.AGAINST`: what is measured beside ADePT and the bare backbone; left out on ranks."""
     random_init: bool = False
     """Random weights in place of the checkpoint's; the architecture alone is read."""
-    synthetic: int | None = None
-    """Length of examples of random tokens, in place of the data."""
+    synthetic: tuple[int, ...] = ()
+    """Lengths of examples of random tokens, in turn, in place of the data."""
     on_ranks: bool = False
     """Measure ADePT alone, in DeepSpeed's engine on this launcher's ranks."""
+    cpu_seconds: bool = False
+    """On a CPU, the processor's time in place of the wall's."""
 
 
 def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
@@ -71,6 +74,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
     """
     architecture = resolve_architecture(run.model)[0] if options.random_init else load_architecture(run.model)
     check_attention(run.model, architecture)
+    check_packing(run, architecture)
     world, notes = None, []
     if options.on_ranks:
         # Imports DeepSpeed, which one process does without.
@@ -87,7 +91,12 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
     else:
         device, is_main = torch.device("cuda" if on_gpu() else "cpu"), True
         arithmetic = batch_arithmetic(run.train, world_size=1)
-        work = build_work(run, architecture, options.steps, options.synthetic, arithmetic)
+        work = build_work(run, architecture, options.steps, options.synthetic, arithmetic, beside_packed=True)
+        if work.packed_steps is not None:
+            notes.append(
+                f"packed: {arithmetic.micro_batch_size} x {arithmetic.packing} positions a forward pass; others: "
+                f"{len(work.steps[0][0]['input_ids'])} examples, of which as many as can be as long as the longest"
+            )
         contenders = build_contenders(run, architecture, work, options.against, options.random_init, device)
         if run.model.quantization == "int8":
             notes.append("no stock backbone: bitsandbytes' 8-bit layers multiply in 8 bits too, which is other work")
@@ -97,7 +106,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
                 notes.append(f"stock and PEFT have {stock} of the {here} linear layers in 4 bits; transformers' choice")
 
     memory = {contender.name: measure_memory(contender, device, alone=options.on_ranks) for contender in contenders}
-    measure(contenders, options.rounds, device, show_progress=is_main)
+    measure(contenders, options.rounds, device, is_main, options.cpu_seconds)
     if world:
         _combine_ranks(contenders[0], memory, world)
     machine = machine_facts(device)
@@ -119,7 +128,9 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         "micro_batches": len(work.steps[0]),
         "steps": options.steps,
         "num_virtual_tokens": run.method.num_virtual_tokens,
-        "synthetic": options.synthetic,
+        "synthetic": list(options.synthetic),
+        "packing": run.train.packing,
+        "cpu_seconds": options.cpu_seconds and device.type == "cpu",
         "examples": len(work.examples),
         "tokens": work.tokens,
         "label_tokens": sum(work.labels_of_step),
@@ -143,13 +154,19 @@ def timed_step(contender: Contender, number: int, clock: PhaseClock) -> dict[str
     return clock.stop()
 
 
-def measure(contenders: Sequence[Contender], rounds: int, device: torch.device, show_progress: bool) -> None:
+def measure(
+    contenders: Sequence[Contender],
+    rounds: int,
+    device: torch.device,
+    show_progress: bool,
+    cpu_seconds: bool = False,
+) -> None:
     """Take all steps `rounds` times and note each contender's seconds by phase.
 
     The contenders take turns step by step, each time another one first, so that what else happens on the machine meets
     all of them alike.
     """
-    clock, steps = PhaseClock(device), len(contenders[0].steps)
+    clock, steps = PhaseClock(device, cpu_seconds), len(contenders[0].steps)
     progress = tqdm(total=rounds * steps * len(contenders), desc="measuring", unit="step", disable=not show_progress)
     with ExitStack() as hooks:
         for contender in contenders:
@@ -205,12 +222,14 @@ def _figures(contender: Contender, work: Work, flops: ModelFlops, peak: float | 
     """Rates over the median round; `peak` is that of all devices, in FLOP/s."""
     seconds = contender.round_seconds
     typical = median(seconds)
+    filled = work.tokens + contender.num_virtual_tokens * len(work.examples)
     needed = sum(flops.of_example(inputs + contender.num_virtual_tokens, labels) for inputs, labels in work.examples)
     return {
         "seconds_per_step": typical / len(contender.steps),
         "examples_per_second": len(work.examples) / typical,
         "tokens_per_second": work.tokens / typical,
         "padded_tokens_per_second": contender.padded_tokens / typical,
+        "padding_share": 1 - filled / contender.padded_tokens,
         "phase_shares": {phase: sum(own[phase] for own in contender.rounds) / sum(seconds) for phase in PHASES},
         "model_tflops_per_second": needed / typical / 1e12,
         "mfu": needed / typical / peak if peak else None,

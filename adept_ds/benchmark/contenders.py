@@ -5,6 +5,7 @@ and all take the same examples in the same batches, padded to the longest row un
 optimizer is AdamW with the run's settings.
 
     adept_ds             this project: its linear layers, LM head and loss at the labelled positions, ADePT
+    adept_ds, packed     the same on the same examples in packed rows, where the run has `train.packing`
     backbone             the floor: the same without ADePT, ordinary tokens in the soft prompt's place, gradient down to
                          the embedded input, no optimizer
     backbone, stock      the floor as `transformers` has it: its linear layers and its loss over all positions
@@ -39,7 +40,7 @@ from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.training.optimizer import build_optimizer
 
-OURS, FLOOR, STOCK_FLOOR = "adept_ds", "backbone", "backbone, stock"
+OURS, PACKED, FLOOR, STOCK_FLOOR = "adept_ds", "adept_ds, packed", "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
 
 AGAINST = {
@@ -155,6 +156,10 @@ def build_contenders(
         contender(OURS, ours, ours.backbone, steps, length),
         contender(FLOOR, floor, floor.backbone, longer, length),
     ]
+    if work.packed_steps is not None:
+        packed = get_adept_model(sharing_weights(own_backbone), run.method, work.tokenizer, run.train.seed)
+        batches = [on_device(step) for step in work.packed_steps]
+        contenders.append(contender(PACKED, packed, packed.backbone, batches, length))
     if stock_backbone is not None:
         stock = want_input_gradient(sharing_weights(stock_backbone))
         contenders.append(contender(STOCK_FLOOR, stock, stock, longer, length))

@@ -24,10 +24,14 @@ GATHER, FORWARD, LOSS, BACKWARD, STEP = PHASES = ("gather", "forward", "loss", "
 
 
 class PhaseClock:
-    """Adds up the time between switches from one phase to the next."""
+    """Adds up the time between switches from one phase to the next.
 
-    def __init__(self, device: torch.device) -> None:
+    On a GPU it is the device's time, on a CPU the wall's, or with `cpu_seconds` this process's own, of all threads.
+    """
+
+    def __init__(self, device: torch.device, cpu_seconds: bool = False) -> None:
         self.device = device
+        self._seconds = time.process_time if cpu_seconds else time.perf_counter
         self._marks: list[tuple[str, Any]] = []
 
     def switch(self, phase: str) -> str:
@@ -49,7 +53,7 @@ class PhaseClock:
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self._seconds()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

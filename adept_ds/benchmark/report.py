@@ -35,17 +35,19 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         f"{result['label_tokens'] / result['examples']:.0f} of them with labels"
     )
     yield f"{result['num_virtual_tokens']} soft-prompt tokens; activation checkpointing {checkpointing}"
+    if result["cpu_seconds"]:
+        yield "times are seconds of the processor, not of the wall"
     yield ""
     yield (
-        f"{'':{_NAME}}{'examples/s':>11}{'tokens/s':>10}{'with padding':>14}{'s/step':>9}{'TFLOP/s':>9}{'MFU':>7}"
-        f"{'peak GiB':>10}{'= held':>8}{'+ step':>8}"
+        f"{'':{_NAME}}{'examples/s':>11}{'tokens/s':>10}{'with padding':>14}{'padding':>9}{'s/step':>9}"
+        f"{'TFLOP/s':>9}{'MFU':>7}{'peak GiB':>10}{'= held':>8}{'+ step':>8}"
     )
     for name, own in result["contenders"].items():
         memory = {part: size / GIB for part, size in own["memory_bytes"].items()}
         mfu = "-" if own["mfu"] is None else f"{own['mfu']:.1%}"
         yield (
             f"{name:{_NAME}}{own['examples_per_second']:11.3f}{own['tokens_per_second']:10.1f}"
-            f"{own['padded_tokens_per_second']:14.1f}{own['seconds_per_step']:9.3f}"
+            f"{own['padded_tokens_per_second']:14.1f}{own['padding_share']:9.1%}{own['seconds_per_step']:9.3f}"
             f"{own['model_tflops_per_second']:9.3f}{mfu:>7}"
             f"{memory['peak']:10.3f}{memory['held']:8.3f}{memory['step']:8.3f}"
         )

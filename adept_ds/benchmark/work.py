@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from adept_ds.backbone.load import load_tokenizer
 from adept_ds.config.batch import BatchArithmetic
 from adept_ds.config.run import RunConfig
-from adept_ds.data.batches import global_batches, rank_micro_batches
-from adept_ds.data.encode import Encoded, EncodedDataset, collate
+from adept_ds.data.batches import global_batches
+from adept_ds.data.encode import Encoded, EncodedDataset
+from adept_ds.data.micro_batches import MicroBatches
 from adept_ds.data.problems import load_examples
 from adept_ds.errors import UserError
 from adept_ds.model.loss import IGNORE_INDEX
@@ -41,6 +42,8 @@ class Work:
     """(Input tokens, label tokens) of each example, over all ranks."""
     encoder_decoder: bool
     tokenizer: PreTrainedTokenizerBase | None
+    packed_steps: list[Step] | None = None
+    """The same steps in packed rows, where `train.packing` asks for a comparison."""
 
     @property
     def tokens(self) -> int:
@@ -52,9 +55,10 @@ def build_work(
     run: RunConfig,
     architecture: PreTrainedConfig,
     steps: int,
-    synthetic: int | None,
+    synthetic: Sequence[int],
     arithmetic: BatchArithmetic,
     rank: int = 0,
+    beside_packed: bool = False,
 ) -> Work:
     """Choose `steps` batches of `train.global_batch_size` examples and split each as training would.
 
@@ -62,9 +66,11 @@ def build_work(
         run: Data, lengths, batch sizes, seed.
         architecture: Vocabulary, and whether there is a decoder beside an encoder.
         steps: Batches in a round.
-        synthetic: Length of examples of random tokens, in place of the data; no tokenizer is loaded then.
+        synthetic: Lengths of examples of random tokens, in turn, in place of the data; no tokenizer is loaded then.
         arithmetic: Micro-batches, accumulation, ranks.
         rank: The rank whose micro-batches are returned.
+        beside_packed: Where `arithmetic` is of packed rows, make the same steps of rows of one example each too, so
+            many in a micro-batch that it never has more positions.
 
     Raises:
         UserError: The data or the tokenizer cannot be read, or the data has fewer batches.
@@ -73,7 +79,7 @@ def build_work(
     if synthetic:
         tokenizer, pad = None, 0
         dataset = synthetic_examples(run, architecture, steps * arithmetic.global_batch_size, synthetic)
-        lengths = [synthetic] * len(dataset)
+        lengths = [len(example.input_ids) for example in dataset]
     else:
         tokenizer = load_tokenizer(run.model)
         pad = tokenizer.pad_token_id
@@ -86,31 +92,45 @@ def build_work(
             prompt_tasks=run.method.prompt_tasks,
         )
         lengths = dataset.lengths
-    batches = choose_batches(lengths, arithmetic.global_batch_size, steps, run.train.seed)
+    batches = choose_batches(lengths, arithmetic.global_batch_size, steps, run.train.seed, run.train.group_by_length)
+    prompt = run.method.num_virtual_tokens
+    longest = max(lengths) + prompt
+    if arithmetic.packing is not None and longest > arithmetic.packing:
+        raise UserError(
+            f"train.packing is {arithmetic.packing}, and the longest example has {longest} tokens with its soft "
+            f"prompt; expected {longest} at least"
+        )
+    packed_steps = None
+    if beside_packed and arithmetic.packing is not None:
+        packed_steps = _of_rank(MicroBatches(dataset, arithmetic, prompt, pad), batches, rank)
+        arithmetic = _unpacked(arithmetic, longest)
     counts = [[(len(row.input_ids), _labels(row)) for row in (dataset[i] for i in batch)] for batch in batches]
     return Work(
-        steps=[
-            [
-                collate([dataset[i] for i in rows], pad)
-                for rows in rank_micro_batches(
-                    batch,
-                    rank,
-                    arithmetic.world_size,
-                    arithmetic.micro_batch_size,
-                    arithmetic.gradient_accumulation_steps,
-                )
-            ]
-            for batch in batches
-        ],
+        steps=_of_rank(MicroBatches(dataset, arithmetic, prompt, pad), batches, rank),
         labels_of_step=[sum(labels for _, labels in batch) for batch in counts],
         examples=[example for batch in counts for example in batch],
         encoder_decoder=architecture.is_encoder_decoder,
         tokenizer=tokenizer,
+        packed_steps=packed_steps,
     )
 
 
-def synthetic_examples(run: RunConfig, architecture: PreTrainedConfig, count: int, length: int) -> list[Encoded]:
-    """Return `count` examples of `length` random tokens.
+def _of_rank(make: MicroBatches, batches: Sequence[Sequence[int]], rank: int) -> list[Step]:
+    return [make.of_rank(batch, rank) for batch in batches]
+
+
+def _unpacked(packed: BatchArithmetic, longest: int) -> BatchArithmetic:
+    """Split global batches into micro-batches of examples, so many that all can have the `longest` one's size."""
+    assert packed.packing is not None
+    per_rank, most = packed.global_batch_size // packed.world_size, packed.micro_batch_size * packed.packing // longest
+    micro = max(number for number in range(1, per_rank + 1) if per_rank % number == 0 and number <= most)
+    return BatchArithmetic(packed.global_batch_size, micro, per_rank // micro, packed.world_size)
+
+
+def synthetic_examples(
+    run: RunConfig, architecture: PreTrainedConfig, count: int, lengths: Sequence[int]
+) -> list[Encoded]:
+    """Return `count` examples of random tokens, whose lengths are those given in turn.
 
     Decoder-only: the last 30 % have labels. Encoder-decoder: the target has 20 more.
     """
@@ -119,22 +139,25 @@ def synthetic_examples(run: RunConfig, architecture: PreTrainedConfig, count: in
     def tokens(number: int) -> list[int]:
         return torch.randint(architecture.vocab_size, (number,), generator=generator).tolist()
 
-    if architecture.is_encoder_decoder:
-        return [Encoded(tokens(length), tokens(SYNTHETIC_TARGET_TOKENS), False, False, True) for _ in range(count)]
-    target = max(1, round(length * SYNTHETIC_TARGET_SHARE))
-    return [
-        Encoded(ids, [IGNORE_INDEX] * (length - target) + ids[length - target :], False, False, False)
-        for ids in (tokens(length) for _ in range(count))
-    ]
+    def example(length: int) -> Encoded:
+        ids = tokens(length)
+        if architecture.is_encoder_decoder:
+            return Encoded(ids, tokens(SYNTHETIC_TARGET_TOKENS), False, False, True)
+        source = length - max(1, round(length * SYNTHETIC_TARGET_SHARE))
+        return Encoded(ids, [IGNORE_INDEX] * source + ids[source:], False, False, False)
+
+    return [example(lengths[number % len(lengths)]) for number in range(count)]
 
 
 def _labels(row: Encoded) -> int:
     return sum(label != IGNORE_INDEX for label in row.labels)
 
 
-def choose_batches(lengths: Sequence[int], size: int, count: int, seed: int) -> list[list[int]]:
+def choose_batches(
+    lengths: Sequence[int], size: int, count: int, seed: int, group_by_length: bool = True
+) -> list[list[int]]:
     """Return `count` full batches of the first epoch, evenly spaced over their lengths, as training would see them."""
-    epoch = global_batches(lengths, size, seed, epoch=0, group_by_length=True)
+    epoch = global_batches(lengths, size, seed, 0, group_by_length)
     full = sorted((batch for batch in epoch if len(batch) == size), key=lambda batch: lengths[batch[0]])
     if count > len(full):
         raise UserError(f"--steps is {count}, but the data has {len(full)} batches of {size} examples; expected: less")
@@ -167,10 +190,11 @@ def with_prompt_positions(step: Step, count: int, encoder_decoder: bool) -> Step
 
 
 def padded_tokens(steps: Sequence[Step], prompt: int, encoder_decoder: bool) -> int:
-    """Positions of all rows, with padding and `prompt` more each, and of an encoder-decoder model's targets."""
+    """Positions of all rows, with padding and `prompt` more each where they are not packed, and of an encoder-decoder
+    model's targets."""
     return sum(
         batch["input_ids"].numel()
-        + prompt * len(batch["input_ids"])
+        + (prompt * len(batch["input_ids"]) if "example_ids" not in batch else 0)
         + (batch["labels"].numel() if encoder_decoder else 0)
         for step in steps
         for batch in step

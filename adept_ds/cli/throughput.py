@@ -4,11 +4,13 @@
     adept-ds throughput --config llama3_8b --against peft --random-init --synthetic 512
     adept-ds throughput --config t5_3b --against peft --random-init --synthetic 512
     adept-ds throughput --config llama3_8b --random-init --synthetic 512 --ranks 8
+    adept-ds throughput --config smollm2_135m --random-init --synthetic 60 90 400 --train.packing 1024
 
 Prints tables, and writes the same with every round's time as JSON with --out. The bare backbone (forward and gradient
 of the input, no method, no optimizer) is measured always. Under a launcher adept_ds is measured alone, in DeepSpeed's
 engine with the config's sharding. See `adept_ds.benchmark` for what is compared and how. The second and third line need
-neither weights nor data nor tokenizer; add --model.quantization nf4 for a 4-bit backbone. Close everything else that
+neither weights nor data nor tokenizer; add --model.quantization nf4 for a 4-bit backbone. With train.packing the same
+examples in packed rows are measured beside rows of one example each. Close everything else that
 runs on the machine.
 """
 
@@ -46,8 +48,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--synthetic",
         type=parse_count,
+        nargs="+",
+        default=[],
         metavar="LENGTH",
-        help="examples of so many random tokens, no data and no tokenizer",
+        help="examples of so many random tokens, of several lengths in turn; no data and no tokenizer",
+    )
+    parser.add_argument(
+        "--cpu_seconds", action="store_true", help="on a CPU that does other work too: the process's own seconds"
     )
     parser.add_argument("--out", metavar="FILE", help="write the figures to this JSON file too")
     add_ranks_flag(parser)
@@ -66,7 +73,8 @@ def main(arguments: Sequence[str]) -> int | None:
         rounds=flags.rounds,
         against=tuple(flags.against),
         random_init=flags.random_init,
-        synthetic=flags.synthetic,
+        synthetic=tuple(flags.synthetic),
+        cpu_seconds=flags.cpu_seconds,
         # The deepspeed launcher names each process's rank on its command line, a single one's too.
         on_ranks=flags.local_rank is not None or launcher_world_size() > 1,
     )

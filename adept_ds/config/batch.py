@@ -13,23 +13,32 @@ from adept_ds.errors import UserError
 
 @dataclass(frozen=True)
 class BatchArithmetic:
-    """global_batch_size = micro_batch_size * gradient_accumulation_steps * world_size."""
+    """global_batch_size = micro_batch_size * gradient_accumulation_steps * world_size, where rows are not packed."""
 
     global_batch_size: int
+    """Examples of an optimizer step."""
     micro_batch_size: int
+    """Rows of a forward pass: of one example each, or packed."""
     gradient_accumulation_steps: int
+    """Forward passes of an optimizer step; with packing the most that one can have, if no two examples share a row."""
     world_size: int
+    packing: int | None = None
+    """Tokens of a packed row; None where a row has one example."""
 
 
 def batch_arithmetic(train: TrainConfig, world_size: int) -> BatchArithmetic:
     """Split the global batch over ranks, forward passes and examples.
 
-    A micro-batch size that is not given is the largest that the other values allow.
+    A micro-batch size that is not given is the largest that the other values allow, and one row with packing, where any
+    number of examples goes with any number of ranks.
 
     Raises:
         UserError: The batch does not divide, or the sizes contradict one another.
     """
     size, micro, accumulation = train.global_batch_size, train.micro_batch_size, train.gradient_accumulation_steps
+    if train.packing is not None:
+        rows = micro or 1
+        return BatchArithmetic(size, rows, -(-size // (rows * world_size)), world_size, train.packing)
     given = (
         f"train.global_batch_size = {size}, train.micro_batch_size = {micro}, train.gradient_accumulation_steps = "
         f"{accumulation}, world size = {world_size}"

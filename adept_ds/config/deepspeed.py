@@ -190,7 +190,7 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
     derived: dict[str, str] = {}
     for key, value in _owned_values(run, batch).items():
         _put(config, key, value)
-        derived[key] = OWNERS[key]
+        derived[key] = _owner(run, key)
 
     zero = config.setdefault("zero_optimization", {"stage": DEFAULT_STAGE})
     zero.setdefault("stage", DEFAULT_STAGE)
@@ -274,7 +274,6 @@ def contradictions(run: RunConfig) -> Iterator[tuple[str, str]]:
 def _owned_values(run: RunConfig, batch: BatchArithmetic | None) -> dict[str, Any]:
     """Key of the section to the value that its owner gives it; without `batch`, those that need no world size."""
     values: dict[str, Any] = {
-        "train_batch_size": run.train.global_batch_size,
         "gradient_clipping": run.train.max_grad_norm,
         "bf16.enabled": run.model.dtype == "bf16",
         "fp16.enabled": run.model.dtype == "fp16",
@@ -284,6 +283,11 @@ def _owned_values(run: RunConfig, batch: BatchArithmetic | None) -> dict[str, An
     }
     if run.train.sharding in ("node", "global"):
         values["zero_optimization.stage"] = SHARDED_STAGE
+    if run.train.packing is None:
+        values["train_batch_size"] = run.train.global_batch_size
+    elif batch is not None:
+        # Of rows: DeepSpeed insists that the three sizes go together, and does nothing with them.
+        values["train_batch_size"] = batch.micro_batch_size * batch.gradient_accumulation_steps * batch.world_size
     if batch is not None:
         values["train_micro_batch_size_per_gpu"] = batch.micro_batch_size
         values["gradient_accumulation_steps"] = batch.gradient_accumulation_steps
@@ -318,7 +322,7 @@ def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[t
         if value not in (_ABSENT, AUTO) and (
             value != expected or isinstance(value, bool) != isinstance(expected, bool)
         ):
-            owner = OWNERS[key]
+            owner = _owner(run, key)
             section, _, name = owner.partition(".")
             owned = getattr(getattr(run, section), name)
             yield (
@@ -328,6 +332,12 @@ def _contradictions(run: RunConfig, batch: BatchArithmetic | None) -> Iterator[t
                     f'expected "auto" or no value here'
                 ),
             )
+
+
+def _owner(run: RunConfig, key: str) -> str:
+    """The setting that the value of a key follows from; see `OWNERS`."""
+    is_packed = run.train.packing is not None and key in ("train_batch_size", "gradient_accumulation_steps")
+    return "train.packing" if is_packed else OWNERS[key]
 
 
 _ABSENT: Any = object()

@@ -196,9 +196,15 @@ class TrainConfig(Section):
     global_batch_size: Count = 4
     """Examples in one optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: Count | None = None
-    """Examples in one forward pass of one rank; if not given, what global_batch_size / world size allows."""
+    """Examples in one forward pass of one rank; if not given, what global_batch_size / world size allows. With
+    `packing`: rows at most, and one if not given."""
     gradient_accumulation_steps: Count | None = None
-    """Forward passes before one optimizer step; follows from the two sizes above and the world size if not given."""
+    """Forward passes before one optimizer step; follows from the two sizes above and the world size if not given. With
+    `packing` it is as many as the examples of a step fill, and must not be given."""
+    packing: Count | None = None
+    """Tokens of a row in which examples stand one behind another, each with its own soft prompt, positions of its own
+    and no sight of the others; an example has a row for itself, padded to the longest, if not given. Optimizer steps
+    have the same examples and the same loss either way. Causal models only. At least `data.max_length`."""
     learning_rate: LearningRateConfig = LearningRateConfig()
     """Peak learning rates by parameter group."""
     schedule: ScheduleName = "linear"
@@ -256,6 +262,11 @@ class TrainConfig(Section):
         if self.max_steps is not None and (self.warmup_steps or 0) >= self.max_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps}); {self.shorter_warmup}"
+            )
+        if self.packing is not None and self.gradient_accumulation_steps is not None:
+            raise ValueError(
+                "gradient_accumulation_steps does not go with packing: a step has as many forward passes as its "
+                "examples fill; set micro_batch_size, in rows, instead"
             )
         check_options(self.schedule, self.schedule_options)
         if self.early_stopping_threshold and self.early_stopping_patience is None:

@@ -1,4 +1,8 @@
-"""The order of the examples: the same global batches for any number of ranks, then each rank's share of one."""
+"""The order of the examples: the same global batches for any number of ranks, then each rank's share of one.
+
+A rank reads its share as micro-batches of rows, of one example each (`rank_micro_batches`) or packed (`pack_rows`,
+`rank_rows`).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,48 @@ def rank_micro_batches(
         raise ValueError(f"a batch of {len(batch)} is larger than {world_size} * {micro_batch_size} * {accumulation}")
     micro_batches: list[list[int]] = [[] for _ in range(accumulation)]
     for position, index in enumerate(batch):
-        row, column = divmod(position, world_size)
-        if rank == (column if row % 2 == 0 else world_size - 1 - column):
+        if rank == _dealt_to(position, world_size):
             micro_batches[position // share].append(index)
     return micro_batches
+
+
+def pack_rows(batch: Sequence[int], sizes: Sequence[int], row_size: int) -> list[list[int]]:
+    """Return the rows of a global batch: its examples, each in the first row that has room for it, the largest first.
+
+    First fit decreasing takes at most 11/9 of the fewest possible rows, and one more. Rows follow from the batch alone,
+    whatever the number of ranks, and come in the order in which they were begun.
+
+    Args:
+        batch: Indices of examples.
+        sizes: Positions that each example takes, by its index.
+        row_size: Positions of a row; no example is larger.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(batch, key=lambda index: (-sizes[index], index)):
+        number = next((number for number, left in enumerate(room) if sizes[index] <= left), len(rows))
+        if number == len(rows):
+            rows.append([])
+            room.append(row_size)
+        rows[number].append(index)
+        room[number] -= sizes[index]
+    return rows
+
+
+def rank_rows(rows: Sequence[list[int]], rank: int, world_size: int, micro_batch_size: int) -> list[list[list[int]]]:
+    """Return this rank's micro-batches of at most so many packed rows each.
+
+    Rows are dealt to the ranks to and fro. All ranks have equally many micro-batches, as few as possible, and all of
+    these equally many rows, as few as possible; where there are not enough, the last ones are empty.
+    """
+    micro_batches = -(-len(rows) // (world_size * micro_batch_size))
+    height = -(-len(rows) // (world_size * micro_batches))
+    own = [row for number, row in enumerate(rows) if rank == _dealt_to(number, world_size)]
+    own += [[] for _ in range(micro_batches * height - len(own))]
+    return [own[start : start + height] for start in range(0, len(own), height)]
+
+
+def _dealt_to(position: int, world_size: int) -> int:
+    """Rank that the so-manieth is dealt to: 0, 1, 1, 0, 0, ..."""
+    row, column = divmod(position, world_size)
+    return column if row % 2 == 0 else world_size - 1 - column

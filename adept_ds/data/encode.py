@@ -111,6 +111,13 @@ def longest_example(cfg: DataConfig, num_virtual_tokens: int, encoder_decoder: b
     return cfg.max_length, cfg.max_length - num_virtual_tokens if own and own.fields is None else target
 
 
+def most_labels(row_size: int, num_virtual_tokens: int, longest_target: int) -> int:
+    """Return how many labels the examples of a packed row have at most, if one has no more than `longest_target`."""
+    before = max(1, num_virtual_tokens)  # the first position of an example is predicted by none
+    count, rest = divmod(row_size, longest_target + before)
+    return count * longest_target + max(0, rest - before)
+
+
 def encode(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
@@ -410,6 +417,40 @@ def collate(
     }
     task_ids = [row.task_id for row in batch if row.task_id is not None]
     return tensors | ({"task_ids": torch.tensor(task_ids)} if task_ids else {})
+
+
+def collate_packed(
+    rows: Sequence[Sequence[Encoded]], row_size: int, num_virtual_tokens: int, pad_token_id: int
+) -> dict[str, Tensor]:
+    """Put the examples of each row one behind another, with room for a soft prompt in front of each.
+
+    Returns, all int64 and of one shape whatever the examples [R, row_size]: `input_ids`; `example_ids`, which of the
+    row's examples a position is of, from 1 on, and 0 behind the last; `attention_mask`, 1 for tokens, and 0 in the room
+    for prompts and behind the last example; `labels`, -100 there; and `task_ids` [R, N], where N is the most examples
+    that a row has room for: the number of each example's task, 0 where one prompt serves all.
+    """
+    shape = len(rows), row_size
+    input_ids = torch.full(shape, pad_token_id)
+    labels = torch.full(shape, IGNORE_INDEX)
+    example_ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    task_ids = torch.zeros(len(rows), row_size // (num_virtual_tokens + 1), dtype=torch.long)
+    for number, row in enumerate(rows):
+        end = 0
+        for place, example in enumerate(row):
+            start, first = end, end + num_virtual_tokens
+            end = first + len(example.input_ids)
+            input_ids[number, first:end] = torch.tensor(example.input_ids)
+            labels[number, first:end] = torch.tensor(example.labels)
+            mask[number, first:end] = 1
+            example_ids[number, start:end] = place + 1
+            task_ids[number, place] = example.task_id or 0
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "example_ids": example_ids,
+        "task_ids": task_ids,
+    }
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: str, multiple: int) -> Tensor:

@@ -90,6 +90,20 @@ def check_examples(
     )
 
 
+def check_rows(dataset: EncodedDataset, row_size: int | None, num_virtual_tokens: int) -> None:
+    """Refuse examples that do not fit into a packed row; the settings' limits do not hold for label words of tasks.
+
+    Raises:
+        UserError: One has more tokens.
+    """
+    longest = max(dataset.lengths) + num_virtual_tokens
+    if row_size is not None and longest > row_size:
+        raise UserError(
+            f"train.packing is {row_size}, the tokens of a row, and the longest example has {longest} with its soft "
+            f"prompt; expected train.packing of at least {longest}, or a shorter data.max_source_length"
+        )
+
+
 def check_prompts(
     prompts: EncodedPrompts,
     tokenizer: PreTrainedTokenizerBase,

@@ -14,6 +14,7 @@ generation. Padding is no part of it; the published code counts it in.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -55,9 +56,18 @@ class AttentionNetwork(nn.Module):
         return F.layer_norm(hidden, hidden.shape[-1:], self.norm_weight.float(), self.norm_bias.float())
 
 
+@dataclass(frozen=True)
+class RowInputs:
+    """What the prompts of a batch's rows are made of."""
+
+    context: Tensor
+    """Which columns of a row are its input [B, l + S]."""
+    example_ids: Tensor | None
+    """In packed rows, the number of each column's example, from 1 on [B, l + S]."""
+
+
 class AttemptEmbedding(PromptedEmbedding):
-    """Input embedding whose prompt depends on the row. The value of `batch` says which columns of a row are its input
-    [B, l + S]; it must be there when a row with a prompt is read."""
+    """Input embedding whose prompt depends on the row. `batch` must have a value when a row with a prompt is read."""
 
     sources: Tensor
 
@@ -68,7 +78,7 @@ class AttemptEmbedding(PromptedEmbedding):
         sources: Tensor,
         network: AttentionNetwork,
         temperature: float,
-        batch: BatchValue[Tensor],
+        batch: BatchValue[RowInputs],
     ) -> None:
         super().__init__(table, soft_prompt)
         self.batch = batch
@@ -84,7 +94,7 @@ class AttemptEmbedding(PromptedEmbedding):
             ValueError: There is a prompt to read, but not the whole of the input that it depends on.
         """
         # Without a cache, what has been generated is read again behind the input.
-        context = self.batch.value
+        context = self.batch.value.context if self.batch.value else None
         is_whole = context is not None and context.shape[1] <= input_ids.shape[1]
         if self.enabled and not is_whole and bool((input_ids >= self.num_embeddings).any()):
             raise ValueError(
@@ -96,31 +106,38 @@ class AttemptEmbedding(PromptedEmbedding):
     @override
     def read_prompt(self, index: Tensor, tokens: Tensor) -> Tensor:
         assert self.soft_prompt is not None
-        rows, columns = index.shape
-        sources = self.sources.float()
-        length = sources.shape[1]
+        (rows, columns), length = index.shape, self.sources.shape[1]
+        sources, read = self.sources.float(), self.batch.value
+        examples, owner = 1, index.new_zeros(rows, columns)
+        if read is not None and read.example_ids is not None:
+            examples, owner = columns // (length + 1), (read.example_ids - 1).clamp(min=0)
+        owner = owner + examples * torch.arange(rows, device=index.device)[:, None]
         # The prompt's tokens say which task's they are; among other tokens the index is 0.
-        first = length * (index.amax(1, keepdim=True) // length)
-        own: Tensor = self.soft_prompt(first + torch.arange(length, device=index.device))
-        queries = self.network(_largest(tokens, self._input_columns(rows, columns, index.device)).float())
+        highest = index.new_zeros(rows * examples).scatter_reduce(0, owner.flatten(), index.flatten(), "amax")
+        first = length * (highest // length)
+        own: Tensor = self.soft_prompt(first[:, None] + torch.arange(length, device=index.device))
+        largest = _largest(tokens, self._input_columns(rows, columns, index.device), owner, rows * examples)
+        queries = self.network(largest.float())
         scores = torch.cat([queries @ sources.amax(1).T, (queries * own.amax(1)).sum(-1, keepdim=True)], 1)
         weights = (scores / self.temperature).softmax(-1)
         mixtures = (1 + weights[:, -1, None, None]) * own + torch.einsum("bn,nld->bld", weights[:, :-1], sources)
-        place = index % length + length * torch.arange(rows, device=index.device)[:, None]
-        return F.embedding(place, mixtures.flatten(0, 1))
+        return F.embedding(index % length + length * owner, mixtures.flatten(0, 1))
 
     def _input_columns(self, rows: int, columns: int, device: torch.device) -> Tensor:
         """Which columns are a row's input [B, S]. A call for generated tokens alone has no prompt, and none are."""
-        context = self.batch.value
+        context = self.batch.value.context if self.batch.value else None
         if context is None or context.shape[1] > columns:
             return torch.zeros(rows, columns, dtype=torch.bool, device=device)
         return for_rows(F.pad(context, (0, columns - context.shape[1])), rows)
 
 
-def _largest(vectors: Tensor, is_counted: Tensor) -> Tensor:
-    """Return the largest of the vectors [B, S, d] that count [B, S] in each dimension [B, d]; zeros where none does."""
-    largest = vectors.masked_fill(~is_counted[..., None], -torch.inf).amax(1)
-    return largest.masked_fill(~is_counted.any(1, keepdim=True), 0)
+def _largest(vectors: Tensor, is_counted: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """Return the largest of each owner's vectors in each dimension [O, d], of vectors [B, S, d] that count and whose
+    owner has a number [B, S]; zeros where none does."""
+    counted = vectors.masked_fill(~is_counted[..., None], -torch.inf).flatten(0, 1)
+    lowest = vectors.new_full((owners, vectors.shape[-1]), -torch.inf)
+    largest = lowest.scatter_reduce(0, owner.flatten()[:, None].expand_as(counted), counted, "amax")
+    return largest.masked_fill(largest == -torch.inf, 0)
 
 
 class Attempt(PromptedMethod):
@@ -136,7 +153,7 @@ class Attempt(PromptedMethod):
 
     def __init__(self, config: AttemptConfig) -> None:
         super().__init__(config)
-        self.batch: BatchValue[Tensor] = BatchValue()
+        self.batch: BatchValue[RowInputs] = BatchValue()
 
     @override
     def inject(
@@ -192,5 +209,5 @@ class Attempt(PromptedMethod):
         return source.tensors | self.constants() | {"soft_prompt": prompts}
 
     @override
-    def for_batch(self, context: Tensor, task_ids: Tensor) -> Tensor:
-        return context
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> RowInputs:
+        return RowInputs(context, example_ids)

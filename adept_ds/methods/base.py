@@ -121,7 +121,7 @@ class Method(Protocol):
         """Which of the l prompt tokens of each row are there [B, l], 1 or 0, for the numbers of their prompts [B]."""
 
     @abstractmethod
-    def for_batch(self, context: Tensor, task_ids: Tensor) -> Any:
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Any:
         """Return the value of `batch` with which the backbone reads these rows, or generates from them.
 
         It is asked for once for a forward pass or a generation, and on all ranks alike. Modules that make weights for
@@ -132,7 +132,10 @@ class Method(Protocol):
             context: True at the tokens that what is made for a row may depend on; false at padding, at the prompt
                 itself, and at what is to be predicted [B, l + S].
             task_ids: Number in `prompt_tasks` of each row's task; 0 where there are no such tasks [B]. Beams of a row
-                follow it, see `for_rows`.
+                follow it, see `for_rows`. Of packed rows that of each position's example [B, l + S].
+            example_ids: Of packed rows, in which every example has a prompt of its own in front: the number in its row
+                of each position's example, from 1 on, 0 where it is of none [B, l + S]. Less than (l + S) // (l + 1)
+                examples fit into a row, or as many.
         """
 
     @abstractmethod
@@ -168,7 +171,7 @@ class MethodDefaults(Method):
         return prompts.new_ones(len(prompts), self.num_virtual_tokens)
 
     @override
-    def for_batch(self, context: Tensor, task_ids: Tensor) -> Any:
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Any:
         return None
 
 

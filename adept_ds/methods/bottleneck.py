@@ -75,6 +75,10 @@ class BottleneckAdapter(nn.Module):
             return F.linear(x, weight.float(), bias.float())
         tasks = self.batch.value
         assert tasks is not None
+        if tasks.dim() > 1:  # packed rows, whose positions are of several tasks
+            of_tasks = [F.linear(x, *of_task) for of_task in zip(weight.float(), bias.float(), strict=True)]
+            chosen = (torch.where((tasks == task)[..., None], one, 0) for task, one in enumerate(of_tasks))
+            return sum(chosen, start=torch.zeros_like(of_tasks[0]))
         # Beams of a row stand side by side, and some backbones have flattened rows and columns into one.
         rows = x.reshape(len(tasks), -1, x.shape[-1])
         made = torch.baddbmm(bias[tasks].float()[:, None], rows, weight[tasks].float().mT)
@@ -139,7 +143,7 @@ class Bottleneck(WrappedLayersMethod):
         return wrapped
 
     @override
-    def for_batch(self, context: Tensor, task_ids: Tensor) -> Tensor:
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Tensor:
         return task_ids
 
     @override

@@ -186,7 +186,7 @@ class MixedAdapters(MethodDefaults):
         return (places >= self.num_virtual_tokens - lengths[:, None]).long()
 
     @override
-    def for_batch(self, context: Tensor, task_ids: Tensor) -> Tensor:
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Tensor:
         """The numbers of the adapters, which stand in the place of tasks here."""
         return task_ids
 

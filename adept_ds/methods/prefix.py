@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     Cache,
@@ -27,7 +28,7 @@ from typing_extensions import override
 from adept_ds.config.method import PrefixTuningConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError
-from adept_ds.methods.base import MethodDefaults
+from adept_ds.methods.base import BatchValue, MethodDefaults
 from adept_ds.methods.layers import embedding_table, seeded
 
 CACHE = "past_key_values"
@@ -42,6 +43,11 @@ class PrefixTuning(MethodDefaults):
 
     config: PrefixTuningConfig
     enabled = True
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        super().__init__(config)
+        self.batch: BatchValue[Tensor] = BatchValue()
+        """In packed rows, the number of each position's example [B, S]."""
 
     @override
     def inject(
@@ -107,38 +113,48 @@ class PrefixTuning(MethodDefaults):
         if cache.get_seq_length() == 0:
             self._fill(cache, ids)
         mask = kwargs.get("attention_mask")
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + length
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
             kwargs["attention_mask"] = mask
             if self._window:
-                kwargs["attention_mask"] = self._by_position(decoder, mask, ids.shape[1], self._window)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + length
+                # Padding has the position of the last token before it, so that it sees something.
+                positions = mask.cumsum(1) - 1
+                kwargs["attention_mask"] = self._by_position(decoder, positions, mask[:, None].bool(), ids.shape[1])
+        elif (example_ids := self.batch.value) is not None:
+            positions = F.pad(kwargs["position_ids"], (length, 0))
+            positions[:, :length] = torch.arange(length, device=ids.device)
+            # All examples of a row see the one prefix.
+            is_own = F.pad(example_ids[:, :, None] == example_ids[:, None], (length, 0), value=True)
+            kwargs["attention_mask"] = self._by_position(decoder, positions, is_own, ids.shape[1])
         return args, kwargs
 
-    def _by_position(self, decoder: nn.Module, mask: Tensor, columns: int, window: int) -> Tensor | dict[str, Tensor]:
-        """Return the masks by which the last so many columns attend under a sliding window, in the decoder's form.
+    def _by_position(
+        self, decoder: nn.Module, positions: Tensor, may_see: Tensor, columns: int
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the masks by which the last so many columns attend to what lies before them, in the decoder's form.
 
-        A window counts columns, and left padding, which stands behind the prefix, would push it out: what a row reads
-        would depend on the rows beside it. So it is told here what each token may see, by positions in the row.
+        A sliding window counts columns, and left padding, which stands behind the prefix, would push it out: what a row
+        reads would depend on the rows beside it. So it is told here what each token may see, by positions [B, l + S] in
+        the row, or in the example where rows are packed. `may_see` [B, S or 1, l + S] leaves out padding, or others.
         """
         config: Any = decoder.config
         attention = config._attn_implementation
         if attention not in ("eager", "sdpa"):
+            what = "packed rows" if self.batch.value is not None else "a backbone with a sliding window"
             raise UserError(
-                f"method.name is 'prefix' on a backbone with a sliding window, which works with attention eager and "
-                f"sdpa; model.attn_implementation is {attention!r}"
+                f"method.name is 'prefix' on {what}, which works with attention eager and sdpa; "
+                f"model.attn_implementation is {attention!r}"
             )
-        positions = mask.cumsum(1) - 1
         distance = positions[:, -columns:, None] - positions[:, None]
-        # Padding has the position of the last token before it, so that it sees something.
-        is_seen = (distance >= 0) & mask[:, None].bool()
+        is_seen = (distance >= 0) & may_see
         lowest = torch.finfo(self._dtype).min
 
         def additive(seen: Tensor) -> Tensor:
             return torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, lowest)[:, None]
 
-        within = additive(is_seen & (distance < window))
+        within = additive(is_seen & (distance < self._window) if self._window else is_seen)
         if "causal_mask_mapping" not in inspect.unwrap(type(decoder).forward).__code__.co_varnames:
             return within
         return {"full_attention": additive(is_seen), "sliding_attention": within}
@@ -165,6 +181,10 @@ class PrefixTuning(MethodDefaults):
     @override
     def learning_rate_group(self, name: str) -> str:
         return "soft_prompt"
+
+    @override
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Tensor | None:
+        return example_ids
 
     @override
     def disabled(self) -> AbstractContextManager[None]:

@@ -40,6 +40,7 @@ from adept_ds.methods.soft_prompt import inserted
 from adept_ds.model.distillation import last_hidden_states, teacher_states
 from adept_ds.model.logits_tail import trace_tail
 from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.model.packing import PackedRows
 from adept_ds.model.prompt_hiding import plain_ids, prompt_hidden
 from adept_ds.storage import adapter_folder, model_folder
 from adept_ds.storage.model_card import README_NAME, make_card, read_subject
@@ -190,6 +191,15 @@ class AdaptedModel(nn.Module):
         """Soft-prompt tokens of one of the adapters of `load_adapters`; those of the model if it has none."""
         return self.method.length(adapter) if isinstance(self.method, MixedAdapters) else self.num_virtual_tokens
 
+    def _packed(self, input_ids: Tensor, attention_mask: Tensor, example_ids: Tensor) -> PackedRows:
+        """Take rows as packed ones."""
+        if self.is_encoder_decoder:
+            raise UserError("example_ids are for causal models, whose examples can stand one behind another in a row")
+        if isinstance(self.method, MixedAdapters) or (not self._enabled and self.method.num_virtual_tokens):
+            raise UserError("packed rows have room for the soft prompt of one adapter, and are read with that one only")
+        attention = self.backbone.config._attn_implementation
+        return PackedRows(input_ids, attention_mask, example_ids, self.num_virtual_tokens, attention)
+
     def _row_prompts(
         self, input_ids: Tensor, task_ids: Tensor | None, adapter_names: Sequence[str | None] | None
     ) -> Tensor:
@@ -217,10 +227,14 @@ class AdaptedModel(nn.Module):
         prompts: Tensor,
         context_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        packed: PackedRows | None = None,
     ) -> AbstractContextManager[None]:
         """Have the method prepare for a batch; masks and labels are those without the prompt."""
         if self.method.batch is None or not self._enabled:
             return nullcontext()
+        if packed:
+            context = packed.context(labels, context_mask)
+            return self.method.batch.holding(self.method.for_batch(context, prompts, packed.example_ids))
         context = attention_mask.bool()
         if context_mask is not None:
             context = context & context_mask.bool()
@@ -239,6 +253,7 @@ class AdaptedModel(nn.Module):
         task_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
         adapter_names: Sequence[str | None] | None = None,
+        example_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """Run the backbone on prompt and tokens.
@@ -253,12 +268,15 @@ class AdaptedModel(nn.Module):
             context_mask: 1 for the tokens that what a method makes for a row may depend on [B, S]. If not given, in a
                 causal model those before the first label, and elsewhere all.
             adapter_names: Of those of `load_adapters`, the one that each row is read with; None for none.
+            example_ids: Rows are packed: which of its row's examples a position is of, from 1 on, and 0 behind the last
+                [B, S]. Each example has room for its soft prompt in front, where `attention_mask` is 0, and `task_ids`
+                [B, N] are those of the examples of each row. Causal models; see `adept_ds.data.encode.collate_packed`.
             **kwargs: Handed to the backbone.
 
         Returns:
             Without labels, the backbone's output; logits of a causal model cover the prompt too [B, l + S, V]. With
             labels, an output whose `loss` is an fp32 scalar and which has no logits: they exist at the labelled
-            positions only, see `adept_ds.model.loss`.
+            positions only, see `adept_ds.model.loss`. Logits of packed rows are those of `PackedRows`' form.
 
         Raises:
             UserError: With labels, a backbone that does to its logits what `trace_tail` does not see. Or `task_ids` are
@@ -267,16 +285,23 @@ class AdaptedModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         _refuse_embeddings(kwargs)
+        packed = None if example_ids is None else self._packed(input_ids, attention_mask, example_ids)
         prompts = self._row_prompts(input_ids, task_ids, adapter_names)
-        ids, mask = self.add_prompt(input_ids, attention_mask, prompts)
-        if not self.is_encoder_decoder:
-            # Models with absolute positions must not count left padding.
-            kwargs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0))
-        kwargs["attention_mask"] = mask
+        if packed:
+            prompts = packed.of_positions(prompts)
+            ids = packed.with_prompts(self.vocabulary_size, prompts)
+            kwargs |= packed.arguments() | ({} if labels is not None else {"use_cache": False})
+        else:
+            ids, kwargs["attention_mask"] = self.add_prompt(input_ids, attention_mask, prompts)
+            if not self.is_encoder_decoder:
+                # Models with absolute positions must not count left padding.
+                kwargs.setdefault("position_ids", (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0))
         if labels is None:
-            with self._reading(attention_mask, prompts, context_mask):
+            with self._reading(attention_mask, prompts, context_mask, packed=packed):
                 return self.backbone(input_ids=ids, **kwargs)
-        if self.is_encoder_decoder:
+        if packed:
+            targets = packed.targets(labels)
+        elif self.is_encoder_decoder:
             targets = labels
             kwargs["decoder_input_ids"] = decoder_inputs(self.backbone, labels)
         else:
@@ -285,12 +310,16 @@ class AdaptedModel(nn.Module):
         distillation = self.method.distillation if self.training and self._enabled else None
         teacher = None
         if distillation is not None:
-            theirs, _ = self.add_prompt(input_ids, attention_mask, distillation.first_teacher + prompts)
+            numbers = distillation.first_teacher + prompts
+            if packed:
+                theirs = packed.with_prompts(self.vocabulary_size, numbers)
+            else:
+                theirs, _ = self.add_prompt(input_ids, attention_mask, numbers)
             teacher = teacher_states(self.backbone, distillation, targets, input_ids=theirs, **kwargs)
         head = self.backbone.get_output_embeddings()
         states: AbstractContextManager[list[Tensor]] = last_hidden_states(self.backbone) if teacher else nullcontext([])
         with (
-            self._reading(attention_mask, prompts, context_mask, labels),
+            self._reading(attention_mask, prompts, context_mask, labels, packed),
             head.summing(targets, teacher.soft_targets() if teacher else None),
             states as hidden,
         ):

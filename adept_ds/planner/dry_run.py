@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from adept_ds.backbone.load import DTYPES, resolve_architecture
 from adept_ds.backbone.quantization import unquantized_note
-from adept_ds.config.batch import count_steps, learning_rates, warmup_steps
+from adept_ds.config.batch import BatchArithmetic, count_steps, learning_rates, warmup_steps
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.loader import LoadedConfig, config_hash, flatten
 from adept_ds.config.run import DataConfig, RunConfig, TrainConfig
@@ -30,6 +30,7 @@ from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
 from adept_ds.planner.memory_plan import plan_memory
 from adept_ds.planner.memory_report import memory_text
 from adept_ds.planner.meta_step import meta_model
+from adept_ds.planner.packing import check_packing
 
 SHOWN_SHAPES = 4
 """Trained parameters of one learning rate that are told with their shapes."""
@@ -94,8 +95,7 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
             f"learning rate  {getattr(train.learning_rate, group):g} (train.learning_rate.{group}) for {shapes}"
         )
     lines += [
-        f"batch          {batch.global_batch_size} = {batch.micro_batch_size} (micro-batch) x "
-        f"{batch.gradient_accumulation_steps} (accumulation) x {batch.world_size} (ranks)",
+        f"batch          {batch_text(batch)}",
         f"examples       {plan.data_note}",
         f"steps          {_steps_text(plan, train)}",
         *_positions_lines(run, architecture),
@@ -106,6 +106,20 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
     lines += [f"               {key} = {settings[key]} (from {owner})" for key, owner in plan.deepspeed.derived.items()]
     lines.append(memory_text(plan_memory(run, architecture, Cluster.here(world_size))))
     return "\n".join(lines)
+
+
+def batch_text(batch: BatchArithmetic) -> str:
+    """How a global batch is split."""
+    if batch.packing is None:
+        return (
+            f"{batch.global_batch_size} = {batch.micro_batch_size} (micro-batch) x "
+            f"{batch.gradient_accumulation_steps} (accumulation) x {batch.world_size} (ranks)"
+        )
+    return (
+        f"{batch.global_batch_size} examples, packed into rows of {batch.packing} tokens (train.packing); "
+        f"at most {batch.micro_batch_size} of them in a forward pass (train.micro_batch_size) of each of "
+        f"{batch.world_size} ranks, and as many passes as they fill, at most {batch.gradient_accumulation_steps}"
+    )
 
 
 def make_plan(run: RunConfig, world_size: int) -> Plan:
@@ -119,6 +133,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     if run.train.sharding == "auto":
         sharding, _ = MemoryModel(run, architecture, Cluster.here(world_size)).choose()
         run = with_sharding(run, sharding)
+    check_packing(run, architecture)
     deepspeed = complete(run, world_size, architecture.hidden_size)
     check_deepspeed_values(run.deepspeed, deepspeed)
     model = meta_model(run, architecture)

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from adept_ds.backbone.load import DTYPES
 from adept_ds.config.deepspeed import DEFAULT_STAGE, complete
 from adept_ds.config.run import RunConfig
-from adept_ds.data.encode import longest_example
+from adept_ds.data.encode import longest_example, most_labels
 from adept_ds.distributed import World, on_main_rank, ranks_by_node
 from adept_ds.planner.meta_step import StepShape, StepTrace, meta_model, trace_step
 from adept_ds.planner.zero3_gathers import Gathers, GatherSettings, ShardedParameter, simulate_gathers
@@ -177,9 +177,13 @@ class MemoryModel:
         self._traces: dict[int, StepTrace] = {}
 
     def shape(self, micro_batch_size: int) -> StepShape:
-        """The longest batch that the data settings allow, all of it padded to that length."""
+        """The longest batch that the data settings allow, all of it padded to that length; or packed rows, with the
+        most labels that the settings allow."""
         model = self.model
         inputs, labels = longest_example(self.run.data, model.num_virtual_tokens, model.is_encoder_decoder)
+        if self.batch.packing is not None:
+            labels = most_labels(self.batch.packing, model.num_virtual_tokens, labels)
+            return StepShape(micro_batch_size, self.batch.packing, labels, is_packed=True)
         return StepShape(micro_batch_size, inputs, labels)
 
     def trace(self, micro_batch_size: int) -> StepTrace:

@@ -17,6 +17,7 @@ from adept_ds.planner.memory import (
     gigabytes,
     with_sharding,
 )
+from adept_ds.planner.packing import check_packing
 
 _MOST_RANKS = 4096
 """More are not proposed."""
@@ -28,8 +29,9 @@ def plan_memory(run: RunConfig, architecture: PreTrainedConfig, cluster: Cluster
     """Predict `run` on `cluster` for every place that its frozen weights can live in.
 
     Raises:
-        UserError: The global batch does not divide over the ranks.
+        UserError: The global batch does not divide over the ranks; or as `check_packing`.
     """
+    check_packing(run, architecture)
     model = MemoryModel(run, architecture, cluster)
     plans = tuple(model.plan(sharding) for sharding in SHARDINGS)
     sharding, reason = configured_sharding(run), "as configured"
@@ -67,7 +69,9 @@ def _advice(
     for plan in plans:
         if plan.fits and (plan.sharding != "node" or cluster.nodes > 1):
             yield f"train.sharding {plan.sharding}: {gigabytes(plan.memory.total)}, fits"
-    if configured.largest_micro_batch:
+    if configured.largest_micro_batch and model.batch.packing is not None:
+        yield f"train.micro_batch_size {configured.largest_micro_batch}, in rows: fits"
+    elif configured.largest_micro_batch:
         examples = model.batch.micro_batch_size * model.batch.gradient_accumulation_steps
         size = max(n for n in range(1, configured.largest_micro_batch + 1) if examples % n == 0)
         yield f"train.micro_batch_size {size}, with {examples // size} accumulation steps: fits"

@@ -30,7 +30,8 @@ def memory_text(plan: MemoryPlan) -> str:
     head = [
         f"memory         of one {device} at the peak of a step, predicted; {cluster.nodes} x {cluster.ranks_per_node} "
         f"ranks (nodes x ranks of each), {USABLE_SHARE:.0%} of {gigabytes(cluster.memory_bytes)} for each",
-        f"batch          {shape.micro_batch_size} x {shape.input_length} tokens ({shape.label_length} labels each), "
+        f"batch          {shape.micro_batch_size} {'packed row(s) of' if shape.is_packed else 'x'} "
+        f"{shape.input_length} tokens ({shape.label_length} labels each), "
         f"activation checkpointing {'on' if plan.activation_checkpointing else 'off'}",
     ]
     marked = [f"{entry.sharding}{' *' if entry.sharding == plan.sharding else ''}" for entry in plan.plans]
@@ -53,7 +54,8 @@ def memory_text(plan: MemoryPlan) -> str:
     notes = [
         f"  * {plan.sharding}, {plan.reason}",
         f"  Saved for the backward pass: {gigabytes(plan.held_bytes)}; {', '.join(alive)}.",
-        "  Traffic: what the collectives of one step deliver to a rank.",
+        "  Traffic: what the collectives of one step deliver to a rank"
+        + (", if no two of its examples share a row." if shape.is_packed else "."),
     ]
     verdict = "fits" if plan.configured.fits else "DOES NOT FIT"
     notes.append(f"  {plan.sharding} {verdict}" + (":" if plan.advice else "."))

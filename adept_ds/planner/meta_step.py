@@ -49,6 +49,8 @@ class StepShape:
     """Tokens that the backbone reads, soft prompt included; for encoder-decoder models, the encoder."""
     label_length: int
     """Tokens with a label; for encoder-decoder models, the length of the target."""
+    is_packed: bool = False
+    """Whether examples stand one behind another in rows of `input_length`."""
 
 
 class ModuleCall(NamedTuple):
@@ -116,14 +118,14 @@ def trace_step(model: AdaptedModel, shape: StepShape, device_type: Literal["cuda
     Args:
         model: A model of `meta_model`.
         shape: Sizes of the micro-batch. Of more than one example all but the longest are padded, so the attention
-            mask is materialised; a single example has no padding.
+            mask is materialised; a single example has no padding. That of packed rows is always materialised.
         device_type: Whose kernels are meant. A CPU has no fused dropout.
 
     Raises:
         UserError: The backbone cannot be trained, or asks for values that there are none of.
     """
     memory = _LiveBytes(model, shape)
-    columns = shape.input_length - model.num_virtual_tokens
+    columns = shape.input_length - (0 if shape.is_packed else model.num_virtual_tokens)
     ids = torch.zeros(shape.micro_batch_size, columns, dtype=torch.long, device="meta")
     targets = ids if not model.is_encoder_decoder else ids.new_zeros(shape.micro_batch_size, shape.label_length)
     with ExitStack() as stack:
@@ -131,9 +133,12 @@ def trace_step(model: AdaptedModel, shape: StepShape, device_type: Literal["cuda
         stack.enter_context(_loss_head_tagged(model, memory))
         stack.enter_context(_fused_kernels(device_type))
         stack.enter_context(memory)
-        task_ids = ids.new_zeros(shape.micro_batch_size)
+        inputs = {"task_ids": ids.new_zeros(shape.micro_batch_size)}
+        if shape.is_packed:
+            examples = columns // (model.num_virtual_tokens + 1)
+            inputs = {"task_ids": ids.new_zeros(shape.micro_batch_size, examples), "example_ids": torch.ones_like(ids)}
         try:
-            loss = model(ids, torch.ones_like(ids), labels=targets, reduction="sum", task_ids=task_ids).loss
+            loss = model(ids, torch.ones_like(ids), labels=targets, reduction="sum", **inputs).loss
             held = memory.total
             loss.backward()
         except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
@@ -167,14 +172,15 @@ class _LiveBytes(TorchDispatchMode):
         self.total = self.peak = 0
         self.at_peak: dict[Purpose, int] = {}
         self._labelled_rows = shape.micro_batch_size * shape.label_length
-        self._is_padded = shape.micro_batch_size > 1
+        self._has_mask = shape.micro_batch_size > 1 or shape.is_packed
         self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
         if func is aten._local_scalar_dense.default:
-            # The one question asked of values: is every position of the attention mask a token?
-            return not self._is_padded
+            # The one question asked of values: is every position of the attention mask a token, or all of a row one
+            # example?
+            return not self._has_mask
         if func is aten.index.Tensor and _is_boolean(args[1]):
             # Rows with a label; how many there are depends on values.
             values, (mask,) = args

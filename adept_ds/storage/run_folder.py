@@ -60,6 +60,7 @@ MAY_CHANGE = (
     "train.gradient_accumulation_steps",
     "train.keep_checkpoints",
     "train.micro_batch_size",
+    "train.packing",
     "train.save_every",
     "train.sharding",
 )

@@ -123,6 +123,8 @@ class Engine:
         for index, batch in enumerate(micro_batches):
             if index:
                 self.deepspeed.step()  # Below the accumulation boundary this only counts.
+            # Of packed rows a step has as many micro-batches as its examples fill.
+            self.deepspeed.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
             loss = self.deepspeed(**self._on_device(batch), reduction="sum").loss
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
@@ -187,7 +189,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self.forward_backward([dummy] * self.deepspeed.gradient_accumulation_steps(), label_tokens=1)
+        self.forward_backward([dummy], label_tokens=1)
         self.step()
         self._link_moments()
         if self._scaler is not None:

@@ -13,15 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from adept_ds.config.run import RunConfig
-from adept_ds.data.batches import global_batches, rank_micro_batches
-from adept_ds.data.encode import collate
+from adept_ds.data.batches import global_batches
 from adept_ds.distributed import sum_over_ranks
 from adept_ds.errors import UserError
-from adept_ds.model.loss import IGNORE_INDEX
 from adept_ds.storage.checkpoint import (
     Checkpoint,
     Origin,
@@ -64,6 +61,7 @@ class Trainer:
         self.result = result
         self.engine = result.engine
         self.world = result.engine.world
+        self.micro_batches = data.micro_batches(plan.batches, run.method.num_virtual_tokens)
         self.validation = Validation(run, data, result.engine)
         self.folder = folder
         self.log = log
@@ -79,7 +77,7 @@ class Trainer:
         torch.manual_seed(self.run.train.seed + self.world.rank)
         self.engine.model.train()  # `transformers` loads models for inference: without dropout and checkpointing
         if checkpoint:
-            self.result.restore(checkpoint, dummy=self._collate([]))
+            self.result.restore(checkpoint, dummy=self.micro_batches.without_labels())
             restore_rng(checkpoint, self.world, self.run.train.seed)
             self.state = replace(checkpoint.state, world_size=self.world.world_size)
             self.log.say(f"going on from {checkpoint.folder}")
@@ -146,17 +144,7 @@ class Trainer:
 
     def _take_step(self, step: int, global_batch: list[int]) -> tuple[float, float, float]:
         """One optimizer step. Returns (loss per label token, tokens read, ranks that want to stop), all global."""
-        batches = self.plan.batches
-        micro_batches = [
-            self._collate(indices)
-            for indices in rank_micro_batches(
-                global_batch,
-                self.world.rank,
-                self.world.world_size,
-                batches.micro_batch_size,
-                batches.gradient_accumulation_steps,
-            )
-        ]
+        micro_batches = self.micro_batches.of_rank(global_batch, self.world.rank)
         counts = [(count_labels(batch), int(batch["attention_mask"].sum())) for batch in micro_batches]
         labels, tokens = sum_over_ranks([sum(column) for column in zip(*counts, strict=True)], self.world)
         own_loss = self.engine.forward_backward(micro_batches, labels)
@@ -174,14 +162,6 @@ class Trainer:
         if self.world.is_main:
             self._newer_try = self.folder.newer_try(os.environ)
         return self.stop.received is not None or self._newer_try is not None
-
-    def _collate(self, indices: list[int]) -> dict[str, Tensor]:
-        """Pad the examples into one batch. None at all gives an example without labels, so that a rank with nothing
-        to do makes the same calls as the others."""
-        batch = collate([self.data.train[index] for index in indices or [0]], self.data.tokenizer.pad_token_id)
-        if not indices:
-            batch["labels"].fill_(IGNORE_INDEX)
-        return batch
 
     def _log_step(self, loss: float, rates: dict[str, float], throughput: dict[str, float]) -> None:
         values = {"loss": loss, "epoch": self.state.step / self.plan.epoch_steps, **throughput}

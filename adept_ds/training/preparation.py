@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -13,15 +13,21 @@ from adept_ds.backbone.load import check_attention, load_architecture, load_toke
 from adept_ds.config.batch import BatchArithmetic, count_steps, learning_rates
 from adept_ds.config.deepspeed import DeepSpeedPlan, complete
 from adept_ds.config.run import RunConfig
+from adept_ds.data.batches import global_batches
 from adept_ds.data.encode import EncodedDataset, encode_prompts
-from adept_ds.data.fit import check_examples, check_prompts, fit_padding
+from adept_ds.data.fit import check_examples, check_prompts, check_rows, fit_padding
+from adept_ds.data.micro_batches import MicroBatches
 from adept_ds.data.problems import load_examples
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import decide_sharding
 from adept_ds.planner.meta_step import meta_model
+from adept_ds.planner.packing import check_packing
 from adept_ds.rank_environment import is_main_rank
+
+MEASURED_STEPS = 1_000
+"""Of the first epoch, by which the padding of packed rows is told."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,27 @@ class RunData:
     """The backbone's shape."""
     train: EncodedDataset
     validation: EncodedDataset | None
+
+    def micro_batches(self, arithmetic: BatchArithmetic, num_virtual_tokens: int) -> MicroBatches:
+        """What makes the micro-batches of training."""
+        return MicroBatches(self.train, arithmetic, num_virtual_tokens, self.tokenizer.pad_token_id)
+
+    def packing_summary(self, run: RunConfig, arithmetic: BatchArithmetic) -> str | None:
+        """How much of the positions is padding in the first steps, and would be in rows of one example each; None where
+        rows are not packed."""
+        if arithmetic.packing is None:
+            return None
+        train, length, ranks = run.train, run.method.num_virtual_tokens, arithmetic.world_size
+        batches = global_batches(self.train.lengths, train.global_batch_size, train.seed, 0, train.group_by_length)
+        batches = batches[:MEASURED_STEPS]
+        padding = self.micro_batches(arithmetic, length).padding(batches)
+        share = -(-train.global_batch_size // ranks)
+        unpacked = replace(arithmetic, packing=None, micro_batch_size=share, gradient_accumulation_steps=1)
+        before = self.micro_batches(unpacked, length).padding(batches)
+        return (
+            f"packing: {padding:.1%} of all positions are padding, in rows of {arithmetic.packing}; {before:.1%} would "
+            "be if a rank's examples of a step were padded to the longest of them"
+        )
 
     def summary(self) -> str:
         """Both splits' sizes and what was cut of them, a line each."""
@@ -73,6 +100,7 @@ def prepare_data(run: RunConfig) -> RunData:
     tokenizer = load_tokenizer(run.model)
     architecture = load_architecture(run.model)
     check_attention(run.model, architecture)
+    check_packing(run, architecture)
     if (note := fit_padding(tokenizer, architecture)) and is_main_rank():
         print(note)
     encode = partial(
@@ -93,6 +121,7 @@ def prepare_data(run: RunConfig) -> RunData:
         )
     data = RunData(tokenizer, architecture, train, encode(validation) if validation else None)
     length = run.method.num_virtual_tokens
+    check_rows(train, run.train.packing, length)
     for dataset in filter(None, (data.train, data.validation)):
         if (note := check_examples(dataset, tokenizer, architecture, run.method, run.data)) and is_main_rank():
             print(note)

@@ -58,6 +58,8 @@ def _train(run: RunConfig, resume: str, stop: StopRequest) -> None:
     plan = plan_steps(run, data, world)
     if world.is_main:
         print(data.summary())
+        if note := data.packing_summary(run, plan.batches):
+            print(note)
 
     folder = RunFolder(Path(run.logging.run_dir))
     is_finished, checkpoint, origin = _open_folder(folder, run, resume, world)

@@ -22,7 +22,7 @@ def test_ranks_split_the_work_and_show_the_time_spent_gathering(launch: Launch, 
     process = launch(2, "evals/throughput.py", settings, "--against", "peft", *flags)
     assert process.returncode == 0, process.stdout
     split = json.loads(out.read_text())
-    options = Options(steps=2, rounds=1, random_init=True, synthetic=40)
+    options = Options(steps=2, rounds=1, random_init=True, synthetic=(40,))
     whole = benchmark(RunConfig.model_validate(settings), options)
     assert (split["ranks"], split["zero_stage"], split["tokens"]) == (2, 3, whole["tokens"])
     own, alone = split["contenders"]["adept_ds"], whole["contenders"]["adept_ds"]
