@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -77,6 +79,20 @@ def init_world() -> World:
         except (dist.DistError, ValueError) as error:
             raise NodeError(_no_meeting(rank, environment, error)) from error
     return World(rank, world_size, local_rank, device)
+
+
+def prepare_deepspeed(world: World) -> None:
+    """Make DeepSpeed use the process group that is there. Call before the backbone is loaded."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has newer ones for, a warning at each.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if world.device.type == "cpu":
+        # The shared-memory collective is compiled at first use: it needs a C++ compiler, and a killed build leaves a
+        # lock on which every later run hangs. It serves all-reduce only, which moves kilobytes here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
 
 
 def _no_meeting(rank: int, environment: Mapping[str, str], error: Exception) -> str:

@@ -20,6 +20,7 @@ from adept_ds.backbone.load import load_architecture
 from adept_ds.benchmark import Options, benchmark, measure, text_report
 from adept_ds.benchmark.contenders import (
     AGAINST,
+    DENSE,
     FLOOR,
     OURS,
     PACKED,
@@ -204,9 +205,20 @@ def test_every_adapter_is_trained(run: RunConfig, quantization: str | None):
         assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True)), name
 
 
-def test_int8_is_not_compared_with_peft(run: RunConfig):
-    with pytest.raises(UserError, match=r"--against: model\.quantization is 'int8'.*expected nf4"):
-        contenders_of(changed(run, model={"quantization": "int8"}))
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_8_bits_are_not_compared_with_peft(run: RunConfig, quantization: str):
+    with pytest.raises(UserError, match=rf"--against: model\.quantization is '{quantization}'.*expected nf4"):
+        contenders_of(changed(run, model={"quantization": quantization}))
+
+
+def test_fp8_is_compared_with_dense_weights_and_its_speed_is_called_unmeasured(run: RunConfig):
+    options = Options(steps=1, rounds=1, random_init=True, synthetic=8)
+    result = benchmark(changed(run, model={"quantization": "fp8"}), options)
+    assert list(result["contenders"]) == [OURS, FLOOR, DENSE]
+    assert result["ratios"][DENSE]["goal"] == pytest.approx(1 / 1.35, abs=1e-3)
+    assert any("speed has not been measured" in note for note in result["notes"])
+    held = {name: own["memory_bytes"]["held"] for name, own in result["contenders"].items()}
+    assert held[OURS] < held[DENSE]
 
 
 def test_contenders_take_turns_and_every_phase_has_its_share(run: RunConfig):

@@ -171,6 +171,21 @@ BAD_SECTIONS = [
         'model.quantization = "nf4"',
     ),
     (
+        {"model": {"name_or_path": "x", "quantization": "fp8", "double_quantization": True}},
+        "model: double_quantization goes with quantization: nf4",
+        'model.quantization = "fp8"',
+    ),
+    (
+        {"model": {"name_or_path": "x", "quantization": "fp8", "keep_expanded": True}},
+        "model: keep_expanded goes with quantization: nf4 or int8",
+        "model.keep_expanded = true",
+    ),
+    (
+        {"model": {"name_or_path": "x", "quantization": "nf4", "keep_expanded": True}},
+        "model.keep_expanded goes with train.activation_checkpointing",
+        "train.activation_checkpointing = false (default)",
+    ),
+    (
         {"method": {"name": "full"}, "train": {"epochs": 3, "sharding": "node"}},
         "train.sharding node is for frozen weights",
         'train.sharding = "node"',

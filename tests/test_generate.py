@@ -16,7 +16,9 @@ from adept_ds.contexts import attribute_set
 from adept_ds.data.continuation import ContinuationDecoder
 from adept_ds.data.problems import load_problems
 from adept_ds.distributed import World
-from adept_ds.evaluation.generate import SeededSampling, StopStrings, StopWhenComplete, generate_samples, sample_seed
+from adept_ds.evaluation.answers import StopStrings, StopWhenComplete
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.sampling import Sampling, SeededSampling, sample_seed
 from adept_ds.formats import Problem, Sample, find_program
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 
@@ -34,16 +36,16 @@ def draw(sampling: SeededSampling, scores: torch.Tensor) -> list[int]:
 def test_a_rows_draws_do_not_depend_on_its_batch():
     scores = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
     seeds = [11, 12, 13, 14]
-    together = SeededSampling(seeds)
+    together = SeededSampling(seeds, Sampling())
     drawn = [draw(together, scores) for _ in range(30)]
     for row, seed in enumerate(seeds):
-        alone = SeededSampling([seed])
+        alone = SeededSampling([seed], Sampling())
         assert [draw(alone, scores[row : row + 1])[0] for _ in range(30)] == [step[row] for step in drawn]
 
 
 def test_rows_with_other_seeds_draw_other_tokens():
     scores = torch.zeros(2, 50)
-    sampling = SeededSampling([1, 2])
+    sampling = SeededSampling([1, 2], Sampling())
     drawn = [draw(sampling, scores) for _ in range(20)]
     assert [a for a, _ in drawn] != [b for _, b in drawn]
 
@@ -51,7 +53,7 @@ def test_rows_with_other_seeds_draw_other_tokens():
 def test_draws_follow_the_softmax_of_the_scores():
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
     rows = 4_000
-    counts = Counter(draw(SeededSampling(range(rows)), probabilities.log().expand(rows, 5)))
+    counts = Counter(draw(SeededSampling(range(rows), Sampling()), probabilities.log().expand(rows, 5)))
     assert counts[4] == 0
     # Chi-square with 3 degrees of freedom exceeds 16.3 once in a thousand.
     expected = (probabilities[:4] * rows).tolist()
@@ -59,7 +61,7 @@ def test_draws_follow_the_softmax_of_the_scores():
 
 
 def test_a_stream_of_one_row_follows_the_softmax_too():
-    scores, sampling = torch.tensor([[0.2, 0.8]]).log(), SeededSampling([5])
+    scores, sampling = torch.tensor([[0.2, 0.8]]).log(), SeededSampling([5], Sampling())
     ones = sum(draw(sampling, scores)[0] for _ in range(2_000))
     assert abs(ones - 1_600) < 4 * (2_000 * 0.2 * 0.8) ** 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, T5Config
 
+from adept_ds.backbone import fp8
 from adept_ds.backbone.load import random_backbone
-from adept_ds.backbone.quantization import QuantizedLinear, Scheme
+from adept_ds.backbone.quantization import Fp8Linear, QuantizedLinear, Scheme
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig, GenerationConfig, RunConfig
 from adept_ds.data.problems import load_problems
@@ -137,6 +139,51 @@ def test_nf4_is_that_of_bitsandbytes_to_the_bit(double: bool, dtype: torch.dtype
     assert torch.equal(layer.dense_weight(), bnb_functional.dequantize_4bit(theirs.data, theirs.quant_state))
 
 
+@pytest.mark.parametrize("rows", [1, 40, 2000])
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_products_are_those_of_bitsandbytes_to_the_bit(double: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(2048, 2112, bias=False, dtype=torch.bfloat16, device=CUDA).requires_grad_(False)
+    scheme = Scheme("nf4", double)
+    ours = QuantizedLinear(linear, scheme)
+    ours.weight.copy_(scheme.quantize(linear.weight, CUDA, torch.bfloat16))
+    theirs = bnb.nn.Linear4bit(
+        2048, 2112, bias=False, compute_dtype=torch.bfloat16, compress_statistics=double, quant_type="nf4"
+    )
+    data = linear.weight.data.cpu()
+    theirs.weight = bnb.nn.Params4bit(data, False, compress_statistics=double, quant_type="nf4")
+    results = []
+    for layer in (ours, theirs.to(CUDA)):
+        torch.manual_seed(1)
+        x = torch.randn(rows, 2048, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fp8_products_of_the_card_are_the_emulated_ones(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fp8.multiplies_fp8(CUDA):
+        pytest.skip("this card does not multiply 8-bit floats")
+    torch.manual_seed(0)
+    linear = nn.Linear(1024, 2816, bias=bias, dtype=torch.bfloat16, device=CUDA).requires_grad_(False)
+    layer = Fp8Linear(linear, Scheme("fp8"))
+    layer.weight.copy_(layer.storage_of(linear.weight, CUDA))
+    on_cpu = copy.deepcopy(layer).to("cpu")
+    x = torch.randn(rows, 1024, dtype=torch.bfloat16) * torch.logspace(-2, 2, 1024).bfloat16()
+    grad = torch.randn(rows, 2816, dtype=torch.bfloat16)
+    for own, emulated in [
+        (layer.product(x.to(CUDA)), on_cpu.product(x)),
+        (layer.input_gradient(grad.to(CUDA)), on_cpu.input_gradient(grad)),
+    ]:
+        # The same 8-bit values; the order of the sum in fp32 may turn the one rounding to bf16.
+        assert float((own.cpu() - emulated).float().norm() / emulated.float().norm()) < 5e-3
+        torch.testing.assert_close(own.cpu(), emulated, rtol=2**-6, atol=2**-7 * float(emulated.abs().max()))
+
+
 LLAMA = LlamaConfig(
     vocab_size=32_000,
     hidden_size=1024,
@@ -181,7 +228,7 @@ def step_peak(model: AdaptedModel, batch: int, inputs: int, labels: int) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("quantization", [None, "nf4", "fp8"])
 @pytest.mark.parametrize("architecture", [LLAMA, T5], ids=["llama", "t5"])
 def test_the_planned_peak_is_the_allocators(
     architecture: PreTrainedConfig, quantization: str | None, checkpointing: bool

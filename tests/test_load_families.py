@@ -171,7 +171,9 @@ def test_a_quantised_checkpoint_is_refused_with_what_to_do(method: str, tmp_path
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "load_in_4bit": True, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=rf"quantised already \({method} .* set model\.quantization to 'nf4' or 'int8'"):
+    with pytest.raises(
+        UserError, match=rf"quantised already \({method} .* set model\.quantization to 'nf4', 'int8' or 'fp8'"
+    ):
         load_architecture(ModelConfig(name_or_path=str(folder)))
 
 

@@ -144,12 +144,22 @@ RUNS = {
         run_of(model={"quantization": "nf4"}, train={"activation_checkpointing": True}),
         llama(),
     ),
+    "llama, nf4, checkpointed, kept": (
+        run_of(model={"quantization": "nf4", "keep_expanded": True}, train={"activation_checkpointing": True}),
+        llama(),
+    ),
+    "t5, nf4, checkpointed, kept": (
+        run_of(model={"quantization": "nf4", "keep_expanded": True}, train={"activation_checkpointing": True}),
+        t5(),
+    ),
     "experts": (run_of(), mixtral()),
     "experts, nf4": (run_of(model={"quantization": "nf4"}), mixtral()),
     "conv1d, nf4": (run_of(model={"quantization": "nf4"}), gpt2()),
     "t5": (run_of(), t5()),
     "t5, dropout": (run_of(), t5(dropout_rate=0.1)),
     "t5, int8": (run_of(model={"quantization": "int8"}), t5()),
+    "llama, fp8": (run_of(model={"quantization": "fp8"}), llama()),
+    "conv1d, fp8": (run_of(model={"quantization": "fp8"}), gpt2()),
     "t5, checkpointed": (run_of(train={"activation_checkpointing": True}), t5()),
 }
 
@@ -215,6 +225,46 @@ def test_a_dequantised_weight_is_counted_while_it_is_there():
     trace = predict(*RUNS["llama, nf4"])
     assert trace.dequantized_bytes == 160 * 64 * 4
     assert predict(*RUNS["llama"]).dequantized_bytes == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_kept_expansion_is_made_twice_a_step_and_gone_after_it(family: str, monkeypatch):
+    losses, made = [], []
+    own = Scheme.expand
+
+    def counted(self: Scheme, *args: Any) -> Tensor:
+        made[-1] += 1
+        return own(self, *args)
+
+    monkeypatch.setattr(Scheme, "expand", counted)
+    for keeps in (False, True):
+        run, architecture = RUNS[f"{family}, nf4, checkpointed, kept"]
+        run = run.model_copy(update={"model": run.model.model_copy(update={"keep_expanded": keeps})})
+        torch.manual_seed(3)
+        model = real_model(run, architecture)
+        made.append(0)
+        torch.manual_seed(4)
+        loss = real_loss(model)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.trainable_parameters().values()]
+        losses.append([loss.detach(), *gradients])
+        assert all(getattr(module, "_expanded", None) is None for module in model.modules())
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    assert made[1] < 0.8 * made[0]
+    # One decoder layer's weights stay in full where there was one weight; of T5, those of a decoder layer.
+    plain, kept = (
+        predict(RUNS[name][0], RUNS[name][1]) for name in ("llama, nf4, checkpointed", "llama, nf4, checkpointed, kept")
+    )
+    assert plain.dequantized_bytes == 160 * 64 * 4
+    assert kept.dequantized_bytes <= (3 * 160 * 64 + 2 * 64 * 64 + 2 * 64 * 32) * 4
+    assert kept.dequantized_bytes > 3 * plain.dequantized_bytes
+
+
+def test_a_gpu_copies_an_fp8_weight_in_8_bits_and_a_cpu_widens_it():
+    run, architecture = run_of(model={"quantization": "fp8", "dtype": "bf16"}), llama()
+    model = meta_model(run, architecture)
+    assert trace_step(model, SHAPE, "cuda").dequantized_bytes == 160 * 64
+    assert trace_step(model, SHAPE, "cpu").dequantized_bytes == 160 * 64 * 4
 
 
 def test_logits_are_those_of_a_chunk():

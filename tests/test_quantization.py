@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from torch import nn
 
+from adept_ds.backbone import quantization
 from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_linears
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme("nf4"), Scheme("nf4", double=True), Scheme("int8")]
+"""Those whose layers multiply in the model's precision."""
 
 
 def layers(scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int] = (96, 130)) -> tuple[nn.Linear, QuantizedLinear]:
@@ -57,7 +62,7 @@ def test_values_are_off_by_no_more_than_the_format_allows(scheme: Scheme) -> Non
 
 @pytest.mark.parametrize(("scheme", "bits"), list(zip(SCHEMES, [4.5, 4.127, 8.125], strict=True)), ids=str)
 def test_bits_a_weight(scheme: Scheme, bits: float) -> None:
-    assert 8 * scheme.storage_bytes(4096 * 4096) / 4096**2 == pytest.approx(bits, abs=0.001)
+    assert 8 * scheme.storage_bytes(torch.Size((4096, 4096))) / 4096**2 == pytest.approx(bits, abs=0.001)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -72,6 +77,57 @@ def test_value_and_gradient_are_those_of_a_linear_layer_on_the_expanded_weight(s
         y.backward(torch.randn_like(y))
         results.append((y.detach(), x.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_the_product_in_one_call_is_that_on_the_expanded_weight(double: bool, bias: bool) -> None:
+    """Which a GPU makes; a CPU has the operation too."""
+    scheme = Scheme("nf4", double)
+    linear = nn.Linear(128, 96, bias=bias).requires_grad_(False)
+    quantized = QuantizedLinear(linear, scheme)
+    quantized.weight.copy_(scheme.quantize(linear.weight, CPU, torch.float32))
+    x = torch.randn(5, 128)
+    assert not scheme.multiplies(x)
+    torch.testing.assert_close(scheme.product(x, quantized.parts(), quantized.shape, linear.bias), quantized.product(x))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_layer_reads_the_storage_that_it_has_now(scheme: Scheme) -> None:
+    """Views of the storage are kept from one pass to the next, but not of another storage."""
+    linear, quantized = layers(scheme, torch.float32)
+    first = quantized.dense_weight()
+    assert quantized.parts()[0].data_ptr() == quantized.parts()[0].data_ptr() == quantized.weight.data_ptr()
+    doubled = copy.deepcopy(quantized)
+    doubled.weight.copy_(scheme.quantize(2 * linear.weight, CPU, torch.float32))
+    torch.testing.assert_close(doubled.dense_weight(), 2 * first)
+    assert torch.equal(quantized.dense_weight(), first)
+    quantized.weight.data = doubled.weight.data
+    assert torch.equal(quantized.dense_weight(), doubled.dense_weight())
+    old = weakref.ref(doubled.weight.data.untyped_storage())
+    quantized.weight.data = quantized.weight.data.clone()
+    quantized.dense_weight()
+    doubled.to(torch.float64)
+    assert old() is None
+
+
+def test_a_kept_expansion_is_that_of_the_weight_which_the_layer_has(monkeypatch) -> None:
+    monkeypatch.setattr(quantization, "_is_recomputing", lambda: True)
+    scheme = Scheme("nf4", keeps_expanded=True)
+    linear, quantized = layers(scheme, torch.float32)
+    x, grad = torch.randn(4, 130, requires_grad=True), torch.randn(4, 96)
+    quantized(x)
+    quantized.weight = nn.Parameter(scheme.quantize(2 * linear.weight, CPU, torch.float32), requires_grad=False)
+    torch.testing.assert_close(quantized.input_gradient(grad), grad @ quantized.dense_weight())
+
+
+def test_a_storage_that_zero3_gathers_is_not_held(monkeypatch) -> None:
+    _, quantized = layers(Scheme("nf4"), torch.float32)
+    quantized.weight.ds_id = 0
+    quantized.dense_weight()
+    gathered = weakref.ref(quantized.weight.data.untyped_storage())
+    quantized.weight.data = torch.empty(0)
+    assert gathered() is None
 
 
 def test_nothing_is_saved_for_the_backward_pass() -> None:

@@ -41,9 +41,10 @@ class Use:
     """The arguments that they give: `a, b` by position in this order, `c=` by name."""
 
 
+INFERENCE, DISTRIBUTED = "adept_ds/backbone/inference.py", "adept_ds/distributed.py"
 LOAD, SHARDING, STREAMING = (f"adept_ds/backbone/{name}.py" for name in ("load", "sharding", "streaming"))
 SOURCES, TAIL = "adept_ds/backbone/weight_sources.py", "adept_ds/model/logits_tail.py"
-QUANTIZATION, FROZEN = "adept_ds/backbone/quantization.py", "adept_ds/backbone/frozen_linear.py"
+QUANTIZATION, FROZEN, FP8 = (f"adept_ds/backbone/{name}.py" for name in ("quantization", "frozen_linear", "fp8"))
 HIDING, ADAPTED = "adept_ds/model/prompt_hiding.py", "adept_ds/model/adapted_model.py"
 LAYERS, PREFIX, DEPT, BITFIT = (f"adept_ds/methods/{name}.py" for name in ("layers", "prefix", "dept", "bitfit"))
 PEFT_LAYERS, MPT, P_TUNING = (f"adept_ds/methods/{name}.py" for name in ("peft_layers", "mpt", "p_tuning"))
@@ -167,16 +168,16 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.zero.GatheredParameters", SHARDING, "params"),
         Use("zero3_parameter.ds_id", SHARDING),
         Use("zero3_parameter.ds_shape", SHARDING),
-        Use("zero3_parameter.ds_numel", f"{SHARDING} {METER}"),
-        Use("zero3_parameter.ds_tensor", f"{SHARDING} {ENGINE} {MEMORY} {METER}"),
+        Use("zero3_parameter.ds_numel", f"{SHARDING} {INFERENCE} {METER}"),
+        Use("zero3_parameter.ds_tensor", f"{SHARDING} {INFERENCE} {ENGINE} {MEMORY} {METER}"),
         Use("zero3_parameter.ds_tensor.ds_numel", SHARDING),
         Use("zero3_parameter.ds_zero_partition_rank", SHARDING),
         Use("zero3_parameter.partition", SHARDING),
         # The engine.
         Use("deepspeed.initialize", ENGINE, "model=, optimizer=, config="),
-        Use("deepspeed.init_distributed", ENGINE, "dist_backend=, verbose="),
+        Use("deepspeed.init_distributed", DISTRIBUTED, "dist_backend=, verbose="),
         Use("deepspeed.ops.__compatible_ops__.async_io", ENGINE),
-        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", ENGINE),
+        Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", DISTRIBUTED),
         Use("zero3_engine.backward", ENGINE, "loss, scale_wrt_gas="),
         Use("zero3_engine.get_global_grad_norm", ENGINE),
         Use("zero3_engine.gradient_accumulation_steps", ENGINE),
@@ -225,17 +226,20 @@ USES: dict[str, tuple[Use, ...]] = {
     "torch": (
         Use("torch.cpu._is_avx512_bf16_supported", FROZEN),
         Use("torch.cpu._is_amx_tile_supported", FROZEN),
+        Use("torch.ops.aten._unsafe_view", FROZEN),
+        Use("torch._scaled_mm", FP8),
         Use("module._parameters", STREAMING),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
-        Use("torch.distributed.c10d_logger", ENGINE),
+        Use("torch.distributed.c10d_logger", DISTRIBUTED),
         Use("torch.distributed.DistError", "adept_ds/slurm/node_check.py"),
         # A step on the meta device.
         Use("torch.utils._python_dispatch.TorchDispatchMode", META_STEP),
         Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL}", "tree"),
         Use("torch.utils._pytree.tree_map", TAIL),
         Use("torch.utils._pytree.tree_map_only", META_STEP),
-        Use("torch._C._current_graph_task_id", META_STEP),
+        Use("torch._C._current_graph_task_id", f"{META_STEP} {QUANTIZATION}"),
+        Use("torch.ops.aten._to_copy.default", META_STEP),
         Use("storage._cdata", f"{META_STEP} {TAIL}"),
         Use("torch.ops.aten._local_scalar_dense.default.namespace", META_STEP),
         Use("torch.ops.aten.index.Tensor", META_STEP),
@@ -262,11 +266,9 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("bitsandbytes.functional.create_dynamic_map", QUANTIZATION),
         Use("bitsandbytes.functional.quantize_blockwise", QUANTIZATION, "A, code=, blocksize="),
         Use("bitsandbytes.functional.quantize_4bit", QUANTIZATION, "A, blocksize=, quant_type="),
-        Use("bitsandbytes.functional.dequantize_blockwise", QUANTIZATION, "A, quant_state"),
-        Use("bitsandbytes.functional.dequantize_4bit", QUANTIZATION, "A, quant_state"),
-        Use(
-            "bitsandbytes.functional.QuantState", QUANTIZATION, "absmax, shape=, code=, blocksize=, quant_type=, dtype="
-        ),
+        Use("torch.ops.bitsandbytes.dequantize_blockwise.default", QUANTIZATION),
+        Use("torch.ops.bitsandbytes.dequantize_4bit.default", QUANTIZATION),
+        Use("torch.ops.bitsandbytes.gemm_4bit.default", QUANTIZATION),
         Use("quant_state.absmax", QUANTIZATION),
         Use("quant_state.state2", MEMORY),
         Use("quantized_parameter.quant_state", f"{CONTENDERS} {MEMORY}"),
@@ -283,6 +285,9 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.LoraConfig", PEFT_LAYERS, "r=, lora_alpha=, lora_dropout=, target_modules="),
         Use("peft.IA3Config", PEFT_LAYERS, "target_modules=, feedforward_modules="),
+        Use("peft.utils.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING", PEFT_LAYERS),
+        Use("peft.VeraConfig", PEFT_LAYERS, "r=, d_initial=, vera_dropout=, target_modules="),
+        Use("peft.tuners.VeraModel", PEFT_LAYERS, "model, peft_config, adapter_name"),
         Use("peft.PrefixEncoder", PREFIX, "config"),
         Use(
             "peft.PrefixTuningConfig",
@@ -427,9 +432,9 @@ class Objects:
         from adept_ds.config.deepspeed import complete
         from adept_ds.config.method import AdeptConfig
         from adept_ds.config.run import RunConfig
-        from adept_ds.distributed import init_world
+        from adept_ds.distributed import init_world, prepare_deepspeed
         from adept_ds.model.adapted_model import get_adept_model
-        from adept_ds.training.engine import Engine, prepare_deepspeed
+        from adept_ds.training.engine import Engine
         from adept_ds.training.optimizer import build_optimizer
         from tests.models import BACKBONES, seeded
 
@@ -556,6 +561,7 @@ def test_what_is_used_of_other_packages_is_there(run_ranks) -> None:
 LIBRARIES = tuple(USES)
 NOT_LISTED = {
     "_about": "a key of our configs",
+    "_base": "a key of our configs",
     "_ARGCOMPLETE": "the variable by which a shell asks argcomplete, as its documentation says",
     "_model_name_or_path": "deleted from a config by adept_ds/tools/demo_model.py, whose test fails without it",
     "ds_zero_partition_process_group": "read by DeepSpeed; adept_ds/backbone/sharding.py looks whether it did",

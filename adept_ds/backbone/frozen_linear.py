@@ -45,17 +45,21 @@ def _matmul_rows(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
-    """Of rows [N, in_features] to [N, out_features]: models may add to what it returns in place, but not to a view."""
+    """Of [..., in_features] to [..., out_features]. Shapes change in here, where no node of the graph comes of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         # The layer and not a saved tensor: ZeRO-3 exchanges the data of its parameters between the two passes.
         ctx.layer = layer
-        return _matmul_rows(x, layer.dense_weight().t(), layer.bias)
+        rows = layer.product(x.reshape(-1, layer.in_features))
+        # Models may add to what it returns in place, but not to a view.
+        return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], layer.out_features))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _matmul_rows(grads[0], ctx.layer.dense_weight()), None
+        layer, (grad,) = ctx.layer, grads
+        rows = layer.input_gradient(grad.reshape(-1, layer.out_features))
+        return rows.view(*grad.shape[:-1], layer.in_features), None
 
 
 class FrozenLinear(nn.Linear):
@@ -78,10 +82,20 @@ class FrozenLinear(nn.Linear):
         """The weight [out_features, in_features] as it enters the product."""
         return self.weight.t() if self.is_transposed else self.weight
 
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b of rows [N, in_features]."""
+        return _matmul_rows(x, self.dense_weight().t(), self.bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dx of dL/dy [N, out_features]."""
+        return _matmul_rows(grad, self.dense_weight())
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        rows = _FrozenLinearFunction.apply(input.reshape(-1, self.in_features), self)
-        return rows.unflatten(0, input.shape[:-1])
+        if torch.is_grad_enabled():
+            return _FrozenLinearFunction.apply(input, self)
+        # The same without the host's work for a node of the graph.
+        return self.product(input.reshape(-1, self.in_features)).unflatten(0, input.shape[:-1])
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

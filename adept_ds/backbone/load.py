@@ -33,6 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.logging import disable_progress_bar
 
+from adept_ds.backbone.fp8 import speed_note
 from adept_ds.backbone.hub import CONFIG_NAME, cached_commit, is_local
 from adept_ds.backbone.quantization import unquantized_note
 from adept_ds.backbone.sharding import Partitioner
@@ -104,7 +105,8 @@ def trained_part(config: ModelConfig, architecture: PreTrainedConfig) -> PreTrai
         raise UserError(
             f"model.name_or_path is {config.name_or_path!r}, whose weights are quantised already "
             f"({fields.get('quant_method', 'quantization_config')} in its config.json); expected the model in 16 or 32 "
-            "bits that it was made of (to train on 4-bit or 8-bit weights, set model.quantization to 'nf4' or 'int8')"
+            "bits that it was made of (to train on 4-bit or 8-bit weights, set model.quantization to 'nf4', 'int8' or "
+            "'fp8')"
         )
     _check_settings(config, trained)
     return trained
@@ -224,6 +226,8 @@ def load_backbone(
     transforms = weight_transforms(backbone, checkpoint)
     unused = fill_backbone(backbone, config, weights, transforms, device, partitioner, show_progress)
     notes = [note for note in [unquantized_note(backbone)] if note]
+    if config.quantization == "fp8":
+        notes.append(speed_note(device, DTYPES[config.dtype]))
     if unused:
         notes.append(
             f"tensors of the checkpoint that {type(backbone).__name__} has no place for are left out: {len(unused)}, "

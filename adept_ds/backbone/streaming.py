@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -65,7 +65,8 @@ class QuantizedCache:
     def __init__(self, root: Path, config: ModelConfig, weights: Iterable[Path]) -> None:
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in map(Path.resolve, weights)]
         scheme = Scheme.of(config)
-        key = json.dumps([CACHE_FORMAT, asdict(scheme) if scheme else None, config.dtype, sorted(files)])
+        held = (scheme.name, scheme.double) if scheme else None
+        key = json.dumps([CACHE_FORMAT, held, config.dtype, sorted(files)])
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         self.folder = root / f"{Path(config.name_or_path).name}-{config.quantization}-{digest}"
         self._temporary = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")

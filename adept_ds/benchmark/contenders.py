@@ -8,6 +8,7 @@ optimizer is AdamW with the run's settings.
     adept_ds, packed     the same on the same examples in packed rows, where the run has `train.packing`
     backbone             the floor: the same without ADePT, ordinary tokens in the soft prompt's place, gradient down to
                          the embedded input, no optimizer
+    adept_ds, dense      with model.quantization fp8: the same on weights in the model's precision
     backbone, stock      the floor as `transformers` has it: its linear layers and its loss over all positions
     PEFT ...             `get_peft_model` on the stock backbone; LoRA with PEFT's defaults, prompts of ADePT's length
 """
@@ -40,7 +41,8 @@ from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.training.optimizer import build_optimizer
 
-OURS, PACKED, FLOOR, STOCK_FLOOR = "adept_ds", "adept_ds, packed", "backbone", "backbone, stock"
+OURS, PACKED, DENSE = "adept_ds", "adept_ds, packed", "adept_ds, dense"
+FLOOR, STOCK_FLOOR = "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
 
 AGAINST = {
@@ -126,13 +128,13 @@ def build_contenders(
         device: Where all run.
 
     Raises:
-        UserError: The backbone cannot be loaded, or int8 is to be compared, which bitsandbytes computes otherwise.
+        UserError: The backbone cannot be loaded, or int8 or fp8 is to be compared, which PEFT's layers do not compute.
     """
     names = {name for choice in against for name in AGAINST[choice]}
-    if names and run.model.quantization == "int8":
+    if names and run.model.quantization in ("int8", "fp8"):
         raise UserError(
-            "--against: model.quantization is 'int8', and PEFT's 8-bit layers compute in 8 bits too, which is other "
-            "work; expected nf4 or no quantisation"
+            f"--against: model.quantization is {run.model.quantization!r}, and PEFT's layers compute otherwise in 8 "
+            "bits, which is other work; expected nf4 or no quantisation"
         )
     own_backbone, stock_backbone = _backbones(run, architecture, random_init, device)
 
@@ -160,6 +162,11 @@ def build_contenders(
         packed = get_adept_model(sharing_weights(own_backbone), run.method, work.tokenizer, run.train.seed)
         batches = [on_device(step) for step in work.packed_steps]
         contenders.append(contender(PACKED, packed, packed.backbone, batches, length))
+    if run.model.quantization == "fp8":
+        model = run.model.model_copy(update={"quantization": None})
+        dense_backbone, _ = _backbones(run.model_copy(update={"model": model}), architecture, random_init, device)
+        dense = get_adept_model(dense_backbone, run.method, work.tokenizer, run.train.seed)
+        contenders.append(contender(DENSE, dense, dense.backbone, steps, length))
     if stock_backbone is not None:
         stock = want_input_gradient(sharing_weights(stock_backbone))
         contenders.append(contender(STOCK_FLOOR, stock, stock, longer, length))
@@ -207,7 +214,7 @@ def _backbones(
 def _bitsandbytes_backbone(
     config: ModelConfig, architecture: PreTrainedConfig, random_init: bool, device: torch.device
 ) -> PreTrainedModel | None:
-    """The stock backbone with bitsandbytes' own 4-bit layers; None for int8."""
+    """The stock backbone with bitsandbytes' own 4-bit layers; None for int8 and fp8."""
     if config.quantization != "nf4":
         return None
     dtype = DTYPES[config.dtype]

@@ -75,4 +75,4 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
 def _goal(ratio: dict[str, float | None]) -> str:
     if ratio["goal"] is None or ratio["median"] is None:
         return ""
-    return f"   goal: at most {ratio['goal']}, {'met' if ratio['median'] <= ratio['goal'] else 'missed'}"
+    return f"   goal: at most {ratio['goal']:.3g}, {'met' if ratio['median'] <= ratio['goal'] else 'missed'}"

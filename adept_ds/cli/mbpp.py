@@ -4,8 +4,9 @@
     adept-ds eval --config llama3_8b --out results/base --ranks 2
     deepspeed evals/mbpp.py --config ds_configs/llama3_8b.json --out results/base
 
-Every rank decodes on its own copy of the backbone; without --adapter the backbone alone is evaluated. --samples_only
-leaves the scoring to `adept-ds score`, which needs no model and scores samples of any origin, too.
+Every rank decodes on its own copy of the backbone, or all on one that --eval.sharding zero3 splits over them; without
+--adapter the backbone alone is evaluated. --samples_only leaves the scoring to `adept-ds score`, which needs no model
+and scores samples of any origin, too.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     adept-ds text2text --config t5_base --task cola mrpc --out results/base
     adept-ds text2text --config t5_base --task cola mrpc --adapters cola=runs/cola/best mrpc=runs/mrpc/best --out all
 
-Decodes on every rank's own copy of the backbone; without --adapter it evaluates the backbone alone. The tasks are those
-of the config's data.tasks, or of --task. A folder OUT/TASK then holds predictions.jsonl and summary.json.
+Decodes on every rank's own copy of the backbone, or on one that --eval.sharding zero3 splits over all ranks; without
+--adapter it evaluates the backbone alone. The tasks are those of the config's data.tasks, or of --task. A folder
+OUT/TASK then holds predictions.jsonl and summary.json.
 """
 
 from __future__ import annotations

@@ -36,11 +36,18 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the backbone and of the forward pass. Optimizer states and master weights are fp32 always. fp16 is
     for cards without bf16: the loss is scaled dynamically; encoder-decoder models overflow in it and are refused."""
-    quantization: Literal["nf4", "int8"] | None = None
-    """Keep the weights of the backbone's linear layers (all but the LM head) in 4 bits (NF4, blocks of 64) or 8 bits
-    (blocks of 256). They are sharded at ZeRO stage 3 like any other weight."""
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
+    """Keep the weights of the backbone's linear layers (all but the LM head) in 4 bits (NF4, blocks of 64), 8 bits
+    (blocks of 256) or 8-bit floats (e4m3, a scale for each output row), and expand them for each product; those of fp8
+    are multiplied as they are, with activations and gradients rounded to 8 bits too. They are sharded at ZeRO stage 3
+    like any other weight. The speed of fp8 on a GPU has not been measured; elsewhere than on NVIDIA's cards of compute
+    capability 8.9 and up it is emulated, which is slow."""
     double_quantization: StrictBool = False
     """For `nf4`: keep the blocks' scales in 8 bits too, 4.13 bits a weight instead of 4.5."""
+    keep_expanded: StrictBool = False
+    """For `nf4` and `int8` with train.activation_checkpointing: keep the weights of a layer that a backward pass
+    recomputes until it is through with that layer, so that a step expands each weight twice and not three times. That
+    takes one decoder layer in `dtype`, which the planner counts."""
     quantized_cache: str | None = None
     """Folder in which quantised weights are kept, so that later runs read them instead of converting anew."""
     attn_implementation: str | None = Field(default=None, min_length=1)
@@ -51,6 +58,8 @@ class ModelConfig(Section):
     def _check(self) -> ModelConfig:
         if self.double_quantization and self.quantization != "nf4":
             raise ValueError("double_quantization goes with quantization: nf4")
+        if self.keep_expanded and self.quantization not in ("nf4", "int8"):
+            raise ValueError("keep_expanded goes with quantization: nf4 or int8, which expand weights")
         if self.quantized_cache is not None and self.quantization is None:
             raise ValueError("quantized_cache goes with quantization")
         return self
@@ -298,8 +307,9 @@ class GenerationConfig(Section):
     stop: tuple[str, ...] | None = None
     """A completion ends before the first of these strings; where the data's format says, and as soon as a program in a
     fence is complete, if not given."""
-    batch_size: Count = 16
-    """Samples decoded at a time on one rank."""
+    batch_size: Count | None = None
+    """Samples decoded at a time on one rank; if not given, as many as the memory has room for, up to 128 (16 where the
+    backbone wants batches that wait for their longest row). Samples do not depend on it."""
     seed: CountOrZero = 0
     """Every sample's random stream follows from this, its task and its index, not from its batch."""
 
@@ -343,6 +353,10 @@ class EvalConfig(Section):
     """Examples in one forward pass of one rank for the validation loss."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
+    sharding: Literal["none", "zero3"] = "none"
+    """How the ranks of `adept-ds eval` and `text2text` hold the backbone: `none` has a copy on each, `zero3` splits all
+    weights over the ranks, for backbones that one device cannot hold; `deepspeed.zero_optimization.offload_param` is
+    followed then. Samples do not depend on it."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What decodes in `adept-ds eval` and `text2text`: the model here on every rank, or vLLM, in an environment of its
     own and on all GPUs of one machine together, on the adapter folded into a whole model."""
@@ -352,6 +366,15 @@ class EvalConfig(Section):
     """Folder in which folded models are kept for vLLM; one in the user's cache folder if not given."""
     sandbox: SandboxConfig = SandboxConfig()
     """Execution."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.sharding == "zero3" and self.engine == "vllm":
+            raise ValueError(
+                "sharding zero3 is for engine transformers; vLLM splits a model by engine_options "
+                '{"tensor_parallel_size": N}'
+            )
+        return self
 
     def gain(self, value: float, reference: float | None) -> float:
         """By how much a figure of `metric` is better than another; NaN and infinity are worse than any and than none,
@@ -415,6 +438,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"method.name {self.method.name} trains weights of the backbone, which have no gradients in the form "
                 "that model.quantization gives them; leave model.quantization out, or choose another method"
+            )
+        if self.model.keep_expanded and not self.train.activation_checkpointing:
+            raise ValueError(
+                "model.keep_expanded goes with train.activation_checkpointing; without it all weights would be kept in "
+                "full, which is what no quantisation does"
             )
         if self.train.activation_checkpointing and not self.method.works_checkpointed:
             raise ValueError(

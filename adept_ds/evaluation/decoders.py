@@ -11,13 +11,15 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from adept_ds.backbone.load import load_backbone
+from adept_ds.backbone.inference import gather_in_forward
 from adept_ds.backbone.table import open_table
 from adept_ds.config.run import DataConfig, EvalConfig, GenerationConfig, RunConfig
 from adept_ds.data.encode import task_number
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
-from adept_ds.evaluation.generate import Answers, generate_samples, sample_seed
+from adept_ds.evaluation.answers import Answers
+from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.sampling import sample_seed
 from adept_ds.evaluation.tuned import Tuned
 from adept_ds.export.cache import WholeModel, whole_model
 from adept_ds.export.forms import FOLDED, check_form
@@ -176,7 +178,7 @@ def open_decoder(run: RunConfig, tuned: Tuned, world: World) -> Decoder:
     if run.eval.engine == VLLM and world.world_size > 1:
         raise UserError("eval.engine is 'vllm', which has all GPUs of the machine from one process; leave out --ranks")
     if run.eval.engine == TRANSFORMERS:
-        return LiveDecoder(tuned.load(world), tuned.tokenizer, world)
+        return LiveDecoder(tuned.load(world, run), tuned.tokenizer, world)
     with open_table(tuned.config) as opened:
         facts = backbone_facts(opened.backbone)
     cache = Path(run.eval.export_cache) if run.eval.export_cache else user_cache() / "exports"
@@ -192,6 +194,7 @@ def open_decoders(run: RunConfig, tuned: Mapping[str, Tuned], world: World) -> d
     if run.eval.engine != TRANSFORMERS:
         return {name: open_decoder(run, one, world) for name, one in tuned.items()}
     first = next(iter(tuned.values()))
-    model = AdaptedModel(load_backbone(first.config, world.device, show_progress=world.is_main), Untuned()).eval()
+    model = AdaptedModel(first.load_backbone(world, run), Untuned()).eval()
     model.load_adapters({name: one.adapter.folder for name, one in tuned.items() if one.adapter})
+    gather_in_forward(model.backbone)
     return {name: LiveDecoder(model, one.tokenizer, world, name) for name, one in tuned.items()}

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from adept_ds.backbone.inference import gather_in_forward, held_bytes, load_split_backbone
 from adept_ds.backbone.load import generation_config, load_architecture, load_backbone, load_tokenizer
 from adept_ds.config.loader import config_hash
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data.encode import encode_prompts
 from adept_ds.data.fit import check_prompts, fit_padding
-from adept_ds.distributed import World
+from adept_ds.distributed import World, prepare_deepspeed
 from adept_ds.evaluation.receipts import decoding_receipt
 from adept_ds.formats import Example
 from adept_ds.methods import Untuned
@@ -54,16 +56,35 @@ class Tuned:
         """How the backbone generates by itself."""
         return generation_config(self.config)
 
-    def load(self, world: World) -> AdaptedModel:
-        """Return the model, whole on every rank. Collective.
+    def load_backbone(self, world: World, run: RunConfig | None = None) -> PreTrainedModel:
+        """Return the backbone, whole on every rank or as `run.eval.sharding` says. Collective. UserError as `load`."""
+        if run is None or run.eval.sharding == "none":
+            return load_backbone(self.config, world.device, show_progress=world.is_main)
+        prepare_deepspeed(world)
+        zero = run.deepspeed.get("zero_optimization", {})
+        backbone = load_split_backbone(self.config, world.device, zero, world.is_main)
+        if world.is_main:
+            part, largest = held_bytes(backbone)
+            print(
+                f"eval.sharding zero3: each of {world.world_size} ranks holds {part / 1e9:.2f} GB of the weights, and "
+                f"{largest / 1e9:.2f} GB of them whole while it computes",
+                file=sys.stderr,
+            )
+        return backbone
+
+    def load(self, world: World, run: RunConfig | None = None) -> AdaptedModel:
+        """Return the model, its backbone as `load_backbone` loads it. Collective.
 
         Raises:
             UserError: The adapter belongs to another backbone, or the weights cannot be loaded.
         """
-        backbone = load_backbone(self.config, world.device, show_progress=world.is_main)
+        backbone = self.load_backbone(world, run)
         if self.adapter:
-            return AdaptedModel.from_pretrained(backbone, self.adapter.folder)
-        return AdaptedModel(backbone, Untuned()).eval()
+            model = AdaptedModel.from_pretrained(backbone, self.adapter.folder)
+        else:
+            model = AdaptedModel(backbone, Untuned()).eval()
+        gather_in_forward(model.backbone)
+        return model
 
 
 def open_tuned(config: ModelConfig, result: Path | None) -> Tuned:

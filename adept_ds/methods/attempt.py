@@ -150,6 +150,7 @@ class Attempt(PromptedMethod):
 
     config: AttemptConfig
     embedding: AttemptEmbedding
+    prompt_is_shared = False
 
     def __init__(self, config: AttemptConfig) -> None:
         super().__init__(config)

@@ -86,6 +86,8 @@ class Method(Protocol):
     """How training follows teachers; None if it has none."""
     batch: BatchValue[Any] | None
     """What its modules look at while a batch is read; None if all rows of all batches are read alike."""
+    prompt_is_shared: bool
+    """Whether rows with prompts of one number read the same vectors, which do not depend on the rows."""
 
     @abstractmethod
     def inject(
@@ -149,6 +151,7 @@ class MethodDefaults(Method):
 
     distillation: Distillation | None = None
     batch: BatchValue[Any] | None = None
+    prompt_is_shared = True
 
     def __init__(self, config: Any) -> None:
         self.config = config

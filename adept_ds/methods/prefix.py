@@ -116,7 +116,9 @@ class PrefixTuning(MethodDefaults):
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + length
         if mask is not None:
-            mask = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
+            # Who has seen the cache, and lays out its columns, gives a mask over the prefix too.
+            if mask.shape[1] < cache.get_seq_length() + ids.shape[1]:
+                mask = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
             kwargs["attention_mask"] = mask
             if self._window:
                 # Padding has the position of the last token before it, so that it sees something.

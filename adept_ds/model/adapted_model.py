@@ -14,6 +14,7 @@ Use, on a backbone as it is:
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +24,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
 from adept_ds.backbone.frozen_linear import replace_frozen_linears
@@ -147,18 +148,31 @@ class AdaptedModel(nn.Module):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if input_ids.device.type == "cpu" and input_ids.max() >= self.vocabulary_size:
-            raise UserError(
-                f"id {int(input_ids.max())} is none of the {self.vocabulary_size} of the backbone's table; is the "
-                "tokenizer that of another model, or has it tokens that the model lacks?"
-            )
-        length = self.num_virtual_tokens
+        if input_ids.device.type == "cpu":
+            self.check_ids(int(input_ids.max()))
         if prompts is None:
             prompts = input_ids.new_zeros(input_ids.shape[0])
-        ids = self.vocabulary_size + torch.arange(length, device=input_ids.device) + length * prompts[:, None]
-        prompt_mask = self.method.prompt_mask(prompts) if length else ids
+        ids, prompt_mask = self.prompt_ids(prompts)
         first = attention_mask.argmax(1, keepdim=True)
         return inserted(input_ids, ids, first), inserted(attention_mask, prompt_mask, first)
+
+    def prompt_ids(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids of soft prompts of these numbers [B], and which of their tokens are there, both [B, l]."""
+        length = self.num_virtual_tokens
+        ids = self.vocabulary_size + torch.arange(length, device=prompts.device) + length * prompts[:, None]
+        return ids, self.method.prompt_mask(prompts) if length else ids
+
+    def check_ids(self, highest: int) -> None:
+        """Refuse token ids that the backbone has no vector for; those of prompts are not among them.
+
+        Raises:
+            UserError: The highest of them is none of the vocabulary.
+        """
+        if highest >= self.vocabulary_size:
+            raise UserError(
+                f"id {highest} is none of the {self.vocabulary_size} of the backbone's table; is the tokenizer that of "
+                "another model, or has it tokens that the model lacks?"
+            )
 
     def load_adapters(self, adapters: Mapping[str, str | Path]) -> None:
         """Load adapters by name beside one another, for `adapter_names` of `forward` and `generate`.
@@ -200,10 +214,10 @@ class AdaptedModel(nn.Module):
         attention = self.backbone.config._attn_implementation
         return PackedRows(input_ids, attention_mask, example_ids, self.num_virtual_tokens, attention)
 
-    def _row_prompts(
+    def row_prompts(
         self, input_ids: Tensor, task_ids: Tensor | None, adapter_names: Sequence[str | None] | None
     ) -> Tensor:
-        """Number of each row's prompt [B]."""
+        """Return the number of each row's prompt [B]; arguments and errors as of `forward`."""
         rows = input_ids.shape[0]
         if isinstance(self.method, MixedAdapters):
             if adapter_names is None or len(adapter_names) != rows:
@@ -230,19 +244,23 @@ class AdaptedModel(nn.Module):
         packed: PackedRows | None = None,
     ) -> AbstractContextManager[None]:
         """Have the method prepare for a batch; masks and labels are those without the prompt."""
-        if self.method.batch is None or not self._enabled:
-            return nullcontext()
         if packed:
-            context = packed.context(labels, context_mask)
-            return self.method.batch.holding(self.method.for_batch(context, prompts, packed.example_ids))
+            return self._prepared(packed.context(labels, context_mask), prompts, packed.example_ids)
         context = attention_mask.bool()
         if context_mask is not None:
             context = context & context_mask.bool()
         elif labels is not None and not self.is_encoder_decoder:
             context = context & (labels == IGNORE_INDEX).cumprod(1).bool()
         outside = context.new_zeros(1, self.num_virtual_tokens)
-        context = inserted(context, outside, attention_mask.argmax(1, keepdim=True))
-        return self.method.batch.holding(self.method.for_batch(context, prompts))
+        return self._prepared(inserted(context, outside, attention_mask.argmax(1, keepdim=True)), prompts)
+
+    def _prepared(
+        self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Context in which the method's modules have what it makes for a batch, see `Method.for_batch`."""
+        if self.method.batch is None or not self._enabled:
+            return nullcontext()
+        return self.method.batch.holding(self.method.for_batch(context, prompts, example_ids))
 
     def forward(
         self,
@@ -286,7 +304,7 @@ class AdaptedModel(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         _refuse_embeddings(kwargs)
         packed = None if example_ids is None else self._packed(input_ids, attention_mask, example_ids)
-        prompts = self._row_prompts(input_ids, task_ids, adapter_names)
+        prompts = self.row_prompts(input_ids, task_ids, adapter_names)
         if packed:
             prompts = packed.of_positions(prompts)
             ids = packed.with_prompts(self.vocabulary_size, prompts)
@@ -338,6 +356,48 @@ class AdaptedModel(nn.Module):
         return ModelOutput(loss=loss)
 
     @torch.no_grad()
+    def extend(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompts: Tensor,
+        cache: Cache,
+        position_ids: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Any:
+        """Let a causal backbone read ids behind those whose keys and values `cache` holds.
+
+        Args:
+            input_ids: What is read [B, S], with the ids of a prompt where one is to be read, and left padding.
+            attention_mask: 1 for tokens, 0 for padding, of what is in the cache and what is read [B, C + S].
+            prompts: Number of each row's prompt [B].
+            cache: Is added to, or exchanged for the one that the output has.
+            position_ids: Of what is read [B, S]; counted by the mask if not given.
+            context: With a prompt that depends on its row, the mask of the row's own tokens, without the prompt.
+
+        Returns:
+            The backbone's output with `past_key_values`, and `logits` of at least the last position.
+        """
+        columns = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
+        if "logits_to_keep" in inspect.signature(type(self.backbone).forward).parameters:
+            last: dict[str, Any] = {"logits_to_keep": 1}
+        else:
+            last = {}
+        nothing = torch.zeros_like(input_ids, dtype=torch.bool)
+        reading = self._prepared(nothing, prompts) if context is None else self._reading(context, prompts)
+        with reading:
+            return self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                **last,
+            )
+
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -358,7 +418,7 @@ class AdaptedModel(nn.Module):
         _refuse_embeddings(kwargs)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        prompts = self._row_prompts(input_ids, task_ids, adapter_names)
+        prompts = self.row_prompts(input_ids, task_ids, adapter_names)
         ids, mask = self.add_prompt(input_ids, attention_mask, prompts)
         columns = 0 if self.is_encoder_decoder else self.num_virtual_tokens
         with prompt_hidden(self.backbone, self.vocabulary_size, columns), self._reading(attention_mask, prompts):

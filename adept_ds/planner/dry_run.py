@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedConfig
 
+from adept_ds.backbone.fp8 import speed_note
 from adept_ds.backbone.load import DTYPES, resolve_architecture
 from adept_ds.backbone.quantization import unquantized_note
 from adept_ds.config.batch import BatchArithmetic, count_steps, learning_rates, warmup_steps
@@ -24,6 +25,7 @@ from adept_ds.data.fit import most_positions
 from adept_ds.data.own import OwnExamples
 from adept_ds.data.problems import load_examples
 from adept_ds.data.tasks import count_training_examples as count_task_examples
+from adept_ds.distributed import on_gpu
 from adept_ds.formats import FORMATS
 from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
@@ -83,6 +85,8 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
     ]
     if plan.unquantized:
         lines.insert(3, f"               {plan.unquantized}")
+    if run.model.quantization == "fp8":
+        lines.insert(3, f"               {speed_note(torch.device('cuda' if on_gpu() else 'cpu'), dtype)}")
     if full:
         lines.append(f"result         a model folder with {plan.result_bytes:,} bytes of weights")
     else:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
+from adept_ds.backbone import fp8
 from adept_ds.backbone.load import DTYPES, unsharded_creation
 from adept_ds.backbone.quantization import Scheme, quantize_linears
 from adept_ds.config.run import RunConfig
@@ -33,7 +34,8 @@ from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.model.loss import LossHead
 
 Purpose = Literal["activations", "logits", "dequantized"]
-"""What a storage is for: the loss head's, a quantised weight in full precision, or all the rest."""
+"""What a storage is for: the loss head's, a quantised weight in full precision (one in fp8 also where it is
+copied), or all the rest."""
 
 
 _WITH_SCRATCH = {torch.ops.aten.logsumexp.default}
@@ -173,7 +175,8 @@ class _LiveBytes(TorchDispatchMode):
         self.at_peak: dict[Purpose, int] = {}
         self._labelled_rows = shape.micro_batch_size * shape.label_length
         self._has_mask = shape.micro_batch_size > 1 or shape.is_packed
-        self._known = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+        self._weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+        self._known = set(self._weights)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -192,11 +195,18 @@ class _LiveBytes(TorchDispatchMode):
             if func in _WITH_SCRATCH:
                 self._add(torch.empty_like(args[0]).untyped_storage(), self.purpose)
             result = func(*args, **(kwargs or {}))
-        purpose: Purpose = "dequantized" if func.namespace == "bitsandbytes" else self.purpose
+        purpose = "dequantized" if func.namespace == "bitsandbytes" or self._copies_fp8(func, args) else self.purpose
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage(), purpose)
         return result
+
+    def _copies_fp8(self, func: Any, args: Any) -> bool:
+        return (
+            func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
+            and args[0].dtype == fp8.E4M3
+            and args[0].untyped_storage()._cdata in self._weights
+        )
 
     def _add(self, storage: torch.UntypedStorage, purpose: Purpose) -> None:
         key = storage._cdata
@@ -228,7 +238,7 @@ def _is_boolean(indices: list[Tensor | None]) -> bool:
 
 @contextmanager
 def _fused_kernels(device_type: str) -> Iterator[None]:
-    """Give attention and dropout the memory that their fused kernels have.
+    """Give attention, dropout and products of 8-bit floats the memory that their kernels have.
 
     By exchanging torch's functions: a mode would not reach the layers that a backward pass recomputes.
     """
@@ -243,6 +253,10 @@ def _fused_kernels(device_type: str) -> Iterator[None]:
         stack.enter_context(attribute_set(F, "scaled_dot_product_attention", attention))
         if device_type == "cuda":
             stack.enter_context(attribute_set(F, "dropout", _fused_dropout))
+        # A GPU that is not here is taken for one that multiplies 8-bit floats.
+        has_other = torch.cuda.is_available() and not fp8.multiplies_fp8(torch.device("cuda"))
+        multiplies = device_type == "cuda" and not has_other
+        stack.enter_context(attribute_set(fp8, "multiplies_fp8", lambda _: multiplies))
         yield
 
 

@@ -54,6 +54,7 @@ MAY_CHANGE = (
     "eval.sandbox",
     "logging",
     "model.attn_implementation",
+    "model.keep_expanded",
     "model.name_or_path",
     "model.quantized_cache",
     "train.activation_checkpointing",

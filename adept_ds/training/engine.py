@@ -6,8 +6,6 @@ deal in whole fp32 tensors by name at every ZeRO stage.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from adept_ds.backbone.sharding import full_shape, is_sharded, node_group
 from adept_ds.config.deepspeed import SHARDED_STAGE
 from adept_ds.config.run import RunConfig
 from adept_ds.contexts import attribute_set
-from adept_ds.distributed import World, ranks_by_node, sum_over_ranks
+from adept_ds.distributed import World, prepare_deepspeed, ranks_by_node, sum_over_ranks
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.rank_environment import is_main_rank
@@ -73,18 +71,6 @@ def check_offload(config: dict[str, Any]) -> None:
             )
         if is_main_rank():
             print(f"deepspeed.zero_optimization.{name}: DeepSpeed builds async_io now, unless it has; it takes minutes")
-
-
-def prepare_deepspeed(world: World) -> None:
-    """Make DeepSpeed use the process group that is there. Call before the backbone is loaded."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch has newer ones for, a warning at each.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    if world.device.type == "cpu":
-        # The shared-memory collective is compiled at first use: it needs a C++ compiler, and a killed build leaves a
-        # lock on which every later run hangs. It serves all-reduce only, which moves kilobytes here.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
 
 
 class Engine:

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 
 from adept_ds.backbone.load import load_backbone
 from adept_ds.config.run import ModelConfig
-from adept_ds.distributed import init_world
-from adept_ds.training.engine import prepare_deepspeed
+from adept_ds.distributed import init_world, prepare_deepspeed
 
 
 def own_memory() -> int:

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from adept_ds.backbone.load import load_backbone
 from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import ModelConfig
-from adept_ds.distributed import init_world
+from adept_ds.distributed import init_world, prepare_deepspeed
 from adept_ds.model import adapted_model
-from adept_ds.training.engine import Engine, prepare_deepspeed
+from adept_ds.training.engine import Engine
 
 TOKENS = 64
 DEEPSPEED = {

@@ -77,6 +77,23 @@ def test_samples_do_not_depend_on_ranks_or_batches(
     assert len((tmp_path / "2" / "results.jsonl").read_text().splitlines()) == 20
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_backbone_that_is_split_over_the_ranks_writes_the_same_samples(
+    tiny_llama: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path, quantization: str | None
+) -> None:
+    for sharding, ranks in (("none", 0), ("zero3", 2)):
+        # Five problems for two ranks: one of them is done before the other, and keeps it company.
+        settings = evaluation_settings(tiny_llama, batch_size=2)
+        settings["model"]["quantization"] = quantization
+        settings["eval"] |= {"sharding": sharding, "max_examples": 5}
+        out = str(tmp_path / sharding)
+        result = run_ranks(ranks, EVALUATE, settings, "--adapter", str(adapter), "--out", out, "--samples_only")
+        assert result.returncode == 0, result.stdout
+    assert "each of 2 ranks holds" in result.stderr
+    assert samples(tmp_path / "zero3") == samples(tmp_path / "none")
+    assert len({sample["completion"] for sample in samples(tmp_path / "none")}) == 10
+
+
 def test_samples_that_are_scored_later_have_the_same_summary(
     tiny_llama: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:

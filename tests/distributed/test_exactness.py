@@ -43,6 +43,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
             "train": {"micro_batch_size": 1, "activation_checkpointing": True},
         },
         "llama-nf4-stage1": {"stage": 1, "model": {"quantization": "nf4"}},
+        "llama-fp8-stage0": {"stage": 0, "model": {"quantization": "fp8"}},
         "t5-stage0": {"stage": 0},
         "t5-stage3": {"stage": 3},
         "t5-nf4-stage1": {"stage": 1, "model": {"quantization": "nf4", "double_quantization": True}},
@@ -57,10 +58,16 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         "llama-nf4-stage3": {"stage": 3, "model": {"quantization": "nf4"}},
         "llama-nf4-stage3-accumulated-checkpointed": {
             "stage": 3,
-            "model": {"quantization": "nf4"},
+            "model": {"quantization": "nf4", "keep_expanded": True},
             "train": {"micro_batch_size": 1, "activation_checkpointing": True},
         },
         "llama-int8-stage3": {"stage": 3, "model": {"quantization": "int8"}},
+        "llama-fp8-stage3": {"stage": 3, "model": {"quantization": "fp8"}},
+        "llama-fp8-stage3-checkpointed": {
+            "stage": 3,
+            "model": {"quantization": "fp8", "dtype": "bf16"},
+            "train": {"activation_checkpointing": True},
+        },
         "llama-fp16-stage2": {"stage": 2, "model": {"dtype": "fp16"}},
         "llama-fp16-stage3": {"stage": 3, "model": {"dtype": "fp16"}},
         "t5-stage2": {"stage": 2},
@@ -211,7 +218,7 @@ def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
     return max(float((actual[name] - value).abs().max() / value.abs().max()) for name, value in expected.items())
 
 
-@pytest.mark.parametrize(("ranks", "name"), runs(lacking=("nf4", "int8", "bf16", "fp16")))
+@pytest.mark.parametrize(("ranks", "name"), runs(lacking=("nf4", "int8", "fp8", "bf16", "fp16")))
 def test_fp32_is_plain_pytorch(ranks: int, name: str, run_dirs: Callable[[int], Path], plain: dict[str, Plain]) -> None:
     expected = plain[name.partition("-")[0]]
     run_dir = run_dirs(ranks) / f"{ranks}-{name}"
@@ -232,9 +239,17 @@ def test_nf4_of_t5_is_the_same_sharded_or_not(run_dirs: Callable[[int], Path]) -
     assert sharded == pytest.approx(whole, rel=1e-5)
 
 
+def test_fp8_is_the_same_sharded_or_not(run_dirs: Callable[[int], Path]) -> None:
+    # The last bit of what a layer reads may turn its rounding to 8 bits.
+    whole, sharded = losses(run_dirs(1) / "1-llama-fp8-stage0"), losses(run_dirs(2) / "2-llama-fp8-stage3")
+    assert sharded == pytest.approx(whole, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "tolerance"),
     [
+        ("llama-fp8-stage3", 5e-3),
+        ("llama-fp8-stage3-checkpointed", 5e-3),
         ("llama-bf16-stage1", 3e-3),
         ("llama-bf16-stage3", 3e-3),
         ("t5-bf16-stage3", 1e-2),
@@ -261,6 +276,7 @@ def test_fp16_scales_the_loss_and_trains(name: str, run_dirs: Callable[[int], Pa
 RESUMED = {
     "llama-stage2": ("global", 1e-5),
     "llama-nf4-stage3": ("node", 1e-5),
+    "llama-fp8-stage3": ("replicate", 1e-4),
     "llama-bf16-stage3": ("replicate", 1e-3),
     "llama-fp16-stage3": ("global", 1e-3),
     "t5-stage3": ("node", 1e-5),

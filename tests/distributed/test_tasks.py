@@ -57,6 +57,23 @@ def test_a_mixture_trains(run: tuple[Path, dict[str, Any]]) -> None:
     assert json.loads((run_dir / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.parametrize("flag", ["--adapter", "--adapters"])
+def test_a_backbone_that_is_split_over_the_ranks_writes_the_same_answers(
+    run: tuple[Path, dict[str, Any]], run_ranks: RunRanks, tmp_path: Path, flag: str
+) -> None:
+    run_dir, chosen = run
+    best = str(run_dir / "best")
+    adapters = [best] if flag == "--adapter" else [f"{task}={best}" for task in ("rte", "cb")]
+    for sharding, ranks in (("zero3", 2), ("none", 0)):
+        evaluation = {"sharding": sharding, "max_examples": 5, "generation": {"batch_size": 2}}
+        flags = (flag, *adapters, "--out", str(tmp_path / sharding))
+        result = run_ranks(ranks, "evals/text2text.py", {**chosen, "eval": evaluation}, *flags)
+        assert result.returncode == 0, result.stdout
+    for task in ("rte", "cb"):
+        split, whole = ((tmp_path / name / task / "predictions.jsonl").read_text() for name in ("zero3", "none"))
+        assert split == whole
+
+
 def test_scores_do_not_depend_on_ranks(
     run: tuple[Path, dict[str, Any]], launch: Launch, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
