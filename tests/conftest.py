@@ -147,6 +147,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(os.cpu_count()),  # a rank takes its share of the cores: one
         "HF_HUB_OFFLINE": "1",
         "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 

@@ -20,6 +20,7 @@ from adept_ds.backbone.load import load_architecture
 from adept_ds.benchmark import Options, benchmark, measure, text_report
 from adept_ds.benchmark.contenders import (
     AGAINST,
+    AGAINST_ON_RANKS,
     DENSE,
     FLOOR,
     OURS,
@@ -241,7 +242,7 @@ def test_time_spent_fetching_is_taken_from_the_phase_around_it(monkeypatch: pyte
             next(now)
 
     model, coordinator, clock = nn.Sequential(nn.Identity(), nn.Identity()), Coordinator(), PhaseClock(CPU)
-    with clocked(clock, model, model[1], coordinator):
+    with clocked(clock, model, model[1], [(coordinator, "fetch_sub_module")]):
         clock.switch(FORWARD)  # at 0
         model[0].register_forward_hook(lambda *_: coordinator.fetch_sub_module(model, forward=True))
         model(torch.zeros(1))  # forward at 1, gather from 2 to 4, loss at 5, backward at 6
@@ -384,6 +385,7 @@ def test_report_and_file_have_the_same_figures(
 
 def test_the_flag_offers_what_there_is():
     assert tuple(AGAINST) == throughput.AGAINST
+    assert tuple(AGAINST_ON_RANKS) == throughput.AGAINST_ON_RANKS
 
 
 def test_steps_must_be_a_count(config: dict[str, Any], tmp_path: Path):

@@ -95,12 +95,26 @@ def test_every_accumulation_step_gathers_anew():
 def test_checkpointing_gathers_more_and_keeps_less():
     settings = {"stage3_max_live_parameters": 20_000, "stage3_max_reuse_distance": 0}
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, **settings}
-    plain, checkpointed = (
-        model_of(run_of(train={"activation_checkpointing": on}, deepspeed={"zero_optimization": zero})).plan("global")
-        for on in (False, True)
+    plain, checkpointed, by_layer = (
+        model_of(run_of(train=train, deepspeed={"zero_optimization": zero})).plan("global")
+        for train in (
+            {"gather": "weight"},
+            {"gather": "weight", "activation_checkpointing": True},
+            {"gather": "layer", "activation_checkpointing": True},
+        )
     )
-    assert checkpointed.gather_traffic > plain.gather_traffic
+    assert checkpointed.gather_traffic > plain.gather_traffic >= by_layer.gather_traffic
     assert checkpointed.memory.activations < 0.5 * plain.memory.activations
+
+
+def test_two_layers_are_whole_at_a_time():
+    run = run_of(deepspeed={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    shapes = [LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": count}) for count in (3, 4)]
+    plans = [MemoryModel(run, shape, Cluster(1, 2, GIB)).plan("global") for shape in shapes]
+    assert plans[0].memory.gathered == plans[1].memory.gathered
+    # Of one layer more: once forward and once backward.
+    weights, norms = 2 * 64 * (64 + 32) + 3 * 64 * 160, 2 * 64
+    assert plans[1].gather_traffic - plans[0].gather_traffic == 2 * 2 * (weights + norms)
 
 
 def test_offloaded_weights_leave_the_device():

@@ -45,15 +45,18 @@ INFERENCE, DISTRIBUTED = "adept_ds/backbone/inference.py", "adept_ds/distributed
 LOAD, SHARDING, STREAMING = (f"adept_ds/backbone/{name}.py" for name in ("load", "sharding", "streaming"))
 SOURCES, TAIL = "adept_ds/backbone/weight_sources.py", "adept_ds/model/logits_tail.py"
 QUANTIZATION, FROZEN, FP8 = (f"adept_ds/backbone/{name}.py" for name in ("quantization", "frozen_linear", "fp8"))
+LAYER_GATHERS = "adept_ds/backbone/layer_gathers.py"
 HIDING, ADAPTED = "adept_ds/model/prompt_hiding.py", "adept_ds/model/adapted_model.py"
 LAYERS, PREFIX, DEPT, BITFIT = (f"adept_ds/methods/{name}.py" for name in ("layers", "prefix", "dept", "bitfit"))
 PEFT_LAYERS, MPT, P_TUNING = (f"adept_ds/methods/{name}.py" for name in ("peft_layers", "mpt", "p_tuning"))
 ENGINE, META_STEP, GATHERS = (
     f"adept_ds/{name}.py" for name in ("training/engine", "planner/meta_step", "planner/zero3_gathers")
 )
-CONTENDERS, MEMORY, OPERATORS, RANKS, PHASES = (
-    f"adept_ds/benchmark/{name}.py" for name in ("contenders", "memory", "operators", "ranks", "phases")
+CONTENDERS, MEMORY, OPERATORS, RANKS = (
+    f"adept_ds/benchmark/{name}.py" for name in ("contenders", "memory", "operators", "ranks")
 )
+COLLECTIVES = "adept_ds/benchmark/collectives.py"
+COMPILED, BLOCKS = "adept_ds/backbone/compiled_blocks.py", "adept_ds/backbone/blocks.py"
 TRACKERS, MODEL_FOLDER = "adept_ds/storage/trackers.py", "adept_ds/storage/model_folder.py"
 METER = "tests/distributed/zero3_meter.py"
 
@@ -108,16 +111,22 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.AutoConfig.for_model", LOAD, "model_type"),
         Use("t5.all_tied_weights_keys", STREAMING),
         Use("t5.base_model_prefix", SOURCES),
+        Use("t5._no_split_modules", LAYER_GATHERS),
         Use("llama._init_weights", STREAMING, "module"),
         Use("generation_config._from_model_config", LOAD),
         Use("llama._adjust_missing_and_unexpected_keys", SOURCES, "loading_info"),
         Use("llama._get_dtype_plan", LOAD, "dtype"),
-        Use("llama.config._attn_implementation", PREFIX),
+        Use("llama.config._attn_implementation", f"{PREFIX} {ADAPTED} adept_ds/planner/packing.py"),
         Use("transformers.AutoModelForCausalLM._model_mapping", "adept_ds/backbone/text_part.py"),
         # Models.
         Use("llama.activation_checkpointing_enable", f"{ADAPTED} {CONTENDERS}", "activation_checkpointing_kwargs"),
         Use("llama.disable_input_require_grads", ADAPTED),
         Use("t5.prepare_decoder_input_ids_from_labels", ADAPTED, "labels="),
+        # Blocks, and the checkpointing around their `forward` that is done around compiled ones.
+        Use("transformers.LlamaForCausalLM._no_split_modules", BLOCKS),
+        Use("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward.__wrapped__", COMPILED),
+        Use("transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing", COMPILED),
+        Use("checkpointed_llama.model.layers.0._gradient_checkpointing_func", COMPILED),
         Use("transformers.PreTrainedModel.get_encoder", f"{DEPT} {CONTENDERS} {OPERATORS}"),
         Use("transformers.PreTrainedModel.get_decoder", f"{PREFIX} adept_ds/model/distillation.py"),
         # Calls of decoders, whose arguments a hook changes: under other names its changes would be without effect.
@@ -167,12 +176,23 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.zero.Init._convert_to_deepspeed_param", SHARDING, "param"),
         Use("deepspeed.zero.GatheredParameters", SHARDING, "params"),
         Use("zero3_parameter.ds_id", SHARDING),
-        Use("zero3_parameter.ds_shape", SHARDING),
-        Use("zero3_parameter.ds_numel", f"{SHARDING} {INFERENCE} {METER}"),
-        Use("zero3_parameter.ds_tensor", f"{SHARDING} {INFERENCE} {ENGINE} {MEMORY} {METER}"),
+        Use("zero3_parameter.ds_shape", f"{SHARDING} {LAYER_GATHERS}"),
+        Use("zero3_parameter.ds_numel", f"{SHARDING} {INFERENCE} {LAYER_GATHERS} {METER}"),
+        Use("zero3_parameter.ds_tensor", f"{SHARDING} {INFERENCE} {LAYER_GATHERS} {ENGINE} {MEMORY} {METER}"),
         Use("zero3_parameter.ds_tensor.ds_numel", SHARDING),
         Use("zero3_parameter.ds_zero_partition_rank", SHARDING),
         Use("zero3_parameter.partition", SHARDING),
+        # Frozen weights that are gathered by their layers.
+        Use("zero3_parameter.ds_status", LAYER_GATHERS),
+        Use("zero3_parameter.ds_process_group", LAYER_GATHERS),
+        Use("zero3_parameter.ds_process_group.allgather_into_tensor_coalesced", LAYER_GATHERS),
+        Use("deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.AVAILABLE", LAYER_GATHERS),
+        Use("deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.NOT_AVAILABLE", LAYER_GATHERS),
+        Use("z3_leaf._z3_leaf", LAYER_GATHERS),
+        Use("zero3_parameter.ds_persist", ENGINE),
+        Use("zero3_engine.optimizer.parameter_offload.persistent_parameters", ENGINE),
+        Use("zero3_engine.optimizer.parameter_offload.forward_hooks", ENGINE),
+        Use("zero3_engine.optimizer.parameter_offload.backward_hooks", ENGINE),
         # The engine.
         Use("deepspeed.initialize", ENGINE, "model=, optimizer=, config="),
         Use("deepspeed.init_distributed", DISTRIBUTED, "dist_backend=, verbose="),
@@ -180,7 +200,6 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.ops.__compatible_ops__.deepspeed_shm_comm", DISTRIBUTED),
         Use("zero3_engine.backward", ENGINE, "loss, scale_wrt_gas="),
         Use("zero3_engine.get_global_grad_norm", ENGINE),
-        Use("zero3_engine.gradient_accumulation_steps", ENGINE),
         Use("zero3_engine.zero_optimization_stage", ENGINE),
         Use("zero3_engine.fp16_enabled", ENGINE),
         Use("zero3_engine.save_checkpoint", ENGINE, "save_dir, tag=, save_latest="),
@@ -212,7 +231,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("zero3_engine.optimizer.parameter_offload.get_param_coordinator", RANKS),
         Use(
             "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator.fetch_sub_module",
-            f"{PHASES} {METER}",
+            f"{RANKS} {METER}",
         ),
         # What tests measure and pretend.
         Use("deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator.reset_step", METER),
@@ -228,17 +247,26 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("torch.cpu._is_amx_tile_supported", FROZEN),
         Use("torch.ops.aten._unsafe_view", FROZEN),
         Use("torch._scaled_mm", FP8),
-        Use("module._parameters", STREAMING),
+        Use("module._parameters", f"{STREAMING} {LAYER_GATHERS} {QUANTIZATION}"),
+        Use("removable_handle.hooks_dict_ref", ENGINE),
+        # Compiled blocks: without these names failures would not be caught, and compilations not told.
+        Use("torch._dynamo.exc.TorchDynamoException", COMPILED),
+        Use("torch._dynamo.exc.FailOnRecompileLimitHit", COMPILED),
+        Use("torch._dynamo.utils.counters", f"{COMPILED} tests/test_compiled_blocks.py"),
+        Use("torch._dynamo.config.recompile_limit", COMPILED),
+        Use("torch._inductor.config.fallback_random", COMPILED),
+        Use("module._forward_pre_hooks", f"{COMPILED} {ENGINE}"),
+        Use("module._forward_hooks", f"{COMPILED} {ENGINE}"),
         Use("module._buffers", STREAMING),
         Use("torch.serialization.safe_globals", ENGINE, "safe_globals"),
         Use("torch.distributed.c10d_logger", DISTRIBUTED),
         Use("torch.distributed.DistError", "adept_ds/slurm/node_check.py"),
         # A step on the meta device.
-        Use("torch.utils._python_dispatch.TorchDispatchMode", META_STEP),
-        Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL}", "tree"),
+        Use("torch.utils._python_dispatch.TorchDispatchMode", f"{META_STEP} {COLLECTIVES}"),
+        Use("torch.utils._pytree.tree_leaves", f"{META_STEP} {TAIL} {LAYER_GATHERS} {COLLECTIVES}", "tree"),
         Use("torch.utils._pytree.tree_map", TAIL),
         Use("torch.utils._pytree.tree_map_only", META_STEP),
-        Use("torch._C._current_graph_task_id", f"{META_STEP} {QUANTIZATION}"),
+        Use("torch._C._current_graph_task_id", f"{META_STEP} {LAYER_GATHERS} {QUANTIZATION}"),
         Use("torch.ops.aten._to_copy.default", META_STEP),
         Use("storage._cdata", f"{META_STEP} {TAIL}"),
         Use("torch.ops.aten._local_scalar_dense.default.namespace", META_STEP),
@@ -380,6 +408,17 @@ class Objects:
         return nn.Linear(2, 2)
 
     @cached_property
+    def removable_handle(self) -> Any:
+        return self.module.register_forward_hook(lambda *_: None)
+
+    @cached_property
+    def z3_leaf(self) -> Any:
+        from deepspeed.utils import set_z3_leaf_module
+
+        set_z3_leaf_module(self.module, True)
+        return self.module
+
+    @cached_property
     def storage(self) -> Any:
         return self.module.weight.untyped_storage()
 
@@ -410,6 +449,14 @@ class Objects:
     @cached_property
     def quant_state(self) -> Any:
         return self.quantized_parameter.quant_state
+
+    @cached_property
+    def checkpointed_llama(self) -> Any:
+        from tests.models import BACKBONES, seeded
+
+        model = seeded(BACKBONES["llama"])
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
     @cached_property
     def multitask_prompt(self) -> Any:

@@ -9,7 +9,6 @@ again before the layer's backward pass.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -18,7 +17,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 
-@cache
+@torch.compiler.assume_constant_result
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -62,6 +61,24 @@ class _FrozenLinearFunction(torch.autograd.Function):
         return rows.view(*grad.shape[:-1], layer.in_features), None
 
 
+class _TracedProduct(torch.autograd.Function):
+    """`_FrozenLinearFunction` as a compiler traces it: of tensors alone, which become inputs of the compiled block.
+
+    The weight itself is saved and no view of it, so that the backward pass reads what lies in the parameter by then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.is_transposed = is_transposed
+        return _matmul_rows(x, weight if is_transposed else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return _matmul_rows(grads[0], weight.t() if ctx.is_transposed else weight), None, None, None
+
+
 class FrozenLinear(nn.Linear):
     """A linear layer that shares a frozen one's parameters and saves a reference to the weight only.
 
@@ -90,12 +107,20 @@ class FrozenLinear(nn.Linear):
         """dL/dx of dL/dy [N, out_features]."""
         return _matmul_rows(grad, self.dense_weight())
 
+    def traced_product(self, rows: Tensor) -> Tensor:
+        """Rows [N, in_features] to [N, out_features], for a compiler: it traces functions of tensors, not of layers,
+        and one trace serves all layers of this shape."""
+        return _TracedProduct.apply(rows, self.weight, self.bias, self.is_transposed)
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            rows = self.traced_product(input.reshape(-1, self.in_features))
+        elif torch.is_grad_enabled():
             return _FrozenLinearFunction.apply(input, self)
-        # The same without the host's work for a node of the graph.
-        return self.product(input.reshape(-1, self.in_features)).unflatten(0, input.shape[:-1])
+        else:  # the same without the host's work for a node of the graph
+            rows = self.product(input.reshape(-1, self.in_features))
+        return rows.unflatten(0, input.shape[:-1])
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

@@ -15,7 +15,9 @@ those layers multiply in the model's precision; fp8 layers multiply the 8-bit fl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from adept_ds.backbone.fp8 import E4M3, matmul_fp8, round_rows
 from adept_ds.backbone.frozen_linear import FrozenLinear, is_linear, matmul
@@ -200,6 +203,57 @@ def _is_recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+_STAND_INS: dict[str, QuantizedLinear] = {}
+"""A layer without weights for each `kind`, which computes with the weight that a compiled block hands to it."""
+
+
+@contextmanager
+def _holding(kind: str, storage: Tensor, bias: Tensor | None = None) -> Iterator[QuantizedLinear]:
+    layer = _STAND_INS[kind]
+    vars(layer).update(weight=storage.detach(), bias=bias)
+    try:
+        yield layer
+    finally:
+        vars(layer).update(weight=None, bias=None)
+
+
+# A compiler sees no more of these than their names. Were the expansion in its sight, it would keep the weight that the
+# forward pass has expanded for the backward pass, and so all weights of a model.
+@torch.library.custom_op("adept_ds::quantized_product", mutates_args=())
+def _quantized_product(x: Tensor, storage: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    with _holding(kind, storage, bias) as layer:
+        return layer.product(x)
+
+
+@torch.library.custom_op("adept_ds::quantized_input_gradient", mutates_args=())
+def _quantized_input_gradient(grad: Tensor, storage: Tensor, kind: str) -> Tensor:
+    with _holding(kind, storage) as layer:
+        return layer.input_gradient(grad)
+
+
+@_quantized_product.register_fake
+def _(x: Tensor, storage: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return x.new_empty(x.shape[0], _STAND_INS[kind].out_features)
+
+
+@_quantized_input_gradient.register_fake
+def _(grad: Tensor, storage: Tensor, kind: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], _STAND_INS[kind].in_features)
+
+
+def _keep_storage(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, storage, _, ctx.kind = inputs
+    ctx.save_for_backward(storage)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (storage,) = ctx.saved_tensors
+    return _quantized_input_gradient(grad, storage, ctx.kind), None, None, None
+
+
+_quantized_product.register_autograd(_product_backward, setup_context=_keep_storage)
+
+
 class QuantizedLinear(FrozenLinear):
     """A frozen linear layer on a quantised weight, which is expanded for the product and dropped after it.
 
@@ -223,6 +277,10 @@ class QuantizedLinear(FrozenLinear):
         self._parts: tuple[int, tuple[Tensor, ...]] | None = None
         self._expanded: tuple[Tensor, Tensor] | None = None
         """The weight as it is held and in full."""
+        self.kind = f"{type(self).__name__}({self.in_features}, {self.out_features}, {scheme})"
+        if self.kind not in _STAND_INS:
+            _STAND_INS[self.kind] = stand_in = copy.copy(self)
+            vars(stand_in).update(_parameters={}, weight=None, bias=None)
 
     def storage_of(self, weight: Tensor, device: torch.device) -> Tensor:
         """The storage on `device` of a weight that has the shape of the layer whose place this one took."""
@@ -245,7 +303,7 @@ class QuantizedLinear(FrozenLinear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         output = super().forward(input)
-        if self.scheme.keeps_expanded and not input.requires_grad:
+        if self.scheme.keeps_expanded and not input.requires_grad and not torch.compiler.is_compiling():
             self._expanded = None  # no backward pass comes for it
         return output
 
@@ -273,6 +331,10 @@ class QuantizedLinear(FrozenLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self._parts = None  # or a layer that moves would leave them behind
         return super()._apply(fn, recurse)
+
+    @override
+    def traced_product(self, rows: Tensor) -> Tensor:
+        return _quantized_product(rows, self.weight, self.bias, self.kind)
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, with the scheme."""

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from adept_ds.backbone.blocks import backbone_layers
 from adept_ds.errors import NodeError, UserError
 
 SPARE_BUFFERS = 4
@@ -88,8 +89,7 @@ def prepare_disk(offload: dict[str, Any], backbone: nn.Module, ranks: int) -> No
             f"deepspeed.zero_optimization.offload_param.buffer_size is {offload['buffer_size']}, and a rank's part of "
             f"the largest weight has {largest} elements; expected that or more, or no value"
         )
-    layers = (layer for module in backbone.modules() if isinstance(module, nn.ModuleList) for layer in module)
-    matrices = (sum(parameter.dim() > 1 for parameter in layer.parameters()) for layer in layers)
+    matrices = (sum(weight.dim() > 1 for weight in layer.parameters()) for layer in backbone_layers(backbone))
     offload.setdefault("buffer_count", max(matrices, default=0) + SPARE_BUFFERS)
     try:
         folder = tempfile.mkdtemp(prefix="adept_ds-", dir=offload["nvme_path"])

@@ -1,23 +1,34 @@
 """Training throughput and memory of ADePT beside HF PEFT's methods and the bare backbone, and where a step's time goes.
 
 One process: all contenders (`contenders`) do the same work (`work`) in turns, in plain torch without DeepSpeed. On the
-ranks of a launcher: ADePT alone in DeepSpeed's engine (`ranks`), with the time spent waiting for split weights.
+ranks of a launcher: ADePT in DeepSpeed's engine (`ranks`), with the time spent waiting for split weights; on request
+beside DeepSpeed's own gathers and plain torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
 from adept_ds.backbone.fp8 import speed_note
 from adept_ds.backbone.load import DTYPES, check_attention, load_architecture, resolve_architecture
-from adept_ds.benchmark.contenders import DENSE, FLOOR, PEFT_PROMPT, Contender, build_contenders, quantized_layers
+from adept_ds.benchmark.collectives import count_collectives
+from adept_ds.benchmark.contenders import (
+    AGAINST,
+    DENSE,
+    FLOOR,
+    PEFT_PROMPT,
+    Contender,
+    build_contenders,
+    quantized_layers,
+)
 from adept_ds.benchmark.flops import ModelFlops, peak_flops
 from adept_ds.benchmark.machine import machine_facts
 from adept_ds.benchmark.memory import held_bytes, step_growth
@@ -29,6 +40,7 @@ from adept_ds.config.batch import batch_arithmetic
 from adept_ds.config.deepspeed import complete
 from adept_ds.config.run import RunConfig
 from adept_ds.distributed import World, gather_objects, init_world, on_gpu
+from adept_ds.model.adapted_model import AdaptedModel
 from adept_ds.planner.memory import decide_sharding
 from adept_ds.planner.packing import check_packing
 
@@ -51,13 +63,15 @@ class Options:
     rounds: int = 5
     """Times that the same steps are taken, after a warm-up."""
     against: tuple[str, ...] = ()
-    """Keys of `contenders.AGAINST`: what is measured beside ADePT and the bare backbone; left out on ranks."""
+    """What is measured too: in one process keys of `contenders.AGAINST`, on ranks those of `AGAINST_ON_RANKS`."""
     random_init: bool = False
     """Random weights in place of the checkpoint's; the architecture alone is read."""
     synthetic: tuple[int, ...] = ()
     """Lengths of examples of random tokens, in turn, in place of the data."""
+    brief: bool = False
+    """ADePT and the bare backbone alone, without the profile."""
     on_ranks: bool = False
-    """Measure ADePT alone, in DeepSpeed's engine on this launcher's ranks."""
+    """Measure ADePT in DeepSpeed's engine on this launcher's ranks."""
     cpu_seconds: bool = False
     """On a CPU, the processor's time in place of the wall's."""
 
@@ -80,15 +94,15 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
     world, notes = None, []
     if options.on_ranks:
         # Imports DeepSpeed, which one process does without.
-        from adept_ds.benchmark.ranks import engine_contender
+        from adept_ds.benchmark.ranks import rank_contenders
 
         world = init_world()
         device, is_main = world.device, world.is_main
         run = decide_sharding(run, architecture, world)
         plan = complete(run, world.world_size, architecture.hidden_size)
         work = build_work(run, architecture, options.steps, options.synthetic, plan.batch, world.rank)
-        contenders = [engine_contender(run, architecture, work, plan, options.random_init, world)]
-        left_out = ", ".join(["the bare backbone", *options.against])
+        contenders = rank_contenders(run, architecture, work, plan, options.against, options.random_init, world)
+        left_out = ", ".join(["the bare backbone", *(name for name in options.against if name in AGAINST)])
         notes.append(f"left out on ranks: {left_out}; they are measured in one process without a launcher")
     else:
         device, is_main = torch.device("cuda" if on_gpu() else "cpu"), True
@@ -99,20 +113,27 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
                 f"packed: {arithmetic.micro_batch_size} x {arithmetic.packing} positions a forward pass; others: "
                 f"{len(work.steps[0][0]['input_ids'])} examples, of which as many as can be as long as the longest"
             )
-        contenders = build_contenders(run, architecture, work, options.against, options.random_init, device)
+        contenders = build_contenders(
+            run, architecture, work, options.against, options.random_init, device, with_stock=not options.brief
+        )
+        if run.train.compile:
+            cast(AdaptedModel, contenders[0].model).compile_blocks(notes.append)
         if run.model.quantization == "int8":
             notes.append("no stock backbone: bitsandbytes' 8-bit layers multiply in 8 bits too, which is other work")
         if run.model.quantization == "fp8":
             notes.append(f"{speed_note(device, DTYPES[run.model.dtype])}; MFU is of the rate of {run.model.dtype}")
-        if run.model.quantization == "nf4":
+        if run.model.quantization == "nf4" and not options.brief:
             here, stock = (quantized_layers(contender.backbone) for contender in contenders[1:3])
             if stock != here:
                 notes.append(f"stock and PEFT have {stock} of the {here} linear layers in 4 bits; transformers' choice")
 
-    memory = {contender.name: measure_memory(contender, device, alone=options.on_ranks) for contender in contenders}
+    alone = len(contenders) == 1
+    memory = {contender.name: measure_memory(contender, device, alone) for contender in contenders}
+    exchanged = {contender.name: count_collectives(last_step(contender)) for contender in contenders}
     measure(contenders, options.rounds, device, is_main, options.cpu_seconds)
     if world:
-        _combine_ranks(contenders[0], memory, world)
+        for contender in contenders:
+            _combine_ranks(contender, memory, world)
     machine = machine_facts(device)
     peak = peak_flops(machine["device"], DTYPES[run.model.dtype])
     if peak is None:
@@ -125,6 +146,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         "dtype": run.model.dtype,
         "quantization": run.model.quantization,
         "activation_checkpointing": run.train.activation_checkpointing,
+        "compile": run.train.compile,
         "machine": machine,
         "ranks": ranks,
         "zero_stage": plan.config["zero_optimization"]["stage"] if world else None,
@@ -140,11 +162,11 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         "label_tokens": sum(work.labels_of_step),
         "contenders": {
             contender.name: _figures(contender, work, flops, ranks * peak if peak else None)
-            | {"memory_bytes": memory[contender.name]}
+            | {"memory_bytes": memory[contender.name], **exchanged[contender.name]}
             for contender in contenders
         },
         "ratios": {other.name: _ratio(contenders[0], other) for other in contenders[1:]},
-        "operator_seconds": None if world else operator_seconds(contenders[0], device),
+        "operator_seconds": None if world or options.brief else operator_seconds(contenders[0], device),
         "notes": notes,
     }
 
@@ -175,21 +197,34 @@ def measure(
     with ExitStack() as hooks:
         for contender in contenders:
             head = contender.backbone.get_output_embeddings()
-            hooks.enter_context(clocked(clock, contender.model, head, contender.coordinator))
+            hooks.enter_context(clocked(clock, contender.model, head, contender.fetches))
         for turn in range(rounds):
             for contender in contenders:
                 contender.rounds.append(dict.fromkeys(PHASES, 0.0))
+                contender.cpu_rounds.append(0.0)
             for number in range(steps):
                 first = (turn * steps + number) % len(contenders)
                 for contender in [*contenders[first:], *contenders[:first]]:
+                    cpu = time.process_time()
                     for phase, seconds in timed_step(contender, number, clock).items():
                         contender.rounds[-1][phase] += seconds
+                    contender.cpu_rounds[-1] += time.process_time() - cpu
                     progress.update()
     progress.close()
 
 
+def last_step(contender: Contender) -> Callable[[], None]:
+    """The contender's step on the longest batch, which is the last."""
+
+    def step() -> None:
+        contender.forward_backward(len(contender.steps) - 1)
+        contender.update()
+
+    return step
+
+
 def measure_memory(contender: Contender, device: torch.device, alone: bool) -> dict[str, int]:
-    """Warm up on the longest batch, which is the last, and return the memory of a step on it; see `memory`.
+    """Warm up on the longest batch and return the memory of a step on it; see `memory`.
 
     Args:
         contender: Who takes the steps.
@@ -197,10 +232,7 @@ def measure_memory(contender: Contender, device: torch.device, alone: bool) -> d
         alone: Whether nothing else is on the device, so that all that is allocated is held by the contender.
     """
 
-    def step() -> None:
-        contender.forward_backward(len(contender.steps) - 1)
-        contender.update()
-
+    step = last_step(contender)
     for _ in range(WARM_UP_STEPS):
         step()
     if alone and device.type == "cuda":
@@ -213,11 +245,12 @@ def measure_memory(contender: Contender, device: torch.device, alone: bool) -> d
 
 def _combine_ranks(contender: Contender, memory: dict[str, dict[str, int]], world: World) -> None:
     """Put the mean time of all ranks, the largest memory and the sum of tokens in place of this rank's. Collective."""
-    every = gather_objects((contender.rounds, memory[contender.name], contender.padded_tokens), world)
-    rounds, memories, tokens = zip(*every, strict=True)
+    own = (contender.rounds, contender.cpu_rounds, memory[contender.name], contender.padded_tokens)
+    rounds, cpu_rounds, memories, tokens = zip(*gather_objects(own, world), strict=True)
     contender.rounds = [
         {phase: fmean(own[phase] for own in same_round) for phase in PHASES} for same_round in zip(*rounds, strict=True)
     ]
+    contender.cpu_rounds = [fmean(same_round) for same_round in zip(*cpu_rounds, strict=True)]
     memory[contender.name] = max(memories, key=lambda own: own["peak"])
     contender.padded_tokens = sum(tokens)
 
@@ -230,6 +263,7 @@ def _figures(contender: Contender, work: Work, flops: ModelFlops, peak: float | 
     needed = sum(flops.of_example(inputs + contender.num_virtual_tokens, labels) for inputs, labels in work.examples)
     return {
         "seconds_per_step": typical / len(contender.steps),
+        "cpu_seconds_per_step": median(contender.cpu_rounds) / len(contender.steps),
         "examples_per_second": len(work.examples) / typical,
         "tokens_per_second": work.tokens / typical,
         "padded_tokens_per_second": contender.padded_tokens / typical,
@@ -242,6 +276,9 @@ def _figures(contender: Contender, work: Work, flops: ModelFlops, peak: float | 
 
 
 def _ratio(ours: Contender, other: Contender) -> dict[str, float | None]:
-    """Time of ADePT's step over the other's: median, least and most of the rounds', whose times belong together."""
+    """Time of ADePT's step over the other's: median, least and most of the rounds', whose times belong together; and
+    the median of CPU seconds."""
     ratios = [own / theirs for own, theirs in zip(ours.round_seconds, other.round_seconds, strict=True)]
-    return {"median": median(ratios), "least": min(ratios), "most": max(ratios), "goal": GOALS.get(other.name)}
+    cpu = median(own / theirs for own, theirs in zip(ours.cpu_rounds, other.cpu_rounds, strict=True))
+    spread = {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
+    return {**spread, "cpu": cpu, "goal": GOALS.get(other.name)}

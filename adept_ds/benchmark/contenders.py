@@ -10,7 +10,13 @@ optimizer is AdamW with the run's settings.
                          the embedded input, no optimizer
     adept_ds, dense      with model.quantization fp8: the same on weights in the model's precision
     backbone, stock      the floor as `transformers` has it: its linear layers and its loss over all positions
+    adept_ds, not ...    with `train.compile`: this project without it; no other contender is compiled
     PEFT ...             `get_peft_model` on the stock backbone; LoRA with PEFT's defaults, prompts of ADePT's length
+
+On ranks, where `adept_ds` is in DeepSpeed's engine, each with weights of its own (`ranks`):
+
+    adept_ds, plain torch    without DeepSpeed: whole weights on every rank, each trains for itself
+    adept_ds, by weight      ZeRO-3 as DeepSpeed does it (`train.gather` weight)
 """
 
 from __future__ import annotations
@@ -41,9 +47,11 @@ from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.training.optimizer import build_optimizer
 
-OURS, PACKED, DENSE = "adept_ds", "adept_ds, packed", "adept_ds, dense"
+OURS, PACKED, DENSE, UNCOMPILED = "adept_ds", "adept_ds, packed", "adept_ds, dense", "adept_ds, not compiled"
 FLOOR, STOCK_FLOOR = "backbone", "backbone, stock"
 PEFT_PROMPT, PEFT_LORA, PEFT_PADDED = "PEFT prompt tuning", "PEFT LoRA", "PEFT prompt tuning, padded to the maximum"
+
+PLAIN, BY_WEIGHT = "adept_ds, plain torch", "adept_ds, by weight"
 
 AGAINST = {
     "peft": (PEFT_PROMPT, PEFT_LORA),
@@ -51,7 +59,9 @@ AGAINST = {
     "peft-lora": (PEFT_LORA,),
     "peft-padded": (PEFT_PADDED,),
 }
-"""Choice of `--against` to contenders."""
+"""Choice of `--against` to contenders of one process."""
+AGAINST_ON_RANKS = {"plain": PLAIN, "by-weight": BY_WEIGHT}
+"""Choice of `--against` to the contender of a launcher's ranks."""
 
 
 @dataclass
@@ -69,6 +79,8 @@ class Contender:
     padded_tokens: int
     """Positions computed in a round: tokens, padding, soft prompt."""
     rounds: list[dict[str, float]] = field(default_factory=list)
+    cpu_rounds: list[float] = field(default_factory=list)
+    """CPU seconds of this process in each round; on a GPU those of the host."""
 
     def forward_backward(self, number: int) -> Tensor:
         """Gradients of step `number`; returns its loss, the mean over its micro-batches."""
@@ -92,9 +104,9 @@ class Contender:
         return [sum(phases.values()) for phases in self.rounds]
 
     @property
-    def coordinator(self) -> Any:
-        """What fetches weights that ZeRO-3 has split; None if they are here."""
-        return None
+    def fetches(self) -> list[tuple[Any, str]]:
+        """Objects and names of their methods that fetch weights which ZeRO-3 has split."""
+        return []
 
 
 class InputGradient(nn.Module):
@@ -116,6 +128,7 @@ def build_contenders(
     against: Sequence[str],
     random_init: bool,
     device: torch.device,
+    with_stock: bool = True,
 ) -> list[Contender]:
     """Return ADePT, the floors and the chosen others, each in training mode with its batches on `device`.
 
@@ -126,17 +139,19 @@ def build_contenders(
         against: Keys of `AGAINST`.
         random_init: Take random weights in place of a checkpoint's.
         device: Where all run.
+        with_stock: Whether the floor is measured on the stock backbone too, on which others are measured in any case,
+            and a compiled model without the compiler.
 
     Raises:
         UserError: The backbone cannot be loaded, or int8 or fp8 is to be compared, which PEFT's layers do not compute.
     """
-    names = {name for choice in against for name in AGAINST[choice]}
+    names = {name for choice in against for name in AGAINST.get(choice, ())}
     if names and run.model.quantization in ("int8", "fp8"):
         raise UserError(
             f"--against: model.quantization is {run.model.quantization!r}, and PEFT's layers compute otherwise in 8 "
             "bits, which is other work; expected nf4 or no quantisation"
         )
-    own_backbone, stock_backbone = _backbones(run, architecture, random_init, device)
+    own_backbone, stock_backbone = _backbones(run, architecture, random_init, device, with_stock or bool(names))
 
     def on_device(step: Step) -> Step:
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in step]
@@ -162,14 +177,18 @@ def build_contenders(
         packed = get_adept_model(sharing_weights(own_backbone), run.method, work.tokenizer, run.train.seed)
         batches = [on_device(step) for step in work.packed_steps]
         contenders.append(contender(PACKED, packed, packed.backbone, batches, length))
-    if run.model.quantization == "fp8":
+    if run.model.quantization == "fp8" and with_stock:
         model = run.model.model_copy(update={"quantization": None})
-        dense_backbone, _ = _backbones(run.model_copy(update={"model": model}), architecture, random_init, device)
+        dense_run = run.model_copy(update={"model": model})
+        dense_backbone, _ = _backbones(dense_run, architecture, random_init, device, with_stock=False)
         dense = get_adept_model(dense_backbone, run.method, work.tokenizer, run.train.seed)
         contenders.append(contender(DENSE, dense, dense.backbone, steps, length))
-    if stock_backbone is not None:
+    if stock_backbone is not None and with_stock:
         stock = want_input_gradient(sharing_weights(stock_backbone))
         contenders.append(contender(STOCK_FLOOR, stock, stock, longer, length))
+    if run.train.compile and with_stock:
+        plain = get_adept_model(sharing_weights(own_backbone), run.method, work.tokenizer, run.train.seed)
+        contenders.append(contender(UNCOMPILED, plain, plain.backbone, steps, length))
     positions, labels = longest_example(run.data, length, work.encoder_decoder)
     maximum = positions - length, labels if work.encoder_decoder else positions - length
     for name in (PEFT_PROMPT, PEFT_LORA, PEFT_PADDED):
@@ -197,12 +216,13 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW | Non
 
 
 def _backbones(
-    run: RunConfig, architecture: PreTrainedConfig, random_init: bool, device: torch.device
+    run: RunConfig, architecture: PreTrainedConfig, random_init: bool, device: torch.device, with_stock: bool
 ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """Return the backbone that our layers are put into and that of the stock contenders, the same if it is dense."""
+    """Return the backbone that our layers are put into and that of the stock contenders, the same if it is dense, and
+    none unless they are wanted."""
     own = random_backbone(run.model, architecture, device) if random_init else load_backbone(run.model, device)
-    stock: PreTrainedModel | None = own
-    if run.model.quantization:
+    stock: PreTrainedModel | None = own if with_stock else None
+    if run.model.quantization and with_stock:
         stock = _bitsandbytes_backbone(run.model, architecture, random_init, device)
     for backbone in filter(None, (own, stock)):
         backbone.config.use_cache = False

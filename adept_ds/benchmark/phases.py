@@ -12,7 +12,7 @@ On a GPU the times are those of the compute stream: what is fetched while it com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -60,14 +60,16 @@ class PhaseClock:
 
 
 @contextmanager
-def clocked(clock: PhaseClock, model: nn.Module, head: nn.Module, coordinator: Any = None) -> Iterator[None]:
+def clocked(
+    clock: PhaseClock, model: nn.Module, head: nn.Module, fetches: Sequence[tuple[Any, str]] = ()
+) -> Iterator[None]:
     """Switch the clock's phases where `model` is called, where its LM `head` is, and where it returns.
 
     Args:
         clock: The clock. The optimizer's step is the caller's to switch to.
         model: What the loss comes from.
         head: The LM head in it.
-        coordinator: DeepSpeed's object that fetches the weights of a module before they are used; None if all are here.
+        fetches: Objects and names of their methods that fetch weights before they are used.
     """
 
     def switch_to(phase: str) -> Callable[..., None]:
@@ -76,22 +78,25 @@ def clocked(clock: PhaseClock, model: nn.Module, head: nn.Module, coordinator: A
 
         return hook
 
-    def fetch(*arguments: Any, **options: Any) -> None:
-        phase = clock.switch(GATHER)
-        original(*arguments, **options)
-        clock.switch(phase)
+    def timed(original: Callable[..., None]) -> Callable[..., None]:
+        def fetch(*arguments: Any, **options: Any) -> None:
+            phase = clock.switch(GATHER)
+            original(*arguments, **options)
+            clock.switch(phase)
+
+        return fetch
 
     handles = [
         model.register_forward_pre_hook(switch_to(FORWARD)),
         head.register_forward_pre_hook(switch_to(LOSS)),
         model.register_forward_hook(switch_to(BACKWARD)),
     ]
-    if coordinator is not None:
-        original, coordinator.fetch_sub_module = coordinator.fetch_sub_module, fetch
+    for owner, name in fetches:
+        setattr(owner, name, timed(getattr(owner, name)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        if coordinator is not None:
-            del coordinator.fetch_sub_module
+        for owner, name in fetches:
+            delattr(owner, name)

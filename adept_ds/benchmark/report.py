@@ -52,6 +52,11 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
             f"{memory['peak']:10.3f}{memory['held']:8.3f}{memory['step']:8.3f}"
         )
     yield ""
+    yield f"{'of a step':{_NAME}}{'CPU s':>10}{'collectives':>13}{'gathered GiB':>14}"
+    for name, own in result["contenders"].items():
+        gathered = own["gathered_bytes"] / GIB
+        yield f"{name:{_NAME}}{own['cpu_seconds_per_step']:10.4f}{own['collectives']:13}{gathered:14.4f}"
+    yield ""
     yield f"{'share of the time':{_NAME}}" + "".join(f"{phase:>10}" for phase in PHASES)
     for name, own in result["contenders"].items():
         yield f"{name:{_NAME}}" + "".join(f"{own['phase_shares'][phase]:10.1%}" for phase in PHASES)
@@ -59,7 +64,8 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield "time of adept_ds's step over that of"
         for name, ratio in result["ratios"].items():
-            yield f"  {name:{_NAME}}{ratio['median']:.3f} ({ratio['least']:.3f} to {ratio['most']:.3f}){_goal(ratio)}"
+            spread = f"{ratio['median']:.3f} ({ratio['least']:.3f} to {ratio['most']:.3f})"
+            yield f"  {name:{_NAME}}{spread}, CPU {ratio['cpu']:.3f}{_goal(ratio)}"
     rounds = len(next(iter(result["contenders"].values()))["round_seconds"])
     yield f"rates and ratios: median of {rounds} rounds; in brackets the least and the most"
     if result["operator_seconds"]:

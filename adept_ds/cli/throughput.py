@@ -5,12 +5,15 @@
     adept-ds throughput --config t5_3b --against peft --random-init --synthetic 512
     adept-ds throughput --config llama3_8b --random-init --synthetic 512 --ranks 8
     adept-ds throughput --config smollm2_135m --random-init --synthetic 60 90 400 --train.packing 1024
+    adept-ds throughput --config llama3_8b --random-init --synthetic 512 --against plain by-weight \\
+        --train.sharding global
 
 Prints tables, and writes the same with every round's time as JSON with --out. The bare backbone (forward and gradient
-of the input, no method, no optimizer) is measured always. Under a launcher adept_ds is measured alone, in DeepSpeed's
-engine with the config's sharding. See `adept_ds.benchmark` for what is compared and how. The second and third line need
-neither weights nor data nor tokenizer; add --model.quantization nf4 for a 4-bit backbone. With train.packing the same
-examples in packed rows are measured beside rows of one example each. Close everything else that
+of the input, no method, no optimizer) is measured always. On ranks adept_ds is measured in DeepSpeed's engine with
+the config's sharding; the last line shows what ZeRO-3 costs beside plain torch, by layers as training has it and
+by weights as DeepSpeed has it. See `adept_ds.benchmark` for what is compared and how. With --random-init and
+--synthetic neither weights nor data nor tokenizer are needed; add --model.quantization nf4 for a 4-bit backbone. With
+train.packing the same examples in packed rows are measured beside rows of one example each. Close everything else that
 runs on the machine.
 """
 
@@ -26,6 +29,7 @@ from adept_ds.files import atomic_write
 from adept_ds.rank_environment import is_main_rank
 
 AGAINST = ("peft", "peft-prompt-tuning", "peft-lora", "peft-padded")
+AGAINST_ON_RANKS = ("plain", "by-weight")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +37,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         nargs="+",
-        choices=AGAINST,
+        choices=AGAINST + AGAINST_ON_RANKS,
         default=[],
         help="measure these too: PEFT's prompt tuning and LoRA (peft), one of them, or prompt tuning on rows padded to "
-        "the maximum that the data section allows (peft-padded)",
+        "the maximum that the data section allows (peft-padded); in DeepSpeed's engine, on one rank or more: adept_ds "
+        "without DeepSpeed (plain) and with DeepSpeed's own gathers (by-weight)",
     )
     parser.add_argument("--steps", type=parse_count, default=8, metavar="N", help="steps a round (default: 8)")
     parser.add_argument(
@@ -76,7 +81,9 @@ def main(arguments: Sequence[str]) -> int | None:
         synthetic=tuple(flags.synthetic),
         cpu_seconds=flags.cpu_seconds,
         # The deepspeed launcher names each process's rank on its command line, a single one's too.
-        on_ranks=flags.local_rank is not None or launcher_world_size() > 1,
+        on_ranks=flags.local_rank is not None
+        or launcher_world_size() > 1
+        or not set(AGAINST_ON_RANKS).isdisjoint(flags.against),
     )
     result = benchmark(loaded.run, options)
     if not is_main_rank():

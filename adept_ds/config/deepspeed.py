@@ -164,6 +164,8 @@ ADAPTER_BUCKET_ELEMENTS = 1_000_000
 """`reduce_bucket_size` where an adapter is trained and the section names none."""
 SHARDED_STAGE = 3
 """ZeRO stage that splits the weights."""
+_OWN_FORMS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+"""Keys of `zero_optimization` by which DeepSpeed keeps more of a weight than its part."""
 DEFAULT_STAGE = 1
 """ZeRO stage where the section names none: whole weights on every rank, as at 0, and fp32 masters for bf16 too."""
 
@@ -221,6 +223,21 @@ def complete(run: RunConfig, world_size: int, hidden_size: int | None = None) ->
         # Without ZeRO, DeepSpeed cannot accumulate in another precision than the model's.
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return DeepSpeedPlan(config, batch, derived)
+
+
+def gathers_layers(run: RunConfig, config: dict[str, Any]) -> bool:
+    """Whether frozen weights are gathered a layer at a time, by `train.gather`, where they are split at all.
+
+    DeepSpeed gathers them where it reads them from a disk, or holds them in a form of its own.
+
+    Args:
+        run: The run.
+        config: Its completed section.
+    """
+    zero = config["zero_optimization"]
+    on_disk = zero.get("offload_param", {}).get("device") == "nvme"
+    has_own_form = any(zero.get(name) for name in _OWN_FORMS) or zero.get("zero_hpz_partition_size", 1) > 1
+    return run.train.gather == "layer" and zero["stage"] == SHARDED_STAGE and not on_disk and not has_own_form
 
 
 def section_problems(section: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -241,8 +241,15 @@ class TrainConfig(Section):
     """Where the frozen weights live: whole on every rank (`replicate`), split over the ranks of each node (`node`) or
     over all ranks (`global`); `auto` takes the first of these that fits into the memory. It sets
     `deepspeed.zero_optimization.stage`; if not given, that stage decides (3 is `global`, less is `replicate`)."""
+    gather: Literal["layer", "weight"] = "layer"
+    """What ranks that have split the frozen weights gather at a time: a decoder or encoder `layer`, the next one while
+    it is at work, or each `weight` by itself, as DeepSpeed does. With weights on a disk it is `weight` always."""
     activation_checkpointing: StrictBool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    compile: StrictBool = False
+    """Compile the backbone's layers in training by `torch.compile`, one compilation for all that are alike: fewer calls
+    of the host, same results up to rounding. Needs a C++ compiler, on a GPU also Triton; without them, and where a
+    model cannot be compiled, the run says so and goes on as it is. Its speed on a GPU has not been measured."""
     group_by_length: StrictBool = True
     """Put examples of like length in one batch (less padding); the order stays random over the epoch."""
     seed: CountOrZero = 42

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
+from adept_ds.backbone.compiled_blocks import compile_blocks
 from adept_ds.backbone.frozen_linear import replace_frozen_linears
 from adept_ds.backbone.hub import push_folder
 from adept_ds.backbone.sharding import full_numel
@@ -110,6 +111,14 @@ class AdaptedModel(nn.Module):
         self.backbone.activation_checkpointing_enable(options)
         # Gradients flow from the trained parameters; a table that they need not reach would be gathered for nothing.
         self.backbone.disable_input_require_grads()
+
+    def compile_blocks(self, say: Callable[[str], None] | None = None) -> None:
+        """Have the backbone's layers compiled in training, when they are first called; see `compiled_blocks`.
+
+        Args:
+            say: Is told of each compilation, and once why if it does not work: layers then run as they are.
+        """
+        compile_blocks(self.backbone, dynamic=True, say=say or (lambda _: None))
 
     def print_trainable_parameters(self) -> None:
         """Print the counts in PEFT's form."""

@@ -8,7 +8,7 @@ rows at a time, and what stays for the backward pass is one [N, d] gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,16 +145,17 @@ class LossHead(nn.Module):
         self._soft: SoftTargets | None = None
         self._loss: Tensor | None = None
         self._recorded: list[Tensor] | None = None
+        self._behind: ExitStack | None = None
 
     @contextmanager
     def summing(self, targets: Tensor, soft: SoftTargets | None = None) -> Iterator[None]:
         """Within the block return the loss at `targets` [B, S], `IGNORE_INDEX` where there is none."""
-        self._targets, self._soft = targets, soft
+        self._targets, self._soft, self._behind = targets, soft, ExitStack()
         try:
-            with untouched(self.tail, lambda: self._loss):
+            with self._behind:
                 yield
         finally:
-            self._targets = self._soft = self._loss = None
+            self._targets = self._soft = self._loss = self._behind = None
 
     @contextmanager
     def recording(self, targets: Tensor) -> Iterator[list[Tensor]]:
@@ -198,6 +199,9 @@ class LossHead(nn.Module):
         loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, self._whole_bias(), self._soft, self.tail)
         loss = loss.view(1, 1, 1)
         self._loss = loss.detach()
+        if self._behind is not None:
+            # From here on: what looks at every function would slow the layers down, and stop a compiler.
+            self._behind.enter_context(untouched(self.tail, lambda: self._loss))
         return loss
 
 

@@ -1,6 +1,6 @@
 """How much memory each rank of a run needs, and what a step moves, for every place that the frozen weights can live in.
 
-Nothing is loaded: one step is executed on the meta device (`adept_ds.planner.meta_step`) and DeepSpeed's gathers are
+Nothing is loaded: one step is executed on the meta device (`adept_ds.planner.meta_step`) and ZeRO-3's gathers are
 followed through it (`adept_ds.planner.zero3_gathers`). A rank's peak is
 
     weights it keeps + optimizer + whole parameters in flight + what the step has alive at its own peak + runtime
@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from adept_ds.backbone.load import DTYPES
-from adept_ds.config.deepspeed import DEFAULT_STAGE, complete
+from adept_ds.config.deepspeed import DEFAULT_STAGE, complete, gathers_layers
 from adept_ds.config.run import RunConfig
 from adept_ds.data.encode import longest_example, most_labels
 from adept_ds.distributed import World, on_main_rank, ranks_by_node
@@ -126,6 +126,8 @@ class MemoryPlan:
     cluster: Cluster
     shape: StepShape
     activation_checkpointing: bool
+    compiled: bool
+    """Whether the run compiles its layers, which the figures do not know of."""
     held_bytes: int
     """Activations saved for the backward pass."""
     logits_bytes: int
@@ -221,9 +223,9 @@ class MemoryModel:
         offloaded, gathers = 0, Gathers(0, 0)
         if is_sharded:
             is_offloaded = _is_offloaded(zero, "offload_param")
-            gathers = simulate_gathers(
-                trace.calls, trace.modules, self.parameters, weight_ranks, GatherSettings.of(zero), is_offloaded
-            )
+            by_layer = gathers_layers(self.run, section)
+            settings = GatherSettings.of(zero)
+            gathers = simulate_gathers(trace, by_layer, self.parameters, weight_ranks, settings, is_offloaded)
             if is_offloaded:
                 offloaded, backbone, adapter = backbone + adapter, 0, 0
         if _is_offloaded(zero, "offload_optimizer"):

@@ -43,6 +43,7 @@ def plan_memory(run: RunConfig, architecture: PreTrainedConfig, cluster: Cluster
         cluster=cluster,
         shape=model.shape(model.batch.micro_batch_size),
         activation_checkpointing=run.train.activation_checkpointing,
+        compiled=run.train.compile,
         held_bytes=trace.held_bytes,
         logits_bytes=trace.logits_bytes,
         dequantized_bytes=trace.dequantized_bytes,

@@ -57,6 +57,8 @@ def memory_text(plan: MemoryPlan) -> str:
         "  Traffic: what the collectives of one step deliver to a rank"
         + (", if no two of its examples share a row." if shape.is_packed else "."),
     ]
+    if plan.compiled:
+        notes.append("  train.compile: the figures are those without it; what it saves or takes is not counted.")
     verdict = "fits" if plan.configured.fits else "DOES NOT FIT"
     notes.append(f"  {plan.sharding} {verdict}" + (":" if plan.advice else "."))
     return "\n".join([*head, *table, *notes, *(f"    - {line}" for line in plan.advice)])

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from adept_ds.backbone import fp8
+from adept_ds.backbone.layer_gathers import frozen_layers, modules_by_layer
 from adept_ds.backbone.load import DTYPES, unsharded_creation
 from adept_ds.backbone.quantization import Scheme, quantize_linears
 from adept_ds.config.run import RunConfig
@@ -84,6 +85,10 @@ class StepTrace:
     """Most that is alive at a time of quantised weights in full precision."""
     modules: tuple[tuple[int, ...], ...]
     """Of each module, its own parameters (not its children's) as indices into `list(model.parameters())`."""
+    layers: dict[int, tuple[int, ...]]
+    """Of each decoder or encoder layer, as an index of a module, the parameters that can be gathered with it."""
+    by_layer: frozenset[int]
+    """Modules within the layers that have no other parameters than those."""
     calls: tuple[ModuleCall, ...]
 
 
@@ -152,6 +157,9 @@ def trace_step(model: AdaptedModel, shape: StepShape, device_type: Literal["cuda
             ) from error
     for parameter in model.parameters():
         parameter.grad = None
+    layers = frozen_layers(model, model.backbone)
+    number_of_module = {module: index for index, module in enumerate(model.modules())}
+    number = {parameter: index for index, parameter in enumerate(model.parameters())}
     return StepTrace(
         held_bytes=held,
         peak_bytes=memory.peak,
@@ -159,6 +167,10 @@ def trace_step(model: AdaptedModel, shape: StepShape, device_type: Literal["cuda
         logits_bytes=memory.most["logits"],
         dequantized_bytes=memory.most["dequantized"],
         modules=modules,
+        layers={
+            number_of_module[layer]: tuple(number[parameter] for parameter in own) for layer, own in layers.items()
+        },
+        by_layer=frozenset(number_of_module[module] for module in modules_by_layer(layers)),
         calls=tuple(calls),
     )
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO-3 gathers in a step: the bytes of whole parameters in flight, and the traffic.
+"""What ZeRO-3 gathers in a step: the bytes of whole parameters in flight, and the traffic.
 
 DeepSpeed (0.19, `partitioned_param_coordinator.py`) gathers a module's own parameters before its forward and backward
 pass, and more ahead of time: the next ones in the order of the step before, up to `stage3_prefetch_bucket_size`
@@ -8,18 +8,22 @@ same rules are followed here over the calls of a traced step.
 
 Parameters gathered together arrive in one buffer, from which each is copied; the buffer is freed when the last of them
 is first used. A parameter gathered alone arrives in place.
+
+Frozen weights that are gathered a layer at a time (`adept_ds.backbone.layer_gathers`) are none of DeepSpeed's: the
+layer at work and the next one are whole.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from adept_ds.planner.meta_step import ModuleCall
+from adept_ds.backbone.layer_gathers import layer_ahead, starts_in_storage
+from adept_ds.planner.meta_step import ModuleCall, StepTrace
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,22 @@ class _Handle:
     """Whether the parameters have been copied out of the buffer."""
 
 
+@dataclass
+class _Memory:
+    """Whole parameters and buffers."""
+
+    live: int = 0
+    peak: int = 0
+    gathered: int = 0
+
+    def allocate(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
 def simulate_gathers(
-    calls: Sequence[ModuleCall],
-    modules: Sequence[Sequence[int]],
+    trace: StepTrace,
+    by_layer: bool,
     parameters: Sequence[ShardedParameter],
     shards: int,
     settings: GatherSettings,
@@ -82,8 +99,8 @@ def simulate_gathers(
     """Follow a step that DeepSpeed has seen before.
 
     Args:
-        calls: The step's calls in order.
-        modules: Of each module, its own parameters as indices into `parameters`.
+        trace: The step.
+        by_layer: Whether frozen weights are gathered a layer at a time.
         parameters: All parameters of the model.
         shards: Ranks that share a parameter.
         settings: The rules' sizes.
@@ -92,13 +109,55 @@ def simulate_gathers(
     """
     if shards == 1 and not is_offloaded:
         return Gathers(0, 0)
-    coordinator = _Coordinator(calls, modules, parameters, shards, settings)
-    for call in calls:
-        if call.event == "enter":
-            coordinator.fetch(call)
-        else:
-            coordinator.release(call)
-    return Gathers(coordinator.peak_bytes, coordinator.gathered_bytes)
+    memory = _Memory()
+    layers = _Layers(trace.layers if by_layer else {}, parameters, shards, memory)
+    without_hooks = trace.by_layer if by_layer else frozenset()
+    calls = [call for call in trace.calls if call.module not in without_hooks]
+    taken = {parameter for own in layers.own.values() for parameter in own}
+    coordinator = _Coordinator(calls, trace.modules, parameters, taken, shards, settings, memory)
+    for call in trace.calls:
+        if call.module not in without_hooks:
+            coordinator.follow(call)
+        if call.module in layers.own and call.event == "enter":
+            layers.enter(call)
+    return Gathers(memory.peak, memory.gathered)
+
+
+class _Layers:
+    """The gathers of `adept_ds.backbone.layer_gathers`.
+
+    Args:
+        own: Of each layer, as an index of a module, its parameters.
+        parameters: As in `simulate_gathers`, as are `shards`.
+        shards: Ranks that share a parameter.
+        memory: What is whole at a time.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[int, Sequence[int]],
+        parameters: Sequence[ShardedParameter],
+        shards: int,
+        memory: _Memory,
+    ) -> None:
+        self.own, self._memory = own, memory
+        self._order = list(own)
+        self._sizes = [
+            [parameters[index].padded_numel(shards) * parameters[index].itemsize for index in own[layer]]
+            for layer in self._order
+        ]
+        self._whole: set[int] = set()
+
+    def enter(self, call: ModuleCall) -> None:
+        """Gather the layer that begins its pass, and the next one; drop all others."""
+        index = self._order.index(call.module)
+        ahead = layer_ahead(index, len(self._order), is_backward=call.is_recomputed or not call.is_forward)
+        for other in self._whole - {index, ahead}:
+            self._memory.live -= starts_in_storage(self._sizes[other])[-1]
+        for wanted in {index, ahead} - self._whole:
+            self._memory.allocate(starts_in_storage(self._sizes[wanted])[-1])
+            self._memory.gathered += sum(self._sizes[wanted])
+        self._whole = {index, ahead}
 
 
 @dataclass
@@ -108,13 +167,13 @@ class _Coordinator:
     calls: Sequence[ModuleCall]
     modules: Sequence[Sequence[int]]
     parameters: Sequence[ShardedParameter]
+    taken: Set[int]
+    """Parameters that are none of DeepSpeed's."""
     shards: int
     settings: GatherSettings
-    peak_bytes: int = 0
-    gathered_bytes: int = 0
+    memory: _Memory
     _step: int = 0
     """Modules fetched so far."""
-    _live_bytes: int = 0
     _available_numel: int = 0
     _available: set[int] = field(default_factory=set)
     _in_flight: dict[int, _Handle] = field(default_factory=dict)
@@ -143,11 +202,18 @@ class _Coordinator:
         self._persistent = {
             index
             for index, parameter in enumerate(self.parameters)
-            if parameter.numel <= self.settings.param_persistence_threshold
+            if parameter.numel <= self.settings.param_persistence_threshold and index not in self.taken
         }
         self._available |= self._persistent
         for parameter in self._persistent:
-            self._allocate(self.parameters[parameter].numel * self.parameters[parameter].itemsize)
+            self.memory.allocate(self.parameters[parameter].numel * self.parameters[parameter].itemsize)
+
+    def follow(self, call: ModuleCall) -> None:
+        """Do what DeepSpeed does at this call."""
+        if call.event == "enter":
+            self.fetch(call)
+        else:
+            self.release(call)
 
     def fetch(self, call: ModuleCall) -> None:
         """Gather the parameters of a module that begins its pass, and some that come after it."""
@@ -181,7 +247,7 @@ class _Coordinator:
             if parameter in releasable and parameter in self._available and not self._users[parameter]:
                 self._available.remove(parameter)
                 self._available_numel -= self.parameters[parameter].numel
-                self._live_bytes -= self._bytes(parameter)
+                self.memory.live -= self._bytes(parameter)
 
     def _is_here(self, parameter: int) -> bool:
         return parameter in self._available or parameter in self._in_flight
@@ -225,22 +291,18 @@ class _Coordinator:
         for parameter in wanted:
             self._in_flight[parameter] = handle
             self._available_numel += self.parameters[parameter].numel
-        self._allocate(size)
-        self.gathered_bytes += size
+        self.memory.allocate(size)
+        self.memory.gathered += size
 
     def _wait(self, parameter: int) -> None:
         handle = self._in_flight.pop(parameter)
         if not handle.is_copied:
             handle.is_copied = True
-            self._allocate(sum(self._bytes(other) for other in handle.waiting))
+            self.memory.allocate(sum(self._bytes(other) for other in handle.waiting))
         self._available.add(parameter)
         handle.waiting.remove(parameter)
         if not handle.waiting:
-            self._live_bytes -= handle.buffer_bytes
+            self.memory.live -= handle.buffer_bytes
 
     def _bytes(self, parameter: int) -> int:
         return self.parameters[parameter].padded_numel(self.shards) * self.parameters[parameter].itemsize
-
-    def _allocate(self, size: int) -> None:
-        self._live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)

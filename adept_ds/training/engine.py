@@ -27,9 +27,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from adept_ds.backbone.layer_gathers import LayerGathers, frozen_layers, modules_by_layer
 from adept_ds.backbone.load import load_backbone, random_backbone
 from adept_ds.backbone.sharding import full_shape, is_sharded, node_group
-from adept_ds.config.deepspeed import SHARDED_STAGE
+from adept_ds.config.deepspeed import SHARDED_STAGE, gathers_layers
 from adept_ds.config.run import RunConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.distributed import World, prepare_deepspeed, ranks_by_node, sum_over_ranks
@@ -81,10 +82,16 @@ class Engine:
         optimizer: AdamW over the model's trained parameters.
         config: The completed `deepspeed` section.
         world: This rank.
+        by_layer: Whether frozen weights are gathered a layer at a time, not by DeepSpeed.
     """
 
     def __init__(
-        self, model: AdaptedModel, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+        self,
+        model: AdaptedModel,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        world: World,
+        by_layer: bool = False,
     ) -> None:
         self.model = model
         self.world = world
@@ -96,6 +103,28 @@ class Engine:
         self.optimizer = optimizer
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.zero_stage = int(self.deepspeed.zero_optimization_stage())
+        self.layers = self._take_layers() if by_layer else None
+        """What gathers the layers' frozen weights; None if DeepSpeed does, or they are whole."""
+
+    def _take_layers(self) -> LayerGathers:
+        """Take the frozen weights of all layers out of DeepSpeed's hands, and its hooks off the modules that have no
+        others."""
+        layers = frozen_layers(self.model, self.model.backbone)
+        taken = {parameter for own in layers.values() for parameter in own}
+        offload = self.deepspeed.optimizer.parameter_offload
+        registries = {
+            id(hooks)
+            for module in modules_by_layer(layers)
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        }
+        for handle in [*offload.forward_hooks, *offload.backward_hooks]:
+            if id(handle.hooks_dict_ref()) in registries:
+                handle.remove()
+        # Small ones, which DeepSpeed would split and gather again with each step of the optimizer.
+        offload.persistent_parameters[:] = [one for one in offload.persistent_parameters if one not in taken]
+        for parameter in taken:
+            parameter.ds_persist = False  # type: ignore[attr-defined]
+        return LayerGathers(layers, self.world.device)
 
     def forward_backward(self, micro_batches: list[dict[str, Tensor]], label_tokens: float) -> Tensor:
         """Accumulate gradients over this rank's micro-batches of one step; return their summed loss.
@@ -113,6 +142,8 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
             loss = self.deepspeed(**self._on_device(batch), reduction="sum").loss
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            if self.layers is not None:
+                self.layers.drop()
             total += loss.detach()
         return total
 
@@ -296,6 +327,8 @@ def build_engine(
     model = get_adept_model(backbone, run.method, tokenizer, run.train.seed)
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
+    if run.train.compile:
+        model.compile_blocks(say=print if world.is_main else None)
     if values:
         model.load_trained(values)
-    return Engine(model, build_optimizer(model, run.train), config, world)
+    return Engine(model, build_optimizer(model, run.train), config, world, gathers_layers(run, config))

@@ -44,6 +44,7 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
         },
         "llama-nf4-stage1": {"stage": 1, "model": {"quantization": "nf4"}},
         "llama-fp8-stage0": {"stage": 0, "model": {"quantization": "fp8"}},
+        "llama-nf4-stage1-compiled": {"stage": 1, "model": {"quantization": "nf4"}, "train": {"compile": True}},
         "t5-stage0": {"stage": 0},
         "t5-stage3": {"stage": 3},
         "t5-nf4-stage1": {"stage": 1, "model": {"quantization": "nf4", "double_quantization": True}},
@@ -51,6 +52,11 @@ RUNS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "llama-stage0": {"stage": 0},
         "llama-stage2": {"stage": 2},
+        "llama-stage2-compiled-checkpointed": {
+            "stage": 2,
+            "train": {"compile": True, "activation_checkpointing": True},
+        },
+        "llama-stage3-compiled": {"stage": 3, "train": {"compile": True}},
         "llama-stage3-checkpointed": {"stage": 3, "train": {"activation_checkpointing": True}},
         "llama-stage3-offloaded": {"stage": 3, "zero": {"offload_param": {"device": "cpu"}}},
         "llama-bf16-stage1": {"stage": 1, "model": {"dtype": "bf16"}},
@@ -123,18 +129,20 @@ def run_dirs(
 
     def run(ranks: int) -> Path:
         if ranks not in done:
-            train_all(run_ranks, ranks, [settings(ranks, name, wanted) for name, wanted in RUNS[ranks].items()])
+            runs = [settings(ranks, name, wanted) for name, wanted in RUNS[ranks].items()]
+            (root / f"{ranks}.out").write_text(train_all(run_ranks, ranks, runs))
             done.add(ranks)
         return root
 
     return run
 
 
-def train_all(run_ranks: RunRanks, ranks: int, runs: list[dict[str, Any]]) -> None:
-    """All runs in one start of the ranks; of four ranks each pair is a node."""
+def train_all(run_ranks: RunRanks, ranks: int, runs: list[dict[str, Any]]) -> str:
+    """All runs in one start of the ranks, and what they print; of four ranks each pair is a node."""
     nodes = 2 if ranks == 4 else 1
     result = run_ranks(ranks, "tests/distributed/run_all.py", runs, nodes=nodes, ADEPT_DS_TEST_FP16="1")
     assert result.returncode == 0, result.stdout[-6000:]
+    return result.stdout
 
 
 def expand_nf4(backbone: PreTrainedModel) -> None:
@@ -225,6 +233,14 @@ def test_fp32_is_plain_pytorch(ranks: int, name: str, run_dirs: Callable[[int], 
     assert losses(run_dir) == pytest.approx(expected.losses, rel=1e-5)
     values = {key: value.detach() for key, value in expected.values.items()}
     assert largest_difference(parameters(run_dir), values) < 1e-3
+
+
+def test_runs_say_what_was_compiled(run_dirs: Callable[[int], Path]) -> None:
+    said = [line for line in (run_dirs(2) / "2.out").read_text().splitlines() if line.startswith("train.compile: ")]
+    compiled, left = said
+    assert compiled.startswith("train.compile: compiled LlamaDecoderLayer in ")
+    # DeepSpeed's hooks at stage 3.
+    assert left.startswith("train.compile: modules within LlamaDecoderLayer have hooks")
 
 
 @pytest.mark.parametrize(("ranks", "name"), runs(having="llama-nf4"))

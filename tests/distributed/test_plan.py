@@ -21,6 +21,14 @@ TIGHT = {"stage3_prefetch_bucket_size": 20_000, "stage3_max_live_parameters": 60
 TIGHT |= {"stage3_max_reuse_distance": 50_000, "stage3_param_persistence_threshold": 200}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "defaults": ("llama", {}, {}, {}),
+    "weight by weight": ("llama", {}, {"gather": "weight"}, {}),
+    "tight, by weight, nf4, checkpointed": (
+        "llama",
+        {"quantization": "nf4"},
+        {"activation_checkpointing": True, "gather": "weight"},
+        TIGHT,
+    ),
+    "t5, tight, by weight": ("t5", {}, {"gather": "weight"}, TIGHT),
     "tight, nf4, checkpointed": ("llama", {"quantization": "nf4"}, {"activation_checkpointing": True}, TIGHT),
     "t5, tight": ("t5", {}, {}, TIGHT),
 }
@@ -54,5 +62,4 @@ def test_two_ranks_hold_and_gather_what_was_planned(
     plan = memory.plan("global", with_largest=False)
     step = measured["steps"][3]
     assert plan.memory.backbone == pytest.approx(measured["shard"], rel=0.1)
-    assert plan.memory.gathered == pytest.approx(step["peak"], rel=0.1)
-    assert plan.gather_traffic == pytest.approx(step["gathered"], rel=0.1)
+    assert (plan.memory.gathered, plan.gather_traffic) == (step["peak"], step["gathered"])

@@ -31,3 +31,16 @@ def test_ranks_split_the_work_and_show_the_time_spent_gathering(launch: Launch, 
     assert own["phase_shares"]["gather"] > 0
     assert own["padded_tokens_per_second"] / own["tokens_per_second"] == pytest.approx(45 / 40)
     assert own["memory_bytes"]["held"] < 0.65 * alone["memory_bytes"]["held"]
+
+
+def test_gathers_by_layer_and_by_weight_are_compared_with_plain_torch(launch: Launch, tiny_llama: Path, tmp_path: Path):
+    out = tmp_path / "throughput.json"
+    flags = ["--random_init", "--synthetic", "40", "--steps", "1", "--rounds", "2", "--out", str(out)]
+    settings = run_settings(tiny_llama, tmp_path)
+    process = launch(2, "evals/throughput.py", settings, "--against", "plain", "by-weight", *flags)
+    assert process.returncode == 0, process.stdout
+    ours, by_weight, plain = json.loads(out.read_text())["contenders"].values()
+    assert ours["gathered_bytes"] > 0 < by_weight["gathered_bytes"]
+    assert 0 < ours["collectives"] < by_weight["collectives"]
+    assert (plain["collectives"], plain["gathered_bytes"]) == (0, 0)
+    assert all(own["cpu_seconds_per_step"] > 0 for own in (ours, by_weight, plain))

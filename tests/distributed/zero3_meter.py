@@ -17,6 +17,7 @@ import torch
 from deepspeed.runtime.zero import partition_parameters as zero3
 from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry, PartitionedParameterCoordinator
 
+from adept_ds.backbone.layer_gathers import LayerGathers, _Unit
 from adept_ds.config.command_line import parse_command_line
 from adept_ds.entry_point import run_entry_point
 from adept_ds.rank_environment import is_main_rank
@@ -30,6 +31,7 @@ class Meter:
     def __init__(self) -> None:
         self.steps: list[dict[str, int]] = []
         self.model: torch.nn.Module | None = None
+        self.layers: LayerGathers | None = None
         self.shard_bytes = 0
         self._peak = self._gathered = 0
 
@@ -58,6 +60,8 @@ class Meter:
         InflightParamRegistry.__setitem__ = count
         sampled("wait", zero3.AllGatherCoalescedHandle)
         sampled("fetch_sub_module", PartitionedParameterCoordinator)
+        self._on_return(_Unit, "gather", self._count_layer)
+        sampled("enter", LayerGathers)
         self._on_return(PartitionedParameterCoordinator, "reset_step", lambda _: self._close_step())
         self._on_return(Engine, "__init__", self._weigh)
 
@@ -72,8 +76,12 @@ class Meter:
 
         setattr(owner, name, call)
 
+    def _count_layer(self, unit: _Unit) -> None:
+        parameters: Any = unit._parameters
+        self._gathered += sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+
     def _weigh(self, engine: Engine) -> None:
-        self.model = engine.model
+        self.model, self.layers = engine.model, engine.layers
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         self.shard_bytes = sum(parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in frozen)
 
@@ -84,6 +92,8 @@ class Meter:
         for handle in handles:
             for part in getattr(handle, "handles", [handle]):
                 tensors += getattr(part, "partitions", [])
+        for unit in self.layers._units if self.layers else ():
+            tensors.append(torch.empty(0, dtype=torch.uint8).set_(unit._storage))
         storages = {tensor.data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.numel()}
         unique = {storage.data_ptr(): storage.nbytes() for storage in storages.values()}
         self._peak = max(self._peak, sum(unique.values()))
