@@ -111,7 +111,6 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.AutoConfig.for_model", LOAD, "model_type"),
         Use("t5.all_tied_weights_keys", STREAMING),
         Use("t5.base_model_prefix", SOURCES),
-        Use("t5._no_split_modules", LAYER_GATHERS),
         Use("llama._init_weights", STREAMING, "module"),
         Use("generation_config._from_model_config", LOAD),
         Use("llama._adjust_missing_and_unexpected_keys", SOURCES, "loading_info"),
