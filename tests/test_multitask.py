@@ -118,6 +118,17 @@ def test_veras_projections_are_drawn_by_the_seed(make_backbone: Make) -> None:
     assert 0.9 < float(first["vera_B"].abs().max()) / (6 / 5) ** 0.5 <= 1
 
 
+def test_vera_trains_where_its_values_are_kept_in_bf16(make_backbone: Make) -> None:
+    """As DeepSpeed keeps them beside fp32 masters."""
+    model, values = tuned(make_backbone("llama").bfloat16(), VeraConfig(rank=5))
+    for parameter in model.trainable_parameters().values():
+        parameter.data = parameter.data.bfloat16()
+    actual = logits(model)
+    exact, _ = tuned(make_backbone("llama").bfloat16(), VeraConfig(rank=5))
+    exact.load_trained({name: value.bfloat16().float() for name, value in values.items()} | model.method.constants())
+    assert torch.equal(actual, logits(exact))
+
+
 # Adapters of tasks
 
 

@@ -307,6 +307,7 @@ USES: dict[str, tuple[Use, ...]] = {
     "peft": (
         Use("peft.inject_adapter_in_model", PEFT_LAYERS, "peft_config, model, adapter_name"),
         Use("peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters", PEFT_LAYERS, "enabled"),
+        Use("peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype", PEFT_LAYERS, "x, dtype"),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", PEFT_LAYERS),

@@ -194,6 +194,10 @@ class Vera(PeftLayers):
         for projections in (tuner.vera_A, tuner.vera_B):
             drawn = torch.empty(projections[_ADAPTER].shape)
             projections[_ADAPTER] = nn.init.kaiming_uniform_(drawn, generator=generator).to(device)
+        for layer in backbone.modules():
+            if isinstance(layer, BaseTunerLayer):
+                # A and B stay in fp32 in training, too, where d and b are in the backbone's precision.
+                layer._cast_input_dtype = _in_fp32
 
     @override
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
@@ -211,3 +215,7 @@ class Vera(PeftLayers):
         # One pair of tensors, which every layer refers to.
         layer: Any = self._layers[0]
         return {name: getattr(layer, name)[_ADAPTER] for name in ("vera_A", "vera_B")}
+
+
+def _in_fp32(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.float()
