@@ -36,7 +36,11 @@ def test_all_recipes_are_there():
         "smollm2_135m_pt",
         "t5_3b",
         "t5_base",
+        "t5_base_adapter_m",
+        "t5_base_attempt_m",
+        "t5_base_full_m",
         "t5_base_lst",
+        "t5_base_mpt_m",
     ]
 
 

@@ -331,11 +331,15 @@ USES: dict[str, tuple[Use, ...]] = {
     "peft": (
         Use("peft.inject_adapter_in_model", PEFT_LAYERS, "peft_config, model, adapter_name"),
         Use("peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters", PEFT_LAYERS, "enabled"),
+        Use("peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype", PEFT_LAYERS, "x, dtype"),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.LoraConfig", PEFT_LAYERS, "r=, lora_alpha=, lora_dropout=, target_modules="),
         Use("peft.IA3Config", PEFT_LAYERS, "target_modules=, feedforward_modules="),
+        Use("peft.utils.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING", PEFT_LAYERS),
+        Use("peft.VeraConfig", PEFT_LAYERS, "r=, d_initial=, vera_dropout=, target_modules="),
+        Use("peft.tuners.VeraModel", PEFT_LAYERS, "model, peft_config, adapter_name"),
         Use("peft.PrefixEncoder", PREFIX, "config"),
         Use(
             "peft.PrefixTuningConfig",
@@ -628,6 +632,7 @@ def test_what_is_used_of_other_packages_is_there(run_ranks) -> None:
 LIBRARIES = tuple(USES)
 NOT_LISTED = {
     "_about": "a key of our configs",
+    "_base": "a key of our configs",
     "_ARGCOMPLETE": "the variable by which a shell asks argcomplete, as its documentation says",
     "_model_name_or_path": "deleted from a config by adept_ds/tools/demo_model.py, whose test fails without it",
     "ds_zero_partition_process_group": "read by DeepSpeed; adept_ds/backbone/sharding.py looks whether it did",

@@ -13,9 +13,10 @@ from adept_ds.methods.bottleneck import Bottleneck
 from adept_ds.methods.dept import Dept
 from adept_ds.methods.full import Full
 from adept_ds.methods.lst import LadderSideTuning
+from adept_ds.methods.made_prompts import DecomposedPromptTuning, ResidualPromptTuning
 from adept_ds.methods.mpt import MultitaskPromptTuning
 from adept_ds.methods.p_tuning import PTuning
-from adept_ds.methods.peft_layers import Ia3, Lora
+from adept_ds.methods.peft_layers import Ia3, Lora, Vera
 from adept_ds.methods.prefix import PrefixTuning
 from adept_ds.methods.prompt_tuning import PromptEmbedding, PromptTuning
 from adept_ds.methods.untuned import Untuned
@@ -26,11 +27,14 @@ _METHODS: dict[str, Any] = {
     "dept": Dept,
     "pt_embedding": PromptEmbedding,
     "p_tuning": PTuning,
+    "dpt": DecomposedPromptTuning,
+    "residual_pt": ResidualPromptTuning,
     "mpt": MultitaskPromptTuning,
     "attempt": Attempt,
     "prefix": PrefixTuning,
     "lora": Lora,
     "ia3": Ia3,
+    "vera": Vera,
     "adapter": Bottleneck,
     "adapter_drop": Bottleneck,
     "bitfit": BitFit,
