@@ -325,7 +325,7 @@ def test_a_rows_config_trains_as_many_parameters(table: PaperTable, row: PaperRo
 
 def test_only_works_without_a_method_here_are_quoted_only() -> None:
     found = {row.label for table in paper_figures().tables for row in table.rows if not reproduction(table, row)}
-    assert found == {"LST", "HyperFormer (m)", "HyperDecoder (m)", "HyperFormer"}
+    assert found == {"HyperFormer (m)", "HyperDecoder (m)", "HyperFormer"}
 
 
 def test_a_run_on_several_tasks_stands_in_its_own_row(make_run: MakeRun) -> None:
