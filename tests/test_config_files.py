@@ -36,6 +36,11 @@ def test_all_recipes_are_there():
         "smollm2_135m_pt",
         "t5_3b",
         "t5_base",
+        "t5_base_adapter_m",
+        "t5_base_attempt_m",
+        "t5_base_full_m",
+        "t5_base_lst",
+        "t5_base_mpt_m",
     ]
 
 
@@ -81,11 +86,18 @@ def test_t5_recipes_follow_the_paper(name, length, accumulation):
     assert run.eval.every_steps == 1_000
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "t5_base_lst"])
 def test_every_recipe_uses_the_papers_optimizer(name):
     train = load(name).train
     assert (train.adam_betas, train.adam_eps, train.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
     assert (train.schedule, train.max_grad_norm) == ("linear", 0.0)
+
+
+def test_the_recipe_of_lst_follows_its_authors():
+    run = load("t5_base_lst")
+    assert (run.method.reduction, run.method.layers) == (8, (1, 2, 3, 5, 6, 7, 9, 10, 11))
+    assert (run.train.global_batch_size, run.train.warmup_steps, run.train.epochs) == (100, 500, 20)
+    assert (run.train.learning_rate.side, run.data.max_source_length) == (3e-3, 128)
 
 
 def test_the_demo_shards_every_parameter():

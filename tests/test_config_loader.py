@@ -162,7 +162,7 @@ BAD_SECTIONS = [
     (
         {"method": {"name": "full", "bottleneck": 2}},
         "method.bottleneck = 2",
-        "'full' (method.name 'adapter' or 'adapter_drop' or 'adept' or 'attempt' has it)",
+        "'full' (method.name 'adapter' or 'adapter_drop' or 'adept' or 'attempt' or 'residual_pt' has it)",
     ),
     ({"method": {"bottleneck": 0}}, "method.bottleneck = 0", "expected integer >= 1"),
     (
@@ -321,3 +321,42 @@ LONG = '{"train": {"epochs": ' + "1" * 5000 + "}}"
 @pytest.mark.parametrize("text", ["[" * 100_000, DEEP, LONG], ids=["unclosed", "deep", "long"])
 def test_a_config_that_python_cannot_hold_is_refused(write, text):
     assert "run.json" in message(write(text))
+
+
+# A config that changes another
+
+
+def test_a_config_is_set_on_top_of_its_base(tmp_path):
+    write = lambda name, values: (tmp_path / name).write_text(json.dumps(values, indent=1))  # noqa: E731
+    write("below.json", {"model": {"name_or_path": "m"}, "method": {"bottleneck": 3}, "train": {"max_steps": 900}})
+    write("same.json", {"_base": "below.json", "_about": "a", "method": {"num_virtual_tokens": 2}})
+    write("other.json", {"_base": "same.json", "method": {"name": "pt"}, "train": {"warmup_steps": 4}})
+    same = load_config(tmp_path / "same.json")
+    assert (same.run.method.bottleneck, same.run.method.num_virtual_tokens) == (3, 2)
+    assert same.sources["method.bottleneck"] == f"{tmp_path / 'below.json'} line 6"
+    assert same.sources["method.num_virtual_tokens"] == f"{tmp_path / 'same.json'} line 5"
+    other = load_config(tmp_path / "other.json", ["train.max_steps=700"])
+    # A section about another method does not apply.
+    assert (other.run.method.name, other.run.method.num_virtual_tokens) == ("pt", 10)
+    assert (other.run.train.max_steps, other.run.train.warmup_steps, other.run.about) == (700, 4, "a")
+    assert other.sources["method.num_virtual_tokens"] == "default"
+
+
+def test_a_shipped_config_may_be_the_base(tmp_path):
+    (tmp_path / "own.json").write_text('{"_base": "t5_base", "train": {"max_steps": 5, "warmup_steps": 0}}')
+    run = load_config(tmp_path / "own.json").run
+    assert (run.train.max_steps, run.method.bottleneck) == (5, 19)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("own.json", "_base leads back to this file"),
+        ("t5_bas", r"own\.json: _base t5_bas: no such file"),
+        (3, "_base is 3; expected the name of a config"),
+    ],
+)
+def test_a_base_that_is_none_is_refused(tmp_path, base, message):
+    (tmp_path / "own.json").write_text(json.dumps({"_base": base}))
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "own.json")

@@ -31,6 +31,7 @@ def plan(name: str, *overrides: str, world_size: int = 1) -> Plan:
     ("name", "trained", "backbone"),
     [
         ("t5_base", 76_051, 222_903_552),
+        ("t5_base_lst", 3_878_712, 222_903_552),
         ("t5_3b", 101_395, 2_851_598_336),
         ("codegen_350m", 10_241, 356_712_448),
         ("llama3_8b", 40_961, 8_030_261_248),
@@ -97,6 +98,9 @@ def test_steps_of_tasks_follow_from_their_released_sizes():
     both = 'data.tasks=["rte", "cb"]'
     assert plan("t5_base", both, *epochs).total_steps == 2 * 86  # CB's 250 more
     assert plan("t5_base", both, "data.mixture=equal", *epochs).total_steps == 2 * 156
+    # sqrt(2,490 * 250) of CB's at a temperature of 2
+    tempered = ("data.mixture=temperature", "data.mixture_temperature=2")
+    assert plan("t5_base", both, *tempered, *epochs).total_steps == 2 * 103
 
 
 def test_an_unknown_task_is_refused():

@@ -172,10 +172,13 @@ def test_adept_in_both_forms(base: Callable[[str], Path], family: str, tmp_path:
         {"name": "pt", "num_virtual_tokens": 6},
         {"name": "pt_embedding", "num_virtual_tokens": 6},
         {"name": "p_tuning", "num_virtual_tokens": 6},
+        {"name": "dpt", "num_virtual_tokens": 6, "rank": 2},
+        {"name": "residual_pt", "num_virtual_tokens": 6, "bottleneck": 3},
         {"name": "adept", "num_virtual_tokens": 0, "bottleneck": 2},
         {"name": "adept", "num_virtual_tokens": 4, "bottleneck": 2, "offset_in_evaluation": False},
         {"name": "lora", "rank": 2},
         {"name": "ia3", "feed_forward": True},
+        {"name": "vera", "rank": 3},
         {"name": "bitfit"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -199,6 +202,7 @@ def test_the_prompt_of_one_task_of_many(base: Callable[[str], Path], tmp_path: P
     [
         {"name": "pt", "num_virtual_tokens": 6},
         {"name": "p_tuning", "num_virtual_tokens": 6},
+        {"name": "residual_pt", "num_virtual_tokens": 6, "bottleneck": 3},
         {"name": "prefix", "prefix_length": 5},
         {"name": "prefix", "prefix_length": 5, "projection": True},
         {"name": "lora", "rank": 2},
@@ -219,11 +223,12 @@ def test_pefts_own_format_and_back(base: Callable[[str], Path], settings: dict[s
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["dept", "adapter", "adapter_drop"])
+@pytest.mark.parametrize("name", ["dept", "adapter", "adapter_drop", "lst"])
 def test_what_cannot_leave_says_why(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     settings = {
         "dept": {"num_virtual_tokens": 4, "rank": 2, "max_positions": 64},
         "adapter_drop": {"dropped_layers": 1},
+        "lst": {"reduction": 2},
     }
     made = adapter(base("llama"), tmp_path / "a", name=name, **settings.get(name, {}))
     with pytest.raises(UserError, match=rf"method '{name}' cannot be exported so, since .*use it here"):

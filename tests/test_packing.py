@@ -81,7 +81,7 @@ def test_gradients_of_packed_rows_are_those_of_single_ones(method: str, attentio
     assert_same_training(far_from_start(get_adept_model(backbone("llama", attention), config)))
 
 
-@pytest.mark.parametrize("method", ["adept", "dept", "attempt", "prefix", "lora"])
+@pytest.mark.parametrize("method", ["adept", "dept", "attempt", "prefix", "lora", "lst"])
 @pytest.mark.parametrize("name", ["mistral", "gpt2"])
 def test_windows_and_learned_positions_begin_with_each_example(name: str, method: str) -> None:
     assert_same_training(far_from_start(get_adept_model(backbone(name), METHODS[method])))
@@ -92,7 +92,7 @@ def test_a_teacher_reads_the_same_packed_rows() -> None:
     assert_same_training(far_from_start(get_adept_model(backbone("llama"), config)))
 
 
-@pytest.mark.parametrize("method", ["adept", "attempt", "full"])
+@pytest.mark.parametrize("method", ["adept", "attempt", "lst", "full"])
 def test_recomputed_layers_read_the_same_packed_rows(method: str) -> None:
     model = get_adept_model(backbone("llama"), FullConfig() if method == "full" else METHODS[method])
     model.checkpoint_activations()

@@ -183,7 +183,7 @@ def test_samples_of_one_problem_share_its_reading(make_backbone: Make, tokenizer
     assert not any(read[1:])
 
 
-@pytest.mark.parametrize("method", ["adept", "attempt", "mpt-tasks", "prefix"])
+@pytest.mark.parametrize("method", ["adept", "attempt", "mpt-tasks", "attempt-tasks", "adapter-tasks", "prefix"])
 def test_prompts_that_are_read_together_score_as_alone(make_backbone: Make, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone("llama"), METHODS[method]))
     generator = torch.Generator().manual_seed(1)

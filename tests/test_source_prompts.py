@@ -232,13 +232,13 @@ def test_mpt_target_starts_from_the_source_tasks(make_backbone: Make, tmp_path: 
         assert torch.equal(target(tasks=("p", "q"))[name][1], mean[name][0])
     assert torch.equal(mean["soft_prompt"], theirs["soft_prompt"])
     assert torch.equal(target(tasks=TASKS)["prefix_task_rows"], theirs["prefix_task_rows"])
-    with pytest.raises(UserError, match=r"factors_from is 'hart'; .* has factors of easy, hard, odd.*'hard'"):
+    with pytest.raises(UserError, match=r"factors_from is 'hart'; .* has parameters of easy, hard, odd.*'hard'"):
         target(factors_from="hart")
 
 
 def test_a_row_without_its_task_is_refused(make_backbone: Make) -> None:
     model = get_adept_model(make_backbone("llama"), mpt())
-    with pytest.raises(UserError, match="each of easy, hard, odd has a prompt of its own: task_ids"):
+    with pytest.raises(UserError, match="each of easy, hard, odd has values of its own: task_ids"):
         model(random_ids(2, 5))
     with model.disable_adapter():
         model(random_ids(2, 5))
@@ -298,7 +298,7 @@ def test_batches_say_which_task_a_row_is_of(task_files: DataConfig, tokenizer: P
     assert batch["task_ids"].tolist() == [int(text.startswith("easy")) for text in texts]
     plain = EncodedDataset(examples, tokenizer, task_files, LENGTH, True)
     assert "task_ids" not in collate([plain[0]], PAD)
-    message = r"easy/train/0: the method has a soft prompt for each of hart \(method\.tasks\), and .* of easy"
+    message = r"easy/train/0: the method has values for each of hart \(method\.tasks\), and .* of easy"
     with pytest.raises(UserError, match=message):
         EncodedDataset(examples, tokenizer, task_files, LENGTH, True, prompt_tasks=("hart",))
 

@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from adept_ds.backbone.load import resolve_architecture
 from adept_ds.cli.report import main
+from adept_ds.config.loader import load_config
+from adept_ds.config.recipes import config_path
 from adept_ds.errors import UserError
-from adept_ds.reports.paper import paper_figures
+from adept_ds.planner.meta_step import meta_model
+from adept_ds.reports.paper import PaperRow, PaperTable, paper_figures, reproduction
 from adept_ds.reports.runs import read_runs, run_figures
 from adept_ds.reports.tables import Table, build_tables
 from adept_ds.reports.tables_report import markdown, write_csv
@@ -38,6 +42,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         evaluated: dict[str, Any] | None = None,
         split: str = "test",
         adapter: str | None = "best",
+        also: tuple[str, ...] = (),
         **settings: Any,
     ) -> Path:
         run_dir = tmp_path / name
@@ -45,7 +50,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         config = {
             "model": {"name_or_path": settings.pop("model", "google-t5/t5-base")},
             "method": method,
-            "data": {"format": "tasks", "tasks": [task], "k_shot": settings.pop("k_shot", None)},
+            "data": {"format": "tasks", "tasks": [task, *also], "k_shot": settings.pop("k_shot", None)},
             "train": {"seed": settings.pop("seed", 1), **settings},
             "eval": {"metric": "task"},
         }
@@ -196,7 +201,7 @@ def test_other_backbones_have_a_table_without_the_paper(make_run: MakeRun) -> No
     (table,) = tables_of(*runs, base)
     assert (table.title, table.has_paper) == ("tiny", False)
     assert [row.label for row in table.rows] == ["untuned", "adept", "pt"]
-    assert [row.parameters for row in table.rows] == [(0,), (11,), (11,)]
+    assert [row.parameters for row in table.rows] == [((0, 1),), ((11, 1),), ((11, 1),)]
 
 
 def test_methods_are_compared_example_by_example(make_run: MakeRun) -> None:
@@ -289,3 +294,57 @@ def test_the_papers_means_are_those_of_its_columns() -> None:
                 if is_known and abs(sum(parts) / len(parts) - printed) > 0.11:
                     odd.append((table.number, row.label, column.label))
     assert odd == [(3, "Full fine-tuning (m)", "SuperGLUE mean")]  # as printed
+
+
+# What reproduces a row
+
+TRAINED = {
+    (table.backbone, row.parameters, reproduction(table, row)[0], json.dumps(reproduction(table, row)[1])): (table, row)
+    for table in paper_figures().tables
+    for row in table.rows
+    if row.method and row.parameters and table.number not in (4, 6, 15)
+}
+"""Rows that differ in more than their figures."""
+
+
+@pytest.mark.parametrize(
+    ("table", "row"), TRAINED.values(), ids=[f"{table.backbone}, {row.label}" for table, row in TRAINED.values()]
+)
+def test_a_rows_config_trains_as_many_parameters(table: PaperTable, row: PaperRow) -> None:
+    config, changes = reproduction(table, row)
+    overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()]
+    run = load_config(config_path(config), overrides).run
+    assert run.method.name == row.method
+    assert Path(run.model.name_or_path).name.lower() in table.models
+    assert (len(run.data.tasks) > 1) == row.multi_task
+    trained, _ = meta_model(run, resolve_architecture(run.model)[0]).count_parameters()
+    number, unit = float(row.parameters[:-1]), {"K": 1e3, "M": 1e6}[row.parameters[-1]]
+    # The paper rounds down here and up there: 222.9M is its 220M, and 77,668 its 77.6K.
+    assert trained / max(1, len(run.data.tasks)) / unit == pytest.approx(number, rel=0.025)
+
+
+def test_only_works_without_a_method_here_are_quoted_only() -> None:
+    found = {row.label for table in paper_figures().tables for row in table.rows if not reproduction(table, row)}
+    assert found == {"HyperFormer (m)", "HyperDecoder (m)", "HyperFormer"}
+
+
+def test_a_run_on_several_tasks_stands_in_its_own_row(make_run: MakeRun) -> None:
+    mpt = {"name": "mpt", "num_virtual_tokens": 100, "init_from": "x"}
+    table = table_3(
+        make_run("many", 60, mpt | {"tasks": ["rte", "cb"]}, also=("cb",)),
+        make_run("one", 70, mpt),
+        make_run("adept", 80),
+    )
+    assert cell(table, "MPT (m)", "RTE").our_mean == 60
+    assert cell(table, "MPT (t)", "RTE").our_mean == 70
+    text = markdown([table], [], "source")
+    assert "11 (6 for each of 2 tasks)" in text
+    assert "--config t5_base_mpt_m" in text
+    assert "quoted only: no method here" in text
+
+
+def test_prompt_tuning_from_a_source_task_is_spot(make_run: MakeRun) -> None:
+    pt = {"name": "pt", "num_virtual_tokens": 100}
+    table = table_3(make_run("spot", 60, pt | {"init_from": "x"}), make_run("pt", 70, pt))
+    assert cell(table, "SPoT (t)", "RTE").our_mean == 60
+    assert cell(table, "PT", "RTE").our_mean == 70

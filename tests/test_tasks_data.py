@@ -22,7 +22,7 @@ from adept_ds.data.encode import EncodedDataset, encode
 from adept_ds.data.problems import load_examples, load_problems
 from adept_ds.data.tasks import TASKS, TaskExample, find_task, load_task_examples
 from adept_ds.data.tasks.sources import read_split
-from adept_ds.data.tasks.splits import equal, k_shot, round_robin
+from adept_ds.data.tasks.splits import EQUAL, k_shot, round_robin, shares, tempered
 from adept_ds.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -270,8 +270,32 @@ def test_validation_examples_come_in_turns(two_tasks):
 
 
 def test_members_of_mixtures():
-    assert sorted(Counter(equal([5, 2], 0).tolist()).items()) == [(i, 1) for i in range(5)] + [(5, 3), (6, 2)]
+    equal = tempered([5, 2], EQUAL, 0)
+    assert sorted(Counter(equal.tolist()).items()) == [(i, 1) for i in range(5)] + [(5, 3), (6, 2)]
     assert round_robin([2, 3]).tolist() == [0, 2, 1, 3, 4]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
+def test_shares_at_a_temperature(temperature):
+    sizes = [90_000, 10_000, 400]
+    found = shares(sizes, temperature)
+    expected = [(size / sum(sizes)) ** (1 / temperature) for size in sizes]
+    assert [share / sum(found) for share in found] == pytest.approx([p / sum(expected) for p in expected], rel=1e-3)
+    # Nothing is left out of a pass, and the largest task is not repeated.
+    assert found[0] == sizes[0]
+    assert set(tempered(sizes, temperature, 3).tolist()) == set(range(sum(sizes)))
+    assert shares([0, 0], temperature) == [0, 0]
+
+
+def test_a_mixture_at_a_temperature_is_a_function_of_the_seed(two_tasks):
+    def members(**settings: object) -> list[int]:
+        cfg = config(two_tasks, "rte", "mrpc", mixture="temperature", **settings)
+        return load_task_examples(cfg, "train").members.tolist()
+
+    assert members() == members() != members(split_seed=1)
+    assert len(members(mixture_temperature=1.0)) == 10 < len(members(mixture_temperature=2.0)) < len(members()) <= 14
+    with pytest.raises(ValueError, match="mixture_temperature is not for mixture: equal"):
+        config(two_tasks, "rte", mixture="equal", mixture_temperature=2.0)
 
 
 def test_two_tasks_of_one_name_are_an_error(two_tasks):

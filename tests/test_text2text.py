@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from adept_ds.cli.text2text import main, with_tasks
-from adept_ds.config.method import AdeptConfig
+from adept_ds.config.method import AdeptConfig, LstConfig, MethodConfig
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
 from adept_ds.data.tasks import TaskExamples, load_task_examples
 from adept_ds.distributed import World
@@ -35,16 +35,18 @@ def examples(cfg: DataConfig) -> TaskExamples:
     return load_task_examples(cfg, "test")
 
 
+@pytest.mark.parametrize("method", [AdeptConfig(num_virtual_tokens=3, bottleneck=2), LstConfig(reduction=2)])
 @pytest.mark.parametrize("name", ["llama", "t5-tied"])
 def test_answers_are_decoded_for_either_kind_of_model(
     name: str,
+    method: MethodConfig,
     make_backbone: Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     cfg: DataConfig,
     examples: TaskExamples,
     world: World,
 ) -> None:
-    model = get_adept_model(make_backbone(name), AdeptConfig(num_virtual_tokens=3, bottleneck=2))
+    model = get_adept_model(make_backbone(name), method)
     decoding = greedy(examples[0].task, tokenizer, run_config(**cfg.model_dump()))
     assert (decoding.do_sample, decoding.max_new_tokens) == (False, 2)
     samples = generate_samples(model, tokenizer, examples, decoding, cfg, world)

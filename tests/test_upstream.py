@@ -49,6 +49,7 @@ LAYER_GATHERS = "adept_ds/backbone/layer_gathers.py"
 HIDING, ADAPTED = "adept_ds/model/prompt_hiding.py", "adept_ds/model/adapted_model.py"
 LAYERS, PREFIX, DEPT, BITFIT = (f"adept_ds/methods/{name}.py" for name in ("layers", "prefix", "dept", "bitfit"))
 PEFT_LAYERS, MPT, P_TUNING = (f"adept_ds/methods/{name}.py" for name in ("peft_layers", "mpt", "p_tuning"))
+LST, NARROW = "adept_ds/methods/lst.py", "adept_ds/methods/narrow.py"
 ENGINE, META_STEP, GATHERS = (
     f"adept_ds/{name}.py" for name in ("training/engine", "planner/meta_step", "planner/zero3_gathers")
 )
@@ -115,7 +116,7 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("generation_config._from_model_config", LOAD),
         Use("llama._adjust_missing_and_unexpected_keys", SOURCES, "loading_info"),
         Use("llama._get_dtype_plan", LOAD, "dtype"),
-        Use("llama.config._attn_implementation", f"{PREFIX} {ADAPTED} adept_ds/planner/packing.py"),
+        Use("llama.config._attn_implementation", f"{PREFIX} {NARROW} {ADAPTED} adept_ds/planner/packing.py"),
         Use("transformers.AutoModelForCausalLM._model_mapping", "adept_ds/backbone/text_part.py"),
         # Models.
         Use("llama.activation_checkpointing_enable", f"{ADAPTED} {CONTENDERS}", "activation_checkpointing_kwargs"),
@@ -126,8 +127,8 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward.__wrapped__", COMPILED),
         Use("transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing", COMPILED),
         Use("checkpointed_llama.model.layers.0._gradient_checkpointing_func", COMPILED),
-        Use("transformers.PreTrainedModel.get_encoder", f"{DEPT} {CONTENDERS} {OPERATORS}"),
-        Use("transformers.PreTrainedModel.get_decoder", f"{PREFIX} adept_ds/model/distillation.py"),
+        Use("transformers.PreTrainedModel.get_encoder", f"{DEPT} {LST} {NARROW} {CONTENDERS} {OPERATORS}"),
+        Use("transformers.PreTrainedModel.get_decoder", f"{PREFIX} {LST} {NARROW} adept_ds/model/distillation.py"),
         # Calls of decoders, whose arguments a hook changes: under other names its changes would be without effect.
         Use(
             "transformers.LlamaModel.forward",
@@ -145,7 +146,30 @@ USES: dict[str, tuple[Use, ...]] = {
         ),
         Use("transformers.DynamicCache.update", PREFIX, "key_states, value_states, layer_idx"),
         Use("transformers.DynamicCache.get_seq_length", PREFIX),
-        Use("encoder_decoder_cache.self_attention_cache", PREFIX),
+        Use("encoder_decoder_cache.self_attention_cache", f"{PREFIX} {LST}"),
+        Use("encoder_decoder_cache.cross_attention_cache", LST),
+        # Calls of layers, some of whose arguments a side network exchanges: under other names it would get those of the
+        # backbone.
+        Use(
+            "transformers.models.t5.modeling_t5.T5Block.forward",
+            LST,
+            "hidden_states=, position_bias=, encoder_hidden_states=, encoder_decoder_position_bias=, past_key_values=",
+        ),
+        Use(
+            "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward",
+            LST,
+            "hidden_states=, position_embeddings=, past_key_values=",
+        ),
+        Use("transformers.models.llama.modeling_llama.LlamaRotaryEmbedding.forward", LST, "position_ids="),
+        # A narrow copy's sizes, layers and places in a cache.
+        Use("t5.config.d_model", NARROW),
+        Use("t5.config.d_ff", NARROW),
+        Use("t5.config.num_hidden_layers", NARROW),
+        Use("t5.encoder.block", NARROW),
+        Use("t5.encoder.final_layer_norm", NARROW),
+        Use("llama.model.rotary_emb", LST),
+        Use("llama.model.layers.0.self_attn.layer_idx", NARROW),
+        Use("llama.model.layers.0.post_attention_layernorm", NARROW),
         # Sizes of a cache's entries; a name that is missing falls back to another that is right for other models.
         Use("t5.config.d_kv", PREFIX),
         Use("t5.config.num_decoder_layers", PREFIX),
@@ -307,11 +331,15 @@ USES: dict[str, tuple[Use, ...]] = {
     "peft": (
         Use("peft.inject_adapter_in_model", PEFT_LAYERS, "peft_config, model, adapter_name"),
         Use("peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters", PEFT_LAYERS, "enabled"),
+        Use("peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype", PEFT_LAYERS, "x, dtype"),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.utils.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", PEFT_LAYERS),
         Use("peft.LoraConfig", PEFT_LAYERS, "r=, lora_alpha=, lora_dropout=, target_modules="),
         Use("peft.IA3Config", PEFT_LAYERS, "target_modules=, feedforward_modules="),
+        Use("peft.utils.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING", PEFT_LAYERS),
+        Use("peft.VeraConfig", PEFT_LAYERS, "r=, d_initial=, vera_dropout=, target_modules="),
+        Use("peft.tuners.VeraModel", PEFT_LAYERS, "model, peft_config, adapter_name"),
         Use("peft.PrefixEncoder", PREFIX, "config"),
         Use(
             "peft.PrefixTuningConfig",
@@ -604,6 +632,7 @@ def test_what_is_used_of_other_packages_is_there(run_ranks) -> None:
 LIBRARIES = tuple(USES)
 NOT_LISTED = {
     "_about": "a key of our configs",
+    "_base": "a key of our configs",
     "_ARGCOMPLETE": "the variable by which a shell asks argcomplete, as its documentation says",
     "_model_name_or_path": "deleted from a config by adept_ds/tools/demo_model.py, whose test fails without it",
     "ds_zero_partition_process_group": "read by DeepSpeed; adept_ds/backbone/sharding.py looks whether it did",

@@ -15,6 +15,11 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.collectives = self.gathered_bytes = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Leave compiled blocks compiled: ranks exchange nothing within them."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self.collectives += 1

@@ -317,28 +317,23 @@ class Plans:
     """What the planner says of rows, each model and precision executed once."""
 
     def __init__(self) -> None:
-        self._models: dict[str, MemoryModel | None] = {}
+        self._models: dict[str, MemoryModel] = {}
 
     def peak_bytes(self, settings: dict[str, Any]) -> int | None:
         """Peak on the device without CUDA's context; None where the settings cannot be planned."""
         # These change nothing that the planner counts.
         train = {name: value for name, value in settings["train"].items() if name not in ("sharding", "compile")}
         key = json.dumps(settings | {"train": train})
-        if key not in self._models:
-            self._models[key] = self._model(settings)
-        model = self._models[key]
-        if model is None:
-            return None
-        memory = model.plan(settings["train"]["sharding"], with_largest=False).memory
-        return memory.total - memory.runtime
-
-    def _model(self, settings: dict[str, Any]) -> MemoryModel | None:
         try:
-            run = RunConfig.model_validate(settings)
-            architecture = resolve_architecture(run.model)[0]
-            return MemoryModel(run, architecture, Cluster(1, 1, 2**40, "cuda" if on_gpu() else "cpu"))
+            if key not in self._models:
+                run = RunConfig.model_validate(settings)
+                architecture = resolve_architecture(run.model)[0]
+                cluster = Cluster(1, 1, 2**40, "cuda" if on_gpu() else "cpu")
+                self._models[key] = MemoryModel(run, architecture, cluster)
+            memory = self._models[key].plan(settings["train"]["sharding"], with_largest=False).memory
         except (ValidationError, UserError):
             return None  # the row says why
+        return memory.total - memory.runtime
 
 
 def run_tests(seconds: float) -> dict[str, Any]:

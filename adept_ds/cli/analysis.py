@@ -3,11 +3,13 @@
     adept-ds analyse sizes --config t5_base --adapter runs/rte/best             # table 2
     adept-ds analyse speed --config t5_base --data.tasks '["sst2"]' --adapter A B  # table 8
     adept-ds analyse variant --adapter runs/dept/best --set cyclic_shift=50 --out runs/dept/shift50   # table 1
+    adept-ds analyse power runs/pt_* runs/adept_*        # how many runs and problems would decide between methods
 
 `sizes` gives mean and variance of |element| of input embeddings and of the offsets that an adapter adds, over the
 tokens of the training set. `speed` gives test examples per second of each adapter and of the backbone alone, on the
 first of data.tasks. `variant` writes an adapter with other settings and the same weights: evaluated by
-`adept-ds text2text` into eval/ of its run folder, it stands in its place in the tables of `adept-ds report`.
+`adept-ds text2text` into eval/ of its run folder, it stands in its place in the tables of `adept-ds report`. `power`
+needs finished runs of each method with two seeds or more, and their evaluations.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adept_ds.config.command_line import parse_command_line, parse_flags
+from adept_ds.config.command_line import parse_command_line, parse_count, parse_flags
 from adept_ds.errors import UserError, did_you_mean
 
 PROGRAM = "adept-ds analyse"
@@ -38,6 +40,14 @@ def add_variant_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, required=True, metavar="FOLDER", help="adapter to take the weights of")
     parser.add_argument("--set", nargs="+", required=True, metavar="KEY=VALUE", help="settings of its method")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new adapter")
+
+
+def add_power_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `power`."""
+    parser.add_argument("run_dir", nargs="+", type=Path, help="run folders, two of each method or more")
+    parser.add_argument("--goal", type=float, default=0.8, metavar="SHARE", help="how often it is to be decided (0.8)")
+    parser.add_argument("--seeds", nargs="+", type=parse_count, default=(), metavar="N", help="numbers of runs to try")
+    parser.add_argument("--problems", nargs="+", type=parse_count, default=(), metavar="N", help="of problems")
 
 
 def sizes(arguments: Sequence[str]) -> None:
@@ -95,7 +105,17 @@ def variant(arguments: Sequence[str]) -> None:
     print(f"written: {flags.out}")
 
 
-ANALYSES = {"sizes": sizes, "speed": speed, "variant": variant}
+def power(arguments: Sequence[str]) -> None:
+    """Print how often experiments of several sizes would tell methods apart."""
+    flags = parse_flags(arguments, f"{PROGRAM} power", __doc__ or "", add_power_flags)
+    if not 0 < flags.goal < 1:
+        raise UserError(f"--goal {flags.goal}: expected a share between 0 and 1")
+    from adept_ds.reports.power_report import power_text
+
+    print(power_text(flags.run_dir, flags.goal, flags.seeds, flags.problems))
+
+
+ANALYSES = {"sizes": sizes, "speed": speed, "variant": variant, "power": power}
 
 
 def main(arguments: Sequence[str]) -> None:

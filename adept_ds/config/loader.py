@@ -19,9 +19,10 @@ from pydantic import ValidationError
 
 from adept_ds.config import deepspeed
 from adept_ds.config.base import Section
-from adept_ds.config.recipes import shipped_configs
+from adept_ds.config.recipes import config_path, shipped_configs
 from adept_ds.config.run import RunConfig
 from adept_ds.config.schema import (
+    BASE_KEY,
     SCHEMA_KEY,
     Setting,
     declared_settings,
@@ -56,6 +57,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     and as a string where it is no JSON or where the setting is a string. A later override wins over an earlier one;
     an object replaces what was there, so to keep its siblings name the key inside it. Another `method.name` than the
     file's leaves out what the file says in its section `method`, which is about another method.
+
+    A file with `_base` changes another config: its values are set on top of that one's, section by section, with the
+    same rule for `method`.
 
     Raises:
         UserError: All problems of the file and the overrides: for each its key, value, source, what was expected, and
@@ -100,12 +104,47 @@ def load_settings(
     problems: list[str] = []
     try:
         if path is not None:
-            text = _read(path, flag)
-            values = _parse(text, path, model)
-            sources, problems = _file_sources(text, path)
+            values, sources, problems = _read_values(model, path, flag)
         return _load(model, values, sources, overrides, str(path or COMMAND_LINE), problems)
     except RecursionError:
         raise UserError(f"{path or COMMAND_LINE}: nested too deeply; expected settings in sections") from None
+
+
+def _read_values(
+    model: type[Section], path: Path, flag: str, above: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """A file's values on top of those of its base, the source of each, and problems. `above` are files that it is the
+    base of."""
+    if path in above:
+        raise UserError(f"{path}: {BASE_KEY} leads back to this file; expected a config that stands on its own")
+    text = _read(path, flag)
+    values = _parse(text, path, model)
+    sources, problems = _file_sources(text, path)
+    name = values.pop(BASE_KEY, None) if model is RunConfig else None
+    if name is None:
+        return values, sources, problems
+    if not isinstance(name, str):
+        raise UserError(f"{path}: {BASE_KEY} is {_show(name)}; expected the name of a config, or a file")
+    beside = path.parent / name
+    base, base_sources, more = _read_values(
+        model, beside if beside.exists() else config_path(name), f"{path}: {BASE_KEY}", (*above, path)
+    )
+    own_method = values.get("method")
+    if isinstance(own_method, dict) and own_method.get("name") not in (None, method_of(base)):
+        base["method"] = {}
+        base_sources = {key: source for key, source in base_sources.items() if not _is_at(key, "method")}
+    _merge(base, values)
+    return base, base_sources | sources, [*more, *problems]
+
+
+def _merge(values: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Set values on top of others, objects member by member."""
+    for name, value in own.items():
+        inner = values.get(name)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            _merge(inner, value)
+        else:
+            values[name] = value
 
 
 def _load(

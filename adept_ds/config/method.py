@@ -35,7 +35,8 @@ class MethodSettings(Section):
 
     @property
     def prompt_tasks(self) -> tuple[str, ...]:
-        """Tasks with a soft prompt of their own, in the order of their prompts; none where one serves all."""
+        """Tasks with a soft prompt or other parameters of their own, in their order; none where all are trained
+        alike."""
         return ()
 
     @property
@@ -75,6 +76,39 @@ class AdapterSettings(MethodSettings):
     @override
     def adapter_folders(self) -> dict[str, str]:
         return self.source_prompts | ({} if self.init_from is None else {"method.init_from": self.init_from})
+
+
+class TaskSettings(AdapterSettings):
+    """Base for methods that can train parameters of their own for each of several tasks."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks with parameters of their own, by their names in `data.tasks`. If not given, there is one set of parameters
+    for whatever is trained."""
+
+    @property
+    @override
+    def prompt_tasks(self) -> tuple[str, ...]:
+        return self.tasks
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks are {list(self.tasks)}, one of them twice")
+        return self
+
+
+class TaskStartSettings(TaskSettings):
+    """Base for those whose tasks may start from another task's parameters."""
+
+    task_from: str | None = Field(default=None, min_length=1)
+    """With `init_from` an adapter of several tasks: the one whose parameters every task starts at. If not given, each
+    task starts at those of its own name."""
+
+    @model_validator(mode="after")
+    def _check_task_from(self) -> Self:
+        if self.task_from is not None and self.init_from is None:
+            raise ValueError("task_from names a task of the adapter that init_from gives, which is missing")
+        return self
 
 
 class PromptSettings(AdapterSettings):
@@ -165,7 +199,30 @@ class PTuningConfig(AdapterSettings):
     """Width of the network; that of the embeddings if not given."""
 
 
-class MptConfig(PromptSettings):
+class DptConfig(AdapterSettings):
+    """DPT, decomposed prompt tuning (https://arxiv.org/abs/2310.10094): a soft prompt of low rank, P = A B."""
+
+    name: Literal["dpt"] = "dpt"
+    """The method."""
+    num_virtual_tokens: Count = 10
+    """Length l of the soft prompt, in tokens. Its paper has 100 for T5."""
+    rank: Count = 10
+    """Rank r of the prompt: A [l, r], B [r, d]."""
+
+
+class ResidualPromptConfig(PromptSettings):
+    """Residual prompt tuning (https://arxiv.org/abs/2305.03937): a soft prompt P [l, d] and what a small network that
+    its tokens share adds to each of them."""
+
+    name: Literal["residual_pt"] = "residual_pt"
+    """The method."""
+    num_virtual_tokens: Count = 10
+    """Length l of the soft prompt, in tokens. Its paper has 10, the comparison with DPT 100."""
+    bottleneck: Count = 400
+    """Width r of the network's hidden layer. Its code has 800."""
+
+
+class MptConfig(TaskSettings, PromptSettings):
     """MPT (https://arxiv.org/abs/2303.02861): a soft prompt P [l, d] that tasks share, times a low-rank matrix of each
     task's own; by HF PEFT. First trained on source tasks, from their teachers; then, by `init_from`, on the target."""
 
@@ -193,19 +250,12 @@ class MptConfig(PromptSettings):
 
     @property
     @override
-    def prompt_tasks(self) -> tuple[str, ...]:
-        return self.tasks
-
-    @property
-    @override
     def source_prompts(self) -> dict[str, str]:
         """The teachers, in the order of the tasks."""
         return {f"method.teachers.{task}": self.teachers[task] for task in self.tasks if self.teachers}
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Self:
-        if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"tasks are {list(self.tasks)}, one of them twice")
         if self.teachers and set(self.teachers) != set(self.tasks):
             raise ValueError(
                 f"teachers are of {sorted(self.teachers) or 'no task'}; expected one for each of tasks, which are "
@@ -216,14 +266,18 @@ class MptConfig(PromptSettings):
         return self
 
 
-class AttemptConfig(PromptSettings):
+class AttemptConfig(TaskStartSettings, PromptSettings):
     """ATTEMPT (https://arxiv.org/abs/2205.11961): a soft prompt P [l, d] plus a mixture of it and of frozen prompts of
-    source tasks, with weights that a small network of width r finds for each input."""
+    source tasks, with weights that a small network of width r finds for each input. With `tasks` each has a prompt of
+    its own, and all share the network."""
 
     name: Literal["attempt"] = "attempt"
     """The method."""
     num_virtual_tokens: Count = 10
     """Length l of all prompts, in tokens. The paper has 100 for T5."""
+    prompt_init: Literal["tokens", "text", "normal", "source"] = "tokens"  # type: ignore[assignment]
+    """Where P starts: embeddings of tokens sampled among the first 5,000 ids, of a text's tokens, a normal draw, or the
+    first of `sources`, as all tasks' prompts do in the published code."""
     sources: tuple[str, ...] = Field(min_length=1)
     """Adapter folders of the source tasks' prompts: of method `pt`, the same length, and the same backbone."""
     bottleneck: Count = 100
@@ -288,8 +342,25 @@ class Ia3Config(AdapterSettings, PromptlessSettings):
     that is not built like T5, Llama, CodeGen or GPT-2, HF PEFT's choice for its model type."""
 
 
-class BottleneckSettings(AdapterSettings, PromptlessSettings):
-    """Base of the methods with bottleneck adapters."""
+class VeraConfig(AdapterSettings, PromptlessSettings):
+    """VeRA (https://arxiv.org/abs/2310.11454): W x + diag(b) B diag(d) A x with frozen random A and B that all layers
+    share, and trained vectors b and d of each layer, by HF PEFT."""
+
+    name: Literal["vera"] = "vera"
+    """The method."""
+    rank: Count = 256
+    """Rank r of A and B."""
+    d_initial: PositiveFloat = 0.1
+    """What every entry of d starts at; b starts at zero."""
+    dropout: Fraction = 0.0
+    """Dropout on the layer's input, for what is added alone."""
+    target_modules: tuple[str, ...] | None = None
+    """Ends of the names of the layers that get the vectors. If not given: as for method lora."""
+
+
+class BottleneckSettings(TaskStartSettings, PromptlessSettings):
+    """Base of the methods with bottleneck adapters. With `tasks` each has adapters of its own, and all share the
+    norms."""
 
     bottleneck: Count = 24
     """Width r of the adapters."""
@@ -297,6 +368,8 @@ class BottleneckSettings(AdapterSettings, PromptlessSettings):
     """Between the two projections."""
     train_norms: StrictBool = True
     """Train the weights of all layer norms too, which the paper's counts include."""
+    post_norm: StrictBool = False
+    """A layer norm behind each adapter, in front of the sum, as HyperFormer's baseline has (the row Adapter (m))."""
 
 
 class AdapterConfig(BottleneckSettings):
@@ -324,6 +397,29 @@ class BitFitConfig(AdapterSettings, PromptlessSettings):
     """The method."""
 
 
+class LstConfig(AdapterSettings, PromptlessSettings):
+    """Ladder side tuning (LST, https://arxiv.org/abs/2206.06522): a narrow network beside the backbone, which reads its
+    layers and through which alone gradients go; at the rate `train.learning_rate.side`."""
+
+    name: Literal["lst"] = "lst"
+    """The method."""
+    reduction: Count = 8
+    """The backbone's widths divided by those of the side network, r."""
+    layers: tuple[CountOrZero, ...] | None = Field(default=None, min_length=1)
+    """Layers of the backbone with one of the side network beside them, counted from 0, of encoder and decoder each; all
+    if not given. Published for T5-base: 1, 2, 3, 5, 6, 7, 9, 10, 11; T5-large: the odd ones; T5-3B: 23."""
+    init: Literal["random", "magnitude"] = "random"
+    """Where the side network's layers start: drawn as those of a new model, or what is left of the backbone's when the
+    smallest rows and columns are cut away (T5, Llama and those built like them; the published figures, of T5, cut by
+    the size of gradients)."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers are {list(self.layers)}; expected ascending numbers, each once")
+        return self
+
+
 class FullConfig(PromptlessSettings):
     """Full fine-tuning: every weight of the backbone is trained, at the rate `train.learning_rate.backbone`."""
 
@@ -347,14 +443,18 @@ MethodConfig = Annotated[
     | DeptConfig
     | PromptEmbeddingConfig
     | PTuningConfig
+    | DptConfig
+    | ResidualPromptConfig
     | MptConfig
     | AttemptConfig
     | PrefixTuningConfig
     | LoraConfig
     | Ia3Config
+    | VeraConfig
     | AdapterConfig
     | AdapterDropConfig
     | BitFitConfig
+    | LstConfig
     | FullConfig,
     Field(discriminator="name"),
     BeforeValidator(_named),

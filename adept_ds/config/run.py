@@ -106,9 +106,12 @@ class DataConfig(Section):
     Several are trained on together."""
     variant: Literal["fixed", "faithful"] = "fixed"
     """For `tasks`: each task as it should be, or as the published code has it, which made the paper's figures."""
-    mixture: Literal["proportional", "equal"] = "proportional"
-    """For several `tasks`: all examples of each once an epoch, or smaller tasks repeated up to the largest one's
-    number."""
+    mixture: Literal["proportional", "equal", "temperature"] = "proportional"
+    """For several `tasks`: all examples of each once an epoch; or smaller tasks repeated up to the largest one's
+    number; or between the two, with shares proportional to (examples of the task) ** (1 / `mixture_temperature`), as
+    HyperFormer is trained. The largest task comes once an epoch."""
+    mixture_temperature: PositiveFloat = Field(default=10.0, ge=1.0)
+    """For `mixture: temperature`: 1 is proportional, the higher the nearer to equal."""
     k_shot: Count | None = None
     """For `tasks`: train on so many examples of each, balanced over its labels; on all if not given."""
     k_shot_seed: CountOrZero = 0
@@ -168,6 +171,8 @@ class DataConfig(Section):
             if name in given - {"format", *format.settings}:
                 others = ", ".join(other for other, record in FORMATS.items() if name in record.settings)
                 raise ValueError(f"{name} is not for format: {self.format}; it goes with {others}")
+        if "mixture_temperature" in given and self.mixture != "temperature":
+            raise ValueError(f"mixture_temperature is not for mixture: {self.mixture}; it goes with temperature")
         for name in format.needed:
             if name not in given:
                 raise ValueError(f"format: {self.format} needs {name}")
@@ -186,6 +191,8 @@ class LearningRateConfig(Section):
     """alpha2: of what changes the token embeddings, such as ADePT's token-shared network."""
     adapter: PositiveFloat = 1e-4
     """Of weights that are added to the backbone's layers (low-rank pairs, bottlenecks, scales, biases)."""
+    side: PositiveFloat = 3e-3
+    """Of a network beside the backbone."""
     backbone: PositiveFloat = 5e-5
     """Of the backbone's own weights."""
 

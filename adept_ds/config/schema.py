@@ -25,6 +25,8 @@ from adept_ds.files import atomic_write
 
 SCHEMA_KEY = "$schema"
 """Editors find the JSON schema by this top-level key of a config file; it is no setting."""
+BASE_KEY = "_base"
+"""Top-level key of a config file with the config that it changes; it is no setting."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ def json_schema() -> str:
     """The JSON schema of a config file, for editors and other tools."""
     schema = RunConfig.model_json_schema()
     schema["properties"][SCHEMA_KEY] = {"type": "string", "description": "Where this schema is."}
+    schema["properties"][BASE_KEY] = {
+        "type": "string",
+        "description": "The config that this one changes: a file beside it, or the name of one that ships.",
+    }
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": [BASE_KEY]}]
     for name, reference in _methods(schema).items():
         if name != DEFAULT_METHOD:
             # Or an object without a name would match more than one alternative.

@@ -49,7 +49,7 @@ class Encoded:
     target_truncated: bool
     encoder_decoder: bool
     task_id: int | None = None
-    """Which of the tasks with a soft prompt of their own it is of; None where one prompt serves all."""
+    """Which of the tasks with parameters of their own it is of; None where all are trained alike."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def task_number(example: Example, prompt_tasks: Sequence[str]) -> int | None:
-    """Return which of the tasks with a soft prompt of their own an example is of; None if there are no such tasks.
+    """Return which of the tasks with parameters of their own an example is of; None if there are no such tasks.
 
     Raises:
         UserError: It is of another one.
@@ -297,7 +297,7 @@ def task_number(example: Example, prompt_tasks: Sequence[str]) -> int | None:
     if name not in prompt_tasks:
         known = ", ".join(prompt_tasks)
         raise UserError(
-            f"{example.task_id}: the method has a soft prompt for each of {known} (method.tasks), and this is an "
+            f"{example.task_id}: the method has values for each of {known} (method.tasks), and this is an "
             f"example of {name or 'no task'}{did_you_mean(name or '', prompt_tasks)}"
         )
     return prompt_tasks.index(name)
@@ -321,7 +321,7 @@ class EncodedDataset:
         prompt_tasks: Sequence[str] = (),
     ) -> None:
         """Encode all examples. Raises UserError if there is none, one without a target token, or one of a task that
-        is not among those with a soft prompt of their own, where there are any."""
+        is not among those with parameters of their own, where there are any."""
         if not examples:
             raise UserError(f"no examples to encode (data.format {cfg.format}, data.path {cfg.path})")
         self._encoder_decoder = encoder_decoder
@@ -406,7 +406,7 @@ def collate(
 
     Returns `input_ids`, `attention_mask` [B, S] and `labels` [B, S] (encoder-decoder: [B, T]), all int64; padded
     labels are -100. Labels of an encoder-decoder model are padded on the right whatever the side of the inputs. Rows
-    of tasks with prompts of their own come with `task_ids` [B].
+    of tasks with parameters of their own come with `task_ids` [B].
     """
     inputs = [row.input_ids for row in batch]
     labels_side = "right" if batch[0].encoder_decoder else padding_side

@@ -198,7 +198,7 @@ def _check_method(adapter: Adapter) -> None:
     if name in NOT_BY_TOKEN or not isinstance(create_method(adapter.method), PromptedMethod):
         raise UserError(
             f"{adapter.folder} is an adapter of method {name!r}: {NOT_BY_TOKEN.get(name, IN_LAYERS)} (expected one of "
-            "adept, pt, p_tuning, pt_embedding, mpt)"
+            "adept, pt, p_tuning, pt_embedding, dpt, residual_pt, mpt)"
         )
 
 

@@ -1,6 +1,7 @@
 """Methods whose effect is a change of single weights, merged into them.
 
     lora      W + alpha / r B A
+    vera      W + diag(b) B diag(d) A, of A and B as much as the layer needs
     ia3       W diag(s) for a feed-forward layer's last projection, diag(s) W and diag(s) b elsewhere
     bitfit    b + its trained term, where the backbone has a bias
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adept_ds.backbone.table import OpenTable
-from adept_ds.config.method import BitFitConfig, LoraConfig
+from adept_ds.config.method import BitFitConfig, LoraConfig, VeraConfig
 from adept_ds.errors import UserError
 from adept_ds.export.checkpoint import NAMES, Made
 from adept_ds.export.vocabulary import Changes
@@ -25,6 +26,7 @@ from adept_ds.storage.adapter_folder import Adapter
 
 _Edit = Callable[[Tensor], Tensor]
 _LORA_A, _LORA_B, _IA3 = ".lora_A.weight", ".lora_B.weight", ".ia3_l"
+_VERA_B, _VERA_D = ".vera_lambda_b", ".vera_lambda_d"
 
 
 def merged(adapter: Adapter, opened: OpenTable, dtype: torch.dtype) -> Changes:
@@ -62,6 +64,13 @@ def _edits(adapter: Adapter, backbone: nn.Module) -> dict[str, _Edit]:
         for name in (name.removesuffix(_LORA_A) for name in values if name.endswith(_LORA_A)):
             delta = factor * (values[name + _LORA_B] @ values[name + _LORA_A])
             edits[f"{name}.weight"] = _adding(delta.T if _is_transposed(backbone, name) else delta)
+    elif isinstance(adapter.method, VeraConfig):
+        for name in (name.removesuffix(_VERA_B) for name in values if name.endswith(_VERA_B)):
+            b, d = values[name + _VERA_B], values[name + _VERA_D]
+            is_transposed = _is_transposed(backbone, name)
+            inputs = backbone.get_parameter(f"{name}.weight").shape[0 if is_transposed else 1]
+            delta = (b[:, None] * values["vera_B"][: len(b)]) @ (d[:, None] * values["vera_A"][:, :inputs])
+            edits[f"{name}.weight"] = _adding(delta.T if is_transposed else delta)
     elif isinstance(adapter.method, BitFitConfig):
         for name, term in values.items():
             if getattr(backbone.get_submodule(name.rpartition(".")[0]), "bias", None) is None:

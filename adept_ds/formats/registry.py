@@ -177,6 +177,7 @@ FORMATS = {
             "tasks",
             "variant",
             "mixture",
+            "mixture_temperature",
             "k_shot",
             "k_shot_seed",
             "split_seed",

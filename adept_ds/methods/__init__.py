@@ -12,9 +12,11 @@ from adept_ds.methods.bitfit import BitFit
 from adept_ds.methods.bottleneck import Bottleneck
 from adept_ds.methods.dept import Dept
 from adept_ds.methods.full import Full
+from adept_ds.methods.lst import LadderSideTuning
+from adept_ds.methods.made_prompts import DecomposedPromptTuning, ResidualPromptTuning
 from adept_ds.methods.mpt import MultitaskPromptTuning
 from adept_ds.methods.p_tuning import PTuning
-from adept_ds.methods.peft_layers import Ia3, Lora
+from adept_ds.methods.peft_layers import Ia3, Lora, Vera
 from adept_ds.methods.prefix import PrefixTuning
 from adept_ds.methods.prompt_tuning import PromptEmbedding, PromptTuning
 from adept_ds.methods.untuned import Untuned
@@ -25,14 +27,18 @@ _METHODS: dict[str, Any] = {
     "dept": Dept,
     "pt_embedding": PromptEmbedding,
     "p_tuning": PTuning,
+    "dpt": DecomposedPromptTuning,
+    "residual_pt": ResidualPromptTuning,
     "mpt": MultitaskPromptTuning,
     "attempt": Attempt,
     "prefix": PrefixTuning,
     "lora": Lora,
     "ia3": Ia3,
+    "vera": Vera,
     "adapter": Bottleneck,
     "adapter_drop": Bottleneck,
     "bitfit": BitFit,
+    "lst": LadderSideTuning,
     "full": Full,
 }
 """Class of each method, made from its settings."""

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,48 @@ class Distillation:
     """The temperature T."""
 
 
+Value = TypeVar("Value")
+
+
+class BatchValue(Generic[Value]):
+    """What a method has for the batch that is being read: its modules keep this object, and look at `value`.
+
+    There is a value only within `holding`. A layer that is computed again in the backward pass, which comes later,
+    finds the value that it had in its own forward pass (`recomputed`), so tensors that were made for the batch live
+    until its backward pass is over, and no longer.
+    """
+
+    def __init__(self) -> None:
+        self.value: Value | None = None
+
+    def holding(self, value: Value | None) -> AbstractContextManager[None]:
+        """Context in which this is the value; it may be entered again after it was left."""
+        return _Holding(self, value)
+
+    def recomputed(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """`context_fn` of `torch.utils.checkpoint`: contexts for a layer's forward pass and for its repetition."""
+        return nullcontext(), self.holding(self.value)
+
+
+class _Holding(AbstractContextManager[None]):
+    def __init__(self, batch: BatchValue[Any], value: Any) -> None:
+        self.batch, self.value = batch, value
+
+    @override
+    def __enter__(self) -> None:
+        self.before, self.batch.value = self.batch.value, self.value
+
+    @override
+    def __exit__(self, *error: object) -> None:
+        self.batch.value = self.before
+
+
+def for_rows(values: Tensor, rows: int) -> Tensor:
+    """Return the values [B, ...] of a batch's rows for the `rows` that are read: beams are copies of a row, side by
+    side."""
+    return values.repeat_interleave(rows // values.shape[0], 0)
+
+
 class Method(Protocol):
     """What a tuning method gives to the model, the optimizer and the adapter file.
 
@@ -42,6 +84,8 @@ class Method(Protocol):
     """Soft-prompt tokens l in front of the input; those of prompt k have the ids V + k l .. V + (k + 1) l - 1."""
     distillation: Distillation | None
     """How training follows teachers; None if it has none."""
+    batch: BatchValue[Any] | None
+    """What its modules look at while a batch is read; None if all rows of all batches are read alike."""
     prompt_is_shared: bool
     """Whether rows with prompts of one number read the same vectors, which do not depend on the rows."""
 
@@ -79,18 +123,21 @@ class Method(Protocol):
         """Which of the l prompt tokens of each row are there [B, l], 1 or 0, for the numbers of their prompts [B]."""
 
     @abstractmethod
-    def reading(
-        self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None
-    ) -> AbstractContextManager[None]:
-        """Context in which the backbone reads a batch, or generates from it.
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Any:
+        """Return the value of `batch` with which the backbone reads these rows, or generates from them.
 
-        Some methods make a prompt for each row from the row's own tokens. `context` [B, l + S] is true at the tokens
-        that it may depend on, and false at padding, at the prompt itself, and at what is to be predicted. `prompts` [B]
-        are the numbers of the rows' prompts.
+        It is asked for once for a forward pass or a generation, and on all ranks alike. Modules that make weights for
+        the batch are called here, for all tasks whatever the rows are of: under ZeRO-3 each call gathers parameters
+        from all ranks, so all must make the same calls. They are modules of the backbone, as all that is trained is.
 
-        Rows may be packed, and then every example in a row has a prompt of its own in front: `example_ids` [B, l + S]
-        says by its number which one a position is of, 0 where it is of none, and `prompts` [B, l + S] are those of
-        positions. Less than (l + S) // (l + 1) examples fit into a row, or as many.
+        Args:
+            context: True at the tokens that what is made for a row may depend on; false at padding, at the prompt
+                itself, and at what is to be predicted [B, l + S].
+            task_ids: Number in `prompt_tasks` of each row's task; 0 where there are no such tasks [B]. Beams of a row
+                follow it, see `for_rows`. Of packed rows that of each position's example [B, l + S].
+            example_ids: Of packed rows, in which every example has a prompt of its own in front: the number in its row
+                of each position's example, from 1 on, 0 where it is of none [B, l + S]. Less than (l + S) // (l + 1)
+                examples fit into a row, or as many.
         """
 
     @abstractmethod
@@ -103,6 +150,7 @@ class MethodDefaults(Method):
     adapter file, and no interest in the batch that is read."""
 
     distillation: Distillation | None = None
+    batch: BatchValue[Any] | None = None
     prompt_is_shared = True
 
     def __init__(self, config: Any) -> None:
@@ -126,10 +174,8 @@ class MethodDefaults(Method):
         return prompts.new_ones(len(prompts), self.num_virtual_tokens)
 
     @override
-    def reading(
-        self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None
-    ) -> AbstractContextManager[None]:
-        return nullcontext()
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Any:
+        return None
 
 
 @torch.no_grad()

@@ -5,7 +5,10 @@ whose figures the paper quotes.
     x + W_up act(W_down x + b_down) + b_up      W_down [r, d]   b_down [r]   W_up [d, r]   b_up [d]
 
 behind the self-attention and the feed-forward part of each layer, before the residual sum; the weights of all layer
-norms are trained too.
+norms are trained too. With a norm of its own an adapter is x + LayerNorm(W_up act(W_down x + b_down) + b_up).
+
+Where several tasks are trained together, each has adapters of its own and they share the norms ("Adapters" with a
+dagger in Karimi Mahabadi et al. 2021, https://arxiv.org/abs/2106.04489).
 """
 
 from __future__ import annotations
@@ -20,32 +23,66 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
-from adept_ds.config.method import AdapterConfig, AdapterDropConfig
+from adept_ds.config.method import AdapterConfig, AdapterDropConfig, BottleneckSettings
+from adept_ds.methods.base import BatchValue
 from adept_ds.methods.layers import embedding_table, layer_index, norms, output_layers
+from adept_ds.methods.source_tasks import for_own_tasks
 from adept_ds.methods.wrapped import WrappedLayer, WrappedLayersMethod
+from adept_ds.storage.adapter_folder import Adapter
 
 _INITIAL_STD = 0.01
+BY_TASK = tuple(f".adapter.{name}" for name in ("w_down", "b_down", "w_up", "b_up"))
+"""Ends of the names of parameters that each task has its own of."""
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class BottleneckAdapter(nn.Module):
-    """x + W_up act(W_down x + b_down) + b_up, computed in fp32 and cast once. The identity at the start.
+    """x + W_up act(W_down x + b_down) + b_up, computed in fp32 and cast once. The identity at the start, but with a
+    norm, since zeros have no direction: W_up starts as W_down does then.
 
-    Parameters: 2 r d + r + d.
+    Parameters: 2 r d + r + d, and 2 d of the norm. For each of T tasks the former are stacked, [T, ...], and the value
+    of `batch` [B] says which task each row is of.
     """
 
-    def __init__(self, width: int, bottleneck: int, activation: str, generator: torch.Generator | None) -> None:
+    def __init__(
+        self,
+        width: int,
+        config: BottleneckSettings,
+        batch: BatchValue[Tensor] | None,
+        generator: torch.Generator | None,
+    ) -> None:
         super().__init__()
-        self.w_down = nn.Parameter(torch.empty(bottleneck, width).normal_(std=_INITIAL_STD, generator=generator))
-        self.b_down = nn.Parameter(torch.zeros(bottleneck))
-        self.w_up = nn.Parameter(torch.zeros(width, bottleneck))
-        self.b_up = nn.Parameter(torch.zeros(width))
-        self.activation = _ACTIVATIONS[activation]
+        self.batch, tasks, bottleneck = batch, (len(config.tasks),) if config.tasks else (), config.bottleneck
+        w_down, w_up = torch.empty(*tasks, bottleneck, width), torch.zeros(*tasks, width, bottleneck)
+        for drawn in (w_down, w_up) if config.post_norm else (w_down,):
+            drawn.normal_(std=_INITIAL_STD, generator=generator)
+        self.w_down, self.b_down = nn.Parameter(w_down), nn.Parameter(torch.zeros(*tasks, bottleneck))
+        self.w_up, self.b_up = nn.Parameter(w_up), nn.Parameter(torch.zeros(*tasks, width))
+        self.norm_weight = nn.Parameter(torch.ones(width)) if config.post_norm else None
+        self.norm_bias = nn.Parameter(torch.zeros(width)) if config.post_norm else None
+        self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., d], in the dtype of x."""
-        hidden = self.activation(F.linear(x.float(), self.w_down.float(), self.b_down.float()))
-        return (x.float() + F.linear(hidden, self.w_up.float(), self.b_up.float())).to(x.dtype)
+        wide = x.float()
+        added = self._linear(self.activation(self._linear(wide, self.w_down, self.b_down)), self.w_up, self.b_up)
+        if self.norm_weight is not None and self.norm_bias is not None:
+            added = F.layer_norm(added, added.shape[-1:], self.norm_weight.float(), self.norm_bias.float())
+        return (wide + added).to(x.dtype)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.batch is None:
+            return F.linear(x, weight.float(), bias.float())
+        tasks = self.batch.value
+        assert tasks is not None
+        if tasks.dim() > 1:  # packed rows, whose positions are of several tasks
+            of_tasks = [F.linear(x, *of_task) for of_task in zip(weight.float(), bias.float(), strict=True)]
+            chosen = (torch.where((tasks == task)[..., None], one, 0) for task, one in enumerate(of_tasks))
+            return sum(chosen, start=torch.zeros_like(of_tasks[0]))
+        # Beams of a row stand side by side, and some backbones have flattened rows and columns into one.
+        rows = x.reshape(len(tasks), -1, x.shape[-1])
+        made = torch.baddbmm(bias[tasks].float()[:, None], rows, weight[tasks].float().mT)
+        return made.view(*x.shape[:-1], -1)
 
 
 class AdaptedLayer(WrappedLayer):
@@ -82,6 +119,10 @@ class Bottleneck(WrappedLayersMethod):
 
     config: AdapterConfig | AdapterDropConfig
 
+    def __init__(self, config: AdapterConfig | AdapterDropConfig) -> None:
+        super().__init__(config)
+        self.batch: BatchValue[Tensor] | None = BatchValue() if config.tasks else None
+
     @override
     def wrap(self, backbone: PreTrainedModel, generator: torch.Generator | None) -> dict[str, WrappedLayer]:
         """Choose the outputs of each layer's two parts, and the norms.
@@ -95,8 +136,27 @@ class Bottleneck(WrappedLayersMethod):
         wrapped: dict[str, WrappedLayer] = {}
         for name, layer in output_layers(backbone).items():
             if (layer_index(name) or 0) >= dropped:
-                adapter = BottleneckAdapter(table.embedding_dim, config.bottleneck, config.activation, generator)
+                adapter = BottleneckAdapter(table.embedding_dim, config, self.batch, generator)
                 wrapped[name] = AdaptedLayer(layer, adapter.to(table.weight.device))
         if config.train_norms:
             wrapped |= {name: TrainedCopy(norm) for name, norm in norms(backbone).items()}
         return wrapped
+
+    @override
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Tensor:
+        return task_ids
+
+    @override
+    def start_values(self, source: Adapter) -> dict[str, Tensor]:
+        """Each task's adapters; the norms are all tasks'.
+
+        Raises:
+            UserError: As `for_own_tasks`.
+        """
+        values = dict(source.tensors)
+        for name, value in source.tensors.items():
+            if name.endswith(BY_TASK):
+                stacked = value if source.method.prompt_tasks else value[None]
+                own = for_own_tasks(stacked, source, self.config)
+                values[name] = own if self.config.tasks else own[0]
+        return values

@@ -12,8 +12,8 @@ their L places; the mask leaves out the places in front.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,14 +23,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from adept_ds.config.method import AdeptConfig, MethodConfig, MptConfig, PromptTuningConfig, PTuningConfig
+from adept_ds.config.method import (
+    AdeptConfig,
+    DptConfig,
+    MethodConfig,
+    MptConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    ResidualPromptConfig,
+)
 from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.adept import AdeptEmbedding
-from adept_ds.methods.base import Method, MethodDefaults, load_values
+from adept_ds.methods.base import BatchValue, Method, MethodDefaults, for_rows, load_values
 from adept_ds.methods.prompted import PromptedMethod
 from adept_ds.methods.soft_prompt import PromptedEmbedding
 from adept_ds.storage.adapter_folder import Adapter
+
+BY_TOKEN = AdeptConfig | PromptTuningConfig | PTuningConfig | DptConfig | ResidualPromptConfig | MptConfig
+"""Methods whose vectors depend on the token alone."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +75,14 @@ class StackedPrompts(nn.Module):
 
 
 class MixedEmbedding(PromptedEmbedding):
-    """Input embedding of several adapters. `rows` [B] says which one reads each row; beams of a row follow it."""
+    """Input embedding of several adapters. The value of `batch` [B] says which one reads each row."""
 
     w_down: Tensor
     b1: Tensor
     w_up: Tensor
     b2: Tensor
 
-    def __init__(self, table: nn.Embedding, adapters: Sequence[Vectors]) -> None:
+    def __init__(self, table: nn.Embedding, adapters: Sequence[Vectors], batch: BatchValue[Tensor]) -> None:
         length = max(len(adapter.prompt) for adapter in adapters)
         rank = max(len(adapter.b1) for adapter in adapters)
         prompts = [F.pad(adapter.prompt, (0, 0, length - len(adapter.prompt), 0)) for adapter in adapters]
@@ -85,12 +96,12 @@ class MixedEmbedding(PromptedEmbedding):
         }
         for name, values in stacks.items():
             self.register_buffer(name, torch.stack(values), persistent=False)
-        self.rows: Tensor | None = None
+        self.batch = batch
 
     @override
     def add_offset(self, tokens: Tensor, token_ids: Tensor) -> Tensor:
-        assert self.rows is not None
-        rows = self.rows.repeat_interleave(len(tokens) // len(self.rows))
+        assert self.batch.value is not None
+        rows = for_rows(self.batch.value, len(tokens))
         hidden = F.relu(tokens @ self.w_down[rows] + self.b1[rows, None])
         return tokens + (hidden @ self.w_up[rows] + self.b2[rows, None])
 
@@ -101,6 +112,7 @@ class MixedAdapters(MethodDefaults):
     def __init__(self) -> None:
         self.config: MethodConfig | None = None
         self.num_virtual_tokens = 0
+        self.batch: BatchValue[Tensor] = BatchValue()
         self._vectors: dict[str, Vectors] = {}
 
     @property
@@ -124,11 +136,11 @@ class MixedAdapters(MethodDefaults):
         """
         vectors = dict(self._vectors)
         for name, (adapter, method) in adapters.items():
-            if not isinstance(adapter.method, AdeptConfig | PromptTuningConfig | PTuningConfig | MptConfig):
+            if not isinstance(adapter.method, BY_TOKEN):
                 raise UserError(
                     f"the adapter {name!r} of {adapter.folder} is of method {adapter.method.name!r}, which is neither "
                     "a soft prompt nor a function of single tokens, so rows of one batch cannot be read with different "
-                    "ones; expected methods adept, pt, p_tuning or mpt"
+                    "ones; expected methods adept, pt, p_tuning, dpt, residual_pt or mpt"
                 )
             # Each is put into the backbone as if it was alone, and its values are taken out again.
             self._reader.set_input_embeddings(self._table)
@@ -138,7 +150,7 @@ class MixedAdapters(MethodDefaults):
         self._vectors = vectors
         width = self._table.embedding_dim
         none = Vectors(*(torch.zeros(shape) for shape in ((0, width), (width, 0), 0, (0, width), width)))
-        self._embedding = MixedEmbedding(self._table, [none, *vectors.values()])
+        self._embedding = MixedEmbedding(self._table, [none, *vectors.values()], self.batch)
         self._embedding.to(self._table.weight.device)
         self._embedding.eval()
         self._reader.set_input_embeddings(self._embedding)
@@ -174,10 +186,9 @@ class MixedAdapters(MethodDefaults):
         return (places >= self.num_virtual_tokens - lengths[:, None]).long()
 
     @override
-    @contextmanager
-    def reading(self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None) -> Iterator[None]:
-        with attribute_set(self._embedding, "rows", prompts):
-            yield
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Tensor:
+        """The numbers of the adapters, which stand in the place of tasks here."""
+        return task_ids
 
     @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:

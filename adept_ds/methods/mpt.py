@@ -28,11 +28,11 @@ from typing_extensions import override
 
 from adept_ds.backbone.sharding import gathered
 from adept_ds.config.method import MptConfig
-from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import Distillation
 from adept_ds.methods.layers import embedding_table, seeded
 from adept_ds.methods.prompted import PromptedMethod, initial_prompt
 from adept_ds.methods.source_prompts import load_source_prompts
+from adept_ds.methods.source_tasks import source_number
 from adept_ds.storage.adapter_folder import Adapter, backbone_facts
 
 FACTORS = ("prefix_task_cols", "prefix_task_rows")
@@ -130,13 +130,8 @@ class MultitaskPromptTuning(PromptedMethod):
             return source.tensors
         if config.factors_from is None:
             pairs: Any = {name: source.tensors[name].mean(0, keepdim=True) for name in FACTORS}
-        elif config.factors_from in theirs:
-            number = theirs.index(config.factors_from)
-            pairs = {name: source.tensors[name][number : number + 1] for name in FACTORS}
         else:
-            raise UserError(
-                f"method.factors_from is {config.factors_from!r}; the adapter {source.folder} has factors of "
-                f"{', '.join(theirs) or 'one task, which it does not name'}{did_you_mean(config.factors_from, theirs)}"
-            )
+            number = source_number("method.factors_from", config.factors_from, source)
+            pairs = {name: source.tensors[name][number : number + 1] for name in FACTORS}
         copies = max(1, len(config.tasks))
         return source.tensors | {name: pair.repeat(copies, 1, 1) for name, pair in pairs.items()}

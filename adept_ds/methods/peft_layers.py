@@ -1,4 +1,4 @@
-"""Methods whose layers HF PEFT makes and puts into the backbone: LoRA and (IA)3.
+"""Methods whose layers HF PEFT makes and puts into the backbone: LoRA, (IA)3 and VeRA.
 
 `method.target_modules` says which layers they are. If it is not given, they are those of the paper's figures in a
 backbone of one of its families (see `adept_ds.methods.layers`), in any other those that PEFT chooses for its model
@@ -14,23 +14,26 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners import VeraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from adept_ds.config.method import Ia3Config, LoraConfig
+from adept_ds.config.method import Ia3Config, LoraConfig, VeraConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.methods.base import MethodDefaults
 from adept_ds.methods.layers import (
     FAMILIES,
     OTHER_FAMILIES,
     described,
+    embedding_table,
     family_of,
     linear_layers,
     missing_ends,
@@ -57,7 +60,7 @@ class PeftLayers(MethodDefaults):
     """Wraps layers of the backbone in those of PEFT, which call the layer and never read its weight: it may be sharded
     or quantised."""
 
-    config: LoraConfig | Ia3Config
+    config: LoraConfig | Ia3Config | VeraConfig
 
     @abstractmethod
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
@@ -85,7 +88,7 @@ class PeftLayers(MethodDefaults):
         settings = self.peft_config(backbone)
         try:
             with seeded(generator):
-                peft.inject_adapter_in_model(settings, backbone, _ADAPTER)
+                self.put_into(backbone, settings, generator)
         except (ValueError, TypeError) as error:
             raise UserError(f"method.target_modules does not fit {backbone.config.name_or_path!r}: {error}") from error
         self._layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
@@ -96,6 +99,10 @@ class PeftLayers(MethodDefaults):
         }
         for parameter in self._trained.values():
             parameter.data = parameter.data.float()
+
+    def put_into(self, backbone: PreTrainedModel, settings: peft.PeftConfig, generator: torch.Generator | None) -> None:
+        """Let PEFT wrap the layers that its settings name."""
+        peft.inject_adapter_in_model(settings, backbone, _ADAPTER)
 
     def known_layers(self, backbone: PreTrainedModel, part: str, theirs: list[str]) -> list[str]:
         """Return the layers of this part of the backbone's family, or PEFT's choice where the backbone lacks one of
@@ -166,3 +173,49 @@ class Ia3(PeftLayers):
         if config.feed_forward:
             feed_forward = self.known_layers(backbone, "feed_forward_output", their_feed_forward)
         return peft.IA3Config(target_modules=[*targets, *feed_forward], feedforward_modules=feed_forward)
+
+
+class Vera(PeftLayers):
+    """VeRA: W x + diag(b) B diag(d) A x; b [out] zero, d [r] `d_initial`; A [r, in] and B [out, r] Kaiming-uniform,
+    frozen and the same for all layers, which take of them what they need; made from a `VeraConfig`.
+
+    Parameters: r + out for each layer. A and B are in the adapter file too, so that it does not depend on how a
+    version of torch draws.
+    """
+
+    config: VeraConfig
+
+    @override
+    def put_into(self, backbone: PreTrainedModel, settings: peft.PeftConfig, generator: torch.Generator | None) -> None:
+        """Wrap the layers, and draw A and B anew: PEFT has rounded them to the layers' precision."""
+        # Layers refer to the two, which is all that PEFT's model around the backbone would hold.
+        tuner = VeraModel(backbone, settings, _ADAPTER)
+        device = embedding_table(backbone).weight.device
+        for projections in (tuner.vera_A, tuner.vera_B):
+            drawn = torch.empty(projections[_ADAPTER].shape)
+            projections[_ADAPTER] = nn.init.kaiming_uniform_(drawn, generator=generator).to(device)
+        for layer in backbone.modules():
+            if isinstance(layer, BaseTunerLayer):
+                # A and B stay in fp32 in training, too, where d and b are in the backbone's precision.
+                layer._cast_input_dtype = _in_fp32
+
+    @override
+    def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
+        config = self.config
+        theirs = published_layers(TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, backbone)
+        return peft.VeraConfig(
+            r=config.rank,
+            d_initial=config.d_initial,
+            vera_dropout=config.dropout,
+            target_modules=list(config.target_modules or self.known_layers(backbone, "low_rank", theirs)),
+        )
+
+    @override
+    def constants(self) -> dict[str, Tensor]:
+        # One pair of tensors, which every layer refers to.
+        layer: Any = self._layers[0]
+        return {name: getattr(layer, name)[_ADAPTER] for name in ("vera_A", "vera_B")}
+
+
+def _in_fp32(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.float()

@@ -28,7 +28,7 @@ from typing_extensions import override
 from adept_ds.config.method import PrefixTuningConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.errors import UserError
-from adept_ds.methods.base import MethodDefaults
+from adept_ds.methods.base import BatchValue, MethodDefaults
 from adept_ds.methods.layers import embedding_table, seeded
 
 CACHE = "past_key_values"
@@ -43,8 +43,11 @@ class PrefixTuning(MethodDefaults):
 
     config: PrefixTuningConfig
     enabled = True
-    example_ids: Tensor | None = None
-    """In packed rows, the number of each position's example [B, S]."""
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        super().__init__(config)
+        self.batch: BatchValue[Tensor] = BatchValue()
+        """In packed rows, the number of each position's example [B, S]."""
 
     @override
     def inject(
@@ -121,11 +124,11 @@ class PrefixTuning(MethodDefaults):
                 # Padding has the position of the last token before it, so that it sees something.
                 positions = mask.cumsum(1) - 1
                 kwargs["attention_mask"] = self._by_position(decoder, positions, mask[:, None].bool(), ids.shape[1])
-        elif self.example_ids is not None:
+        elif (example_ids := self.batch.value) is not None:
             positions = F.pad(kwargs["position_ids"], (length, 0))
             positions[:, :length] = torch.arange(length, device=ids.device)
             # All examples of a row see the one prefix.
-            is_own = F.pad(self.example_ids[:, :, None] == self.example_ids[:, None], (length, 0), value=True)
+            is_own = F.pad(example_ids[:, :, None] == example_ids[:, None], (length, 0), value=True)
             kwargs["attention_mask"] = self._by_position(decoder, positions, is_own, ids.shape[1])
         return args, kwargs
 
@@ -141,7 +144,7 @@ class PrefixTuning(MethodDefaults):
         config: Any = decoder.config
         attention = config._attn_implementation
         if attention not in ("eager", "sdpa"):
-            what = "packed rows" if self.example_ids is not None else "a backbone with a sliding window"
+            what = "packed rows" if self.batch.value is not None else "a backbone with a sliding window"
             raise UserError(
                 f"method.name is 'prefix' on {what}, which works with attention eager and sdpa; "
                 f"model.attn_implementation is {attention!r}"
@@ -182,10 +185,8 @@ class PrefixTuning(MethodDefaults):
         return "soft_prompt"
 
     @override
-    def reading(
-        self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None
-    ) -> AbstractContextManager[None]:
-        return attribute_set(self, "example_ids", example_ids)
+    def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Tensor | None:
+        return example_ids
 
     @override
     def disabled(self) -> AbstractContextManager[None]:

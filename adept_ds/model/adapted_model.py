@@ -105,7 +105,10 @@ class AdaptedModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep each layer's input only in training, and compute the layer again in the backward pass."""
-        self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        options: dict[str, Any] = {"use_reentrant": False}
+        if self.method.batch is not None:
+            options["context_fn"] = self.method.batch.recomputed
+        self.backbone.activation_checkpointing_enable(options)
         # Gradients flow from the trained parameters; a table that they need not reach would be gathered for nothing.
         self.backbone.disable_input_require_grads()
 
@@ -130,7 +133,7 @@ class AdaptedModel(nn.Module):
 
     @property
     def prompt_tasks(self) -> tuple[str, ...]:
-        """Tasks with a soft prompt of their own, in the order of `task_ids`; none where one serves all."""
+        """Tasks with parameters of their own, in the order of `task_ids`; none where all are trained alike."""
         return self.method.config.prompt_tasks if self.method.config else ()
 
     @contextmanager
@@ -236,7 +239,9 @@ class AdaptedModel(nn.Module):
             raise UserError("adapter_names go with load_adapters; this model has one adapter, or none")
         tasks = self.prompt_tasks if self._enabled else ()
         if tasks and task_ids is None:
-            raise UserError(f"each of {', '.join(tasks)} has a prompt of its own: task_ids must say which a row's is")
+            raise UserError(
+                f"each of {', '.join(tasks)} has values of its own: task_ids must say which one a row is of"
+            )
         return input_ids.new_zeros(rows) if not tasks or task_ids is None else task_ids
 
     def _reading(
@@ -247,16 +252,24 @@ class AdaptedModel(nn.Module):
         labels: Tensor | None = None,
         packed: PackedRows | None = None,
     ) -> AbstractContextManager[None]:
-        """Tell the method which tokens its prompt may depend on; masks and labels are those without the prompt."""
+        """Have the method prepare for a batch; masks and labels are those without the prompt."""
         if packed:
-            return self.method.reading(packed.context(labels, context_mask), prompts, packed.example_ids)
+            return self._prepared(packed.context(labels, context_mask), prompts, packed.example_ids)
         context = attention_mask.bool()
         if context_mask is not None:
             context = context & context_mask.bool()
         elif labels is not None and not self.is_encoder_decoder:
             context = context & (labels == IGNORE_INDEX).cumprod(1).bool()
         outside = context.new_zeros(1, self.num_virtual_tokens)
-        return self.method.reading(inserted(context, outside, attention_mask.argmax(1, keepdim=True)), prompts)
+        return self._prepared(inserted(context, outside, attention_mask.argmax(1, keepdim=True)), prompts)
+
+    def _prepared(
+        self, context: Tensor, prompts: Tensor, example_ids: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Context in which the method's modules have what it makes for a batch, see `Method.for_batch`."""
+        if self.method.batch is None or not self._enabled:
+            return nullcontext()
+        return self.method.batch.holding(self.method.for_batch(context, prompts, example_ids))
 
     def forward(
         self,
@@ -279,7 +292,7 @@ class AdaptedModel(nn.Module):
                 [B, T]. `IGNORE_INDEX` where no loss is wanted.
             reduction: `mean` over the label tokens or their `sum`.
             task_ids: Number in `prompt_tasks` of each row's task [B]; needed if there are any, and else not looked at.
-            context_mask: 1 for the tokens that a soft prompt made for its row may depend on [B, S]. If not given, in a
+            context_mask: 1 for the tokens that what a method makes for a row may depend on [B, S]. If not given, in a
                 causal model those before the first label, and elsewhere all.
             adapter_names: Of those of `load_adapters`, the one that each row is read with; None for none.
             example_ids: Rows are packed: which of its row's examples a position is of, from 1 on, and 0 behind the last
@@ -382,7 +395,7 @@ class AdaptedModel(nn.Module):
         else:
             last = {}
         nothing = torch.zeros_like(input_ids, dtype=torch.bool)
-        reading = self.method.reading(nothing, prompts) if context is None else self._reading(context, prompts)
+        reading = self._prepared(nothing, prompts) if context is None else self._reading(context, prompts)
         with reading:
             return self.backbone(
                 input_ids=input_ids,

@@ -81,7 +81,7 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
         f"               {plan.backbone_parameters:,} parameters, {'all trained' if full else 'frozen'}; "
         f"{run.model.dtype}, {plan.backbone_parameters * dtype.itemsize / 1e9:.2f} GB",
         f"method         {run.method.name}: {plan.trained_parameters:,} trainable parameters "
-        f"({100 * plan.trained_parameters / total:.4f} % of all)",
+        f"({100 * plan.trained_parameters / total:.4f} % of all{_for_each_task(plan.trained_parameters, run.data)})",
     ]
     if plan.unquantized:
         lines.insert(3, f"               {plan.unquantized}")
@@ -186,6 +186,12 @@ def count_training_examples(config: DataConfig) -> tuple[int | None, str]:
     notes = examples.notes if isinstance(examples, OwnExamples) else ()
     note = f"{len(examples):,} for training in {config.path or 'the bundled problems'}"
     return len(examples), "\n               ".join([note, *notes])
+
+
+def _for_each_task(count: int, data: DataConfig) -> str:
+    """A count for each of several tasks, as comparisons of multi-task methods have it."""
+    tasks = len(data.tasks)
+    return f"; {count / tasks:,.0f} for each of {tasks} tasks" if tasks > 1 else ""
 
 
 def _positions_lines(run: RunConfig, architecture: PreTrainedConfig) -> list[str]:

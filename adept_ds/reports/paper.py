@@ -39,6 +39,14 @@ class PaperRow(Section):
     """Heading that the row stands under."""
     method: str | None = None
     """`method.name` of runs that the row is compared with; None for methods that are not part of this project."""
+    config: str | None = None
+    """The config that reproduces the row; the table's if not given."""
+    changes: dict[str, Any] = Field(default={})
+    """Settings that it takes in place of the config's, beside the method's name and `settings`."""
+    multi_task: bool = False
+    """Whether runs are trained on several tasks at once; else on one."""
+    from_source: bool | None = None
+    """Whether runs start from an adapter of another task (`method.init_from`); None where they may."""
     parameters: str
     """Trained parameters, as printed."""
     quoted_from: str | None = None
@@ -59,8 +67,22 @@ class PaperTable(Section):
     backbone: str
     models: tuple[str, ...]
     """Last parts of `model.name_or_path`, in lower case, that are this backbone."""
+    config: str
+    """The config that its rows are reproduced by, with the changes of each."""
     columns: tuple[PaperColumn, ...]
     rows: tuple[PaperRow, ...]
+
+
+def reproduction(table: PaperTable, row: PaperRow) -> tuple[str, dict[str, Any]] | None:
+    """Return the config that reproduces a row and the settings to change in it; None where no method here does.
+
+    The column says the task (`data.tasks`), and what else it asks for.
+    """
+    if row.method is None:
+        return None
+    if row.config is not None:
+        return row.config, row.changes
+    return table.config, {"method.name": row.method, **row.settings, **row.changes}
 
 
 class PaperFigures(Section):

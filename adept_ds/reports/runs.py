@@ -75,6 +75,11 @@ class RunFigure:
     """Figure (`eval.metric`) of the best checkpoint."""
 
     @property
+    def tasks(self) -> int:
+        """How many tasks the run was trained on at once."""
+        return max(1, len(self.settings.get("data.tasks") or ()))
+
+    @property
     def lower_is_better(self) -> bool:
         """Whether the validation figure is a loss."""
         return self.settings.get("eval.metric", "loss") == "loss"

@@ -17,7 +17,9 @@ A difference exceeds the noise if it is larger than 1.96 standard errors of a di
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -27,7 +29,7 @@ from adept_ds.data.tasks.registry import TASKS
 from adept_ds.evaluation.comparison import difference_text
 from adept_ds.evaluation.results import EXAMPLE_METRICS, PASS_AT_1
 from adept_ds.evaluation.statistics import Z95, paired_difference
-from adept_ds.reports.paper import PaperColumn, PaperFigures, PaperRow, PaperTable
+from adept_ds.reports.paper import PaperColumn, PaperFigures, PaperRow, PaperTable, reproduction
 from adept_ds.reports.runs import RunFigure
 from adept_ds.storage.run_folder import SEED_KEYS
 
@@ -149,6 +151,8 @@ class Row:
     section: str = ""
     paper_parameters: str = ""
     quoted_from: str | None = None
+    recipe: str = ""
+    """What trains it, as words behind `adept-ds train`; empty where no method here does."""
 
     @property
     def is_run(self) -> bool:
@@ -156,10 +160,11 @@ class Row:
         return any(cell.ours for cell in self.cells)
 
     @property
-    def parameters(self) -> tuple[int, ...]:
-        """Trained parameters of our runs; several where settings differ between columns."""
-        counts = {cell.ours.first.parameters for cell in self.cells if cell.ours}
-        return tuple(sorted(count for count in counts if count is not None))
+    def parameters(self) -> tuple[tuple[int, int], ...]:
+        """Trained parameters of our runs, and the tasks that share them; several where settings differ between
+        columns."""
+        figures = [cell.ours.first for cell in self.cells if cell.ours]
+        return tuple(sorted({(one.parameters, one.tasks) for one in figures if one.parameters is not None}))
 
 
 @dataclass(frozen=True)
@@ -218,16 +223,17 @@ def _paper_table(printed: PaperTable, figures: Sequence[RunFigure]) -> Table:
     rows = []
     for row in printed.rows:
         of_method = [figure for figure in figures if row.method is not None and figure.method == row.method]
-        rows.append(_paper_row(row, printed.columns, of_method))
+        rows.append(_paper_row(printed, row, of_method))
     columns = tuple(column.label for column in printed.columns)
     title = f"Table {printed.number} of the paper: {printed.title} ({printed.backbone})"
     return Table(title, columns, tuple(rows), _differences(rows, columns))
 
 
-def _paper_row(row: PaperRow, columns: Sequence[PaperColumn], figures: Sequence[RunFigure]) -> Row:
+def _paper_row(printed: PaperTable, row: PaperRow, figures: Sequence[RunFigure]) -> Row:
+    columns = printed.columns
     ours: dict[str, Measurement | None] = {}
     for column in columns:
-        fitting = [figure for figure in figures if _fits(figure, column, row.settings | column.settings)]
+        fitting = [figure for figure in figures if _fits(figure, column, row)]
         ours[column.label] = choose(measurements(fitting))
     cells = []
     for index, column in enumerate(columns):
@@ -237,15 +243,29 @@ def _paper_row(row: PaperRow, columns: Sequence[PaperColumn], figures: Sequence[
         our_mean = own.mean if own else mean(known) if known and len(known) == len(parts) else None
         deviation = row.deviations[index] if row.deviations else None
         cells.append(Cell(own, row.values[index], deviation, our_mean))
-    return Row(row.label, tuple(cells), row.section, row.parameters, row.quoted_from)
+    return Row(row.label, tuple(cells), row.section, row.parameters, row.quoted_from, _recipe(printed, row))
 
 
-def _fits(figure: RunFigure, column: PaperColumn, settings: dict[str, Any]) -> bool:
+def _recipe(printed: PaperTable, row: PaperRow) -> str:
+    found = reproduction(printed, row)
+    if found is None:
+        return ""
+    config, changes = found
+    return shlex.join(["--config", config, *(word for item in changes.items() for word in _flag(*item))])
+
+
+def _flag(key: str, value: Any) -> tuple[str, str]:
+    return f"--{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _fits(figure: RunFigure, column: PaperColumn, row: PaperRow) -> bool:
+    starts = figure.settings.get("method.init_from") is not None
     return (
         (figure.task, figure.metric) == (column.task, column.metric)
         and figure.settings.get("data.k_shot") == column.k_shot
-        and len(figure.settings.get("data.tasks") or [figure.task]) == 1
-        and all(figure.settings.get(key) == value for key, value in settings.items())
+        and (figure.tasks > 1) == row.multi_task
+        and row.from_source in (None, starts)
+        and all(figure.settings.get(key) == value for key, value in (row.settings | column.settings).items())
     )
 
 

@@ -28,6 +28,11 @@ NOISE = (
     "Each pair of methods is judged by itself: of many pairs without a difference, a few will seem to have one."
 )
 
+RECIPES = (
+    "What trains each row, a column's task given by --data.tasks where the config does not say the tasks; `adept-ds "
+    "recipes NAME` shows what a config reproduces and from whom its settings are."
+)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -51,9 +56,14 @@ def wide_lines(table: Table) -> list[Line]:
             figures = (_paper_text(cell) for cell in row.cells)
             lines.append(Line("quoted", (f"{row.label} ({mark})", row.paper_parameters, *figures)))
         if row.is_run:
-            counts = ", ".join(f"{count:,}" for count in row.parameters)
+            counts = ", ".join(_parameters_text(*counted) for counted in row.parameters)
             lines.append(Line("ours", (row.label, counts, *(_our_text(cell) for cell in row.cells))))
     return lines
+
+
+def recipe_lines(table: Table) -> list[tuple[str, str]]:
+    """Each row of the paper and what trains it."""
+    return [(row.label, row.recipe or "quoted only: no method here") for row in table.rows]
 
 
 def detail_lines(table: Table) -> list[dict[str, str]]:
@@ -73,10 +83,12 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], source: str) -> str:
         details = detail_lines(table)
         parts += [
             f"## {table.title}",
-            _grid(("", "parameters", *table.columns), *(line.cells for line in wide_lines(table))),
+            grid(("", "parameters", *table.columns), *(line.cells for line in wide_lines(table))),
         ]
-        parts.append(_grid(details[0].keys(), *(line.values() for line in details)))
+        parts.append(grid(details[0].keys(), *(line.values() for line in details)))
         parts += [f"- {line}" for line in table.differences]
+        if table.has_paper:
+            parts += [RECIPES, grid(("", "adept-ds train"), *recipe_lines(table))]
     if notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join([*parts, f"Paper: {source}"]) + "\n"
@@ -130,7 +142,8 @@ def write_tables(
     write_page(
         "tables_report.html.jinja",
         folder / "report.html",
-        tables=[(table, wide_lines(table), detail_lines(table)) for table in tables],
+        tables=[(table, wide_lines(table), detail_lines(table), recipe_lines(table)) for table in tables],
+        recipes=RECIPES,
         pictures=pictures,
         notes=notes,
         legend=LEGEND,
@@ -166,7 +179,7 @@ def _details(cell: Cell, ours: Measurement) -> dict[str, str]:
         "mean": f"{ours.mean:.2f}",
         "standard deviation": _number(ours.deviation),
         "95 % interval": f"{low:.2f} to {high:.2f}",
-        "trained parameters": "" if ours.first.parameters is None else f"{ours.first.parameters:,}",
+        "trained parameters": _parameters_text(ours.first.parameters, ours.first.tasks),
         "paper": _paper_text(cell),
         "difference": "" if cell.difference is None else f"{cell.difference:+.2f}",
         "noise": _number(cell.noise),
@@ -181,6 +194,12 @@ def _validation_text(ours: Measurement) -> str:
         return ""
     deviation = f" ± {stdev(figures):.4f}" if len(figures) > 1 else ""
     return f"{ours.first.settings.get('eval.metric', 'loss')} {mean(figures):.4f}{deviation}"
+
+
+def _parameters_text(count: int | None, tasks: int) -> str:
+    if count is None:
+        return ""
+    return f"{count:,}" + (f" ({count / tasks:,.0f} for each of {tasks} tasks)" if tasks > 1 else "")
 
 
 def _number(value: float | None) -> str:
@@ -208,6 +227,7 @@ def _record(table: Table, row: Row, column: str, cell: Cell) -> dict[str, Any]:
         "high": high,
         "examples": first and first.examples,
         "parameters": first and first.parameters,
+        "tasks": first and first.tasks,
         "paper": cell.paper,
         "paper_standard_deviation": cell.paper_deviation,
         "paper_parameters": row.paper_parameters,
@@ -215,11 +235,12 @@ def _record(table: Table, row: Row, column: str, cell: Cell) -> dict[str, Any]:
         "difference": cell.difference,
         "noise": cell.noise,
         "exceeds_noise": cell.exceeds_noise,
+        "recipe": row.recipe,
         "run_folders": ours and json.dumps([str(figure.run) for figure in ours.figures]),
     }
 
 
-def _grid(*rows: Iterable[str]) -> str:
+def grid(*rows: Iterable[str]) -> str:
     """A Markdown table with columns of even width; the first row is its heading."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -39,7 +39,15 @@ from transformers import (
 from adept_ds.backbone.load import load_backbone, unsharded_creation
 from adept_ds.backbone.quantization import QuantizedLinear
 from adept_ds.backbone.sharding import full_numel, gathered
-from adept_ds.config.method import AdapterConfig, AdeptConfig, Ia3Config, LoraConfig, MethodConfig, PrefixTuningConfig
+from adept_ds.config.method import (
+    AdapterConfig,
+    AdeptConfig,
+    Ia3Config,
+    LoraConfig,
+    LstConfig,
+    MethodConfig,
+    PrefixTuningConfig,
+)
 from adept_ds.config.run import ModelConfig
 from adept_ds.distributed import init_world
 from adept_ds.errors import UserError
@@ -157,7 +165,7 @@ Each architecture was built small, with random weights, and compared with plain 
 | nf4 | share of the weights, the table aside, that is held in 4 bits: not stacked experts; logits are finite |
 | adapter | an adapter that is saved and loaded again has the same logits |
 | exports | as a whole model (`folded`) and a LoRA (`lora`) other programs have the live model's texts and logits |
-| prefix, lora, ia3, bottleneck | these methods find their places untold, and all that they train has gradients |
+| prefix, lora, ia3, lst, bottleneck | these methods find their places untold, and all that they train has gradients |
 
 The table is made by
 
@@ -346,6 +354,7 @@ COLUMNS: dict[str, Callable[..., str]] = {
     "prefix": _HasMethod(PrefixTuningConfig(prefix_length=3)),
     "lora": _HasMethod(LoraConfig(rank=2)),
     "ia3": _HasMethod(Ia3Config()),
+    "lst": _HasMethod(LstConfig(reduction=2)),
     "bottleneck": _HasMethod(AdapterConfig()),
 }
 

@@ -28,6 +28,7 @@ from .test_exactness import largest_difference, train_all
 
 pytestmark = pytest.mark.slow
 STEPS, SAVED = 6, 3
+TASKS = ["sum", "difference"]
 
 METHODS: dict[str, dict[str, Any]] = {
     "adept": {"num_virtual_tokens": 4, "bottleneck": 3},
@@ -35,14 +36,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "dept": {"num_virtual_tokens": 3, "rank": 2, "max_positions": 40},
     "pt_embedding": {"num_virtual_tokens": 3},
     "p_tuning": {"num_virtual_tokens": 4, "hidden_size": 8, "reparameterization": "lstm"},
-    "mpt": {"num_virtual_tokens": 4, "tasks": ["sum", "difference"], "factor_init": "ones"},
+    "dpt": {"num_virtual_tokens": 5, "rank": 3},
+    "residual_pt": {"num_virtual_tokens": 4, "bottleneck": 6},
+    "mpt": {"num_virtual_tokens": 4, "tasks": TASKS, "factor_init": "ones"},
     "attempt": {"num_virtual_tokens": 4, "bottleneck": 6, "temperature": 1.0},
+    "attempt-tasks": {"num_virtual_tokens": 4, "bottleneck": 6, "temperature": 1.0, "tasks": TASKS},
     "prefix": {"prefix_length": 4, "projection": True, "hidden_size": 8},
     "lora": {"rank": 3, "dropout": 0.0},
     "ia3": {"feed_forward": True},
+    "vera": {"rank": 5},
     "adapter": {"bottleneck": 3},
+    "adapter-tasks": {"bottleneck": 3, "post_norm": True, "tasks": TASKS},
     "adapter_drop": {"bottleneck": 3, "dropped_layers": 1},
     "bitfit": {},
+    "lst": {"reduction": 2, "init": "magnitude"},
 }
 RUNS = [(model, method) for model in ("llama-nf4", "t5") for method in METHODS]
 RESUMED = RUNS[: len(METHODS)]
@@ -54,7 +61,7 @@ def all_settings(tiny_llama: Path, tiny_t5: Path, tmp_path_factory: pytest.TempP
     rows = [{"prompt": f"sum of {a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(6)]
     data = root / "sums.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for task in METHODS["mpt"]["tasks"]:
+    for task in TASKS:
         declared = {"files": {"train": data.name}, "source": f"{task}: {{prompt}}", "target": "completion"}
         (root / f"{task}.json").write_text(json.dumps(declared | {"metrics": ["exact_match"]}))
 
@@ -73,17 +80,20 @@ def all_settings(tiny_llama: Path, tiny_t5: Path, tmp_path_factory: pytest.TempP
         backbone = tiny_t5 if model == "t5" else tiny_llama
         made = run_settings(backbone, root / f"{model}-{method}", max_steps=STEPS)
         made["model"]["quantization"] = "nf4" if model == "llama-nf4" else None
-        made["method"] = {"name": method, **METHODS[method]}
+        made["method"] = {"name": method.removesuffix("-tasks"), **METHODS[method]}
         made["data"] = {"format": "jsonl", "path": str(data)}
         sources = [source_prompt(backbone, seed) for seed in (1, 2)]
-        if method == "attempt":
+        if made["method"]["name"] == "attempt":
             made["method"]["sources"] = sources
         if method == "mpt":
-            tasks = made["method"]["tasks"]
-            made["method"]["teachers"] = dict(zip(tasks, sources, strict=True))
-            made["data"] = {"format": "tasks", "tasks": [str(root / f"{task}.json") for task in tasks]}
+            made["method"]["teachers"] = dict(zip(TASKS, sources, strict=True))
+        if "tasks" in made["method"]:
+            made["data"] = {"format": "tasks", "tasks": [str(root / f"{task}.json") for task in TASKS]}
         made["train"] |= {"save_every": SAVED}
-        made["train"]["learning_rate"] = {"soft_prompt": 0.03, "network": 0.01, "adapter": 0.01}
+        if method == "lst":
+            # With layers that are recomputed, which changes no loss.
+            made["train"]["activation_checkpointing"] = True
+        made["train"]["learning_rate"] = {"soft_prompt": 0.03, "network": 0.01, "adapter": 0.01, "side": 0.003}
         return made
 
     return {run: settings(*run) for run in RUNS}

@@ -12,7 +12,7 @@ import numpy as np
 from adept_ds.config.run import DataConfig
 from adept_ds.data.tasks.prepare import texts
 from adept_ds.data.tasks.sources import RawSplit, read_split
-from adept_ds.data.tasks.splits import equal, k_shot, part_indices, proportional, round_robin
+from adept_ds.data.tasks.splits import EQUAL, k_shot, part_indices, proportional, round_robin, shares, tempered
 from adept_ds.data.tasks.task import Part, Task, TaskExample
 from adept_ds.data.tasks.task_file import find_task
 from adept_ds.errors import UserError
@@ -130,8 +130,14 @@ def load_task_examples(cfg: DataConfig, part: Part) -> TaskExamples:
     elif part != "train":
         members = round_robin(sizes)
     else:
-        members = equal(sizes, cfg.split_seed) if cfg.mixture == "equal" else proportional(sizes)
+        temperature = _temperature(cfg)
+        members = proportional(sizes) if temperature is None else tempered(sizes, temperature, cfg.split_seed)
     return TaskExamples(parts, members)
+
+
+def _temperature(cfg: DataConfig) -> float | None:
+    """That of the mixture; None where every example comes once, in the order of the tasks."""
+    return {"proportional": None, "equal": EQUAL, "temperature": cfg.mixture_temperature}[cfg.mixture]
 
 
 def load_part(task: Task, part: Part, cfg: DataConfig) -> TaskPart:
@@ -189,5 +195,5 @@ def count_training_examples(cfg: DataConfig) -> tuple[int | None, str]:
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes):
         return None, f"unknown before {', '.join(cfg.tasks)} is loaded"
-    count = max(known) * len(known) if cfg.mixture == "equal" else sum(known)
+    count = sum(shares(known, _temperature(cfg) or 1))
     return count, f"{count:,} for training in the released data of {', '.join(cfg.tasks)}, by its documentation"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,17 +92,30 @@ def proportional(sizes: Sequence[int]) -> np.ndarray:
     return np.arange(sum(sizes))
 
 
-def equal(sizes: Sequence[int], seed: int) -> np.ndarray:
-    """Return the members of one pass in which every task has as many examples as the largest has.
+def shares(sizes: Sequence[int], temperature: float) -> list[int]:
+    """Return how often each task comes in one pass in which its share is proportional to size ** (1 / temperature).
 
-    A smaller task is repeated whole as often as it goes, and the remainder is drawn. Members count through the tasks.
+    The largest task has each of its examples once, and a smaller one its own at least once: at temperature 1 each task
+    has its size, and towards infinity all have that of the largest.
     """
-    largest, members, start = max(sizes), [], 0
-    for size in sizes:
-        order = start + permutation(size, seed)
-        members.append(np.resize(order, largest))
+    largest = max(sizes)
+    return [round(largest * (size / largest) ** (1 / temperature)) if size else 0 for size in sizes]
+
+
+def tempered(sizes: Sequence[int], temperature: float, seed: int) -> np.ndarray:
+    """Return the members of one pass over several tasks with their `shares`.
+
+    A task is repeated whole as often as it goes, and the remainder is drawn. Members count through the tasks.
+    """
+    members, start = [], 0
+    for size, share in zip(sizes, shares(sizes, temperature), strict=True):
+        members.append(np.resize(start + permutation(size, seed), share))
         start += size
     return np.concatenate(members)
+
+
+EQUAL = math.inf
+"""The temperature at which all tasks have the same share."""
 
 
 def round_robin(sizes: Sequence[int]) -> np.ndarray:
