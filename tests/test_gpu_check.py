@@ -16,10 +16,12 @@ import torch
 from adept_ds.benchmark.gpu_check import (
     ABSENT,
     BY_LAYER,
+    BY_LAYER_COMPILED,
     FAILED,
     LEFT_OUT,
     MEASURED,
     ORDER,
+    PACKED,
     PLAIN,
     REFUSED,
     SUBJECTS,
@@ -123,3 +125,18 @@ def test_every_kind_of_row_is_in_the_order_once() -> None:
 def test_without_a_gpu_there_is_a_plain_word_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_compiled_packed_and_gathered_rows_are_what_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    by_layer, packed, t5 = checked(
+        [Row(LLAMA, "bf16", BY_LAYER_COMPILED), Row(LLAMA, "fp8", PACKED), Row(T5, "bf16", PACKED)], tmp_path
+    )
+    assert (by_layer.state, packed.state) == (MEASURED, MEASURED)
+    assert by_layer.reason.startswith("train.compile: compiled LlamaDecoderLayer")
+    assert packed.figures["padding_share"] != packed.floor["padding_share"]
+    assert (t5.state, t5.plan_bytes) == (REFUSED, None)
+    assert "train.packing is for causal models" in t5.reason

@@ -91,7 +91,7 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
     architecture = resolve_architecture(run.model)[0] if options.random_init else load_architecture(run.model)
     check_attention(run.model, architecture)
     check_packing(run, architecture)
-    world, notes = None, []
+    world, notes = None, list[str]()
     if options.on_ranks:
         # Imports DeepSpeed, which one process does without.
         from adept_ds.benchmark.ranks import rank_contenders
@@ -101,7 +101,9 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
         run = decide_sharding(run, architecture, world)
         plan = complete(run, world.world_size, architecture.hidden_size)
         work = build_work(run, architecture, options.steps, options.synthetic, plan.batch, world.rank)
-        contenders = rank_contenders(run, architecture, work, plan, options.against, options.random_init, world)
+        contenders = rank_contenders(
+            run, architecture, work, plan, options.against, options.random_init, world, notes.append
+        )
         left_out = ", ".join(["the bare backbone", *(name for name in options.against if name in AGAINST)])
         notes.append(f"left out on ranks: {left_out}; they are measured in one process without a launcher")
     else:

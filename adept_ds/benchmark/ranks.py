@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -62,6 +62,7 @@ def rank_contenders(
     against: Sequence[str],
     random_init: bool,
     world: World,
+    say: Callable[[str], None],
 ) -> list[Contender]:
     """Build the engine that training would have, and the chosen others. Collective.
 
@@ -73,6 +74,7 @@ def rank_contenders(
         against: Keys of `AGAINST_ON_RANKS`; others are none of these.
         random_init: Take random weights in place of a checkpoint's.
         world: This rank.
+        say: As `build_engine`.
 
     Raises:
         UserError: As `build_engine`.
@@ -80,7 +82,7 @@ def rank_contenders(
     random_shape = architecture if random_init else None
 
     def in_engine(name: str, run: RunConfig) -> Contender:
-        engine = build_engine(run, plan.config, work.tokenizer, world, random_shape=random_shape)
+        engine = build_engine(run, plan.config, work.tokenizer, world, random_shape=random_shape, say=say)
         engine.model.train()
         return EngineContender(name, engine, work, run.method.num_virtual_tokens)
 

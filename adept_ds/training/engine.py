@@ -6,7 +6,7 @@ deal in whole fp32 tensors by name at every ZeRO stage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +300,7 @@ def build_engine(
     world: World,
     values: dict[str, Tensor] | None = None,
     random_shape: PreTrainedConfig | None = None,
+    say: Callable[[str], None] = print,
 ) -> Engine:
     """Load the backbone, split over the ranks as it is read, and put the method and DeepSpeed around it. Collective.
 
@@ -310,6 +311,7 @@ def build_engine(
         world: This rank.
         values: Trained values to go on from, if any.
         random_shape: Make a backbone of this shape with random weights in place of loading one.
+        say: Is told on rank 0 what `train.compile` does.
 
     Raises:
         UserError: As `check_offload`, `load_backbone` and `get_adept_model`.
@@ -328,7 +330,7 @@ def build_engine(
     if run.train.activation_checkpointing:
         model.checkpoint_activations()
     if run.train.compile:
-        model.compile_blocks(say=print if world.is_main else None)
+        model.compile_blocks(say=say if world.is_main else None)
     if values:
         model.load_trained(values)
     return Engine(model, build_optimizer(model, run.train), config, world, gathers_layers(run, config))
