@@ -317,8 +317,9 @@ class GenerationConfig(Section):
     """A completion ends before the first of these strings; where the data's format says, and as soon as a program in a
     fence is complete, if not given."""
     batch_size: Count | None = None
-    """Samples decoded at a time on one rank; if not given, as many as the memory has room for, up to 128 (16 where the
-    backbone wants batches that wait for their longest row). Samples do not depend on it."""
+    """Samples decoded at a time on one rank; if not given, as many as the memory has room for, a power of two up to 128
+    (16 where the backbone wants batches that wait for their longest row). Samples do not depend on it but by rounding,
+    which turns a token here and there in 16 bits: set it where others are to get the very same."""
     seed: CountOrZero = 0
     """Every sample's random stream follows from this, its task and its index, not from its batch."""
 

@@ -147,12 +147,16 @@ class _Refill:
             self._slots = Slots(self._model, self._read, places, longest, self._config.max_new_tokens)
 
     def _places(self, read: ReadPrompts, longest: int) -> int:
-        """How many rows are decoded at a time: as set, or as many as half of the free memory takes."""
+        """How many rows are decoded at a time: as set, or as many as half of the free memory takes.
+
+        A power of two then: that much memory is free again in the next run, which so comes to the same roundings.
+        """
         most = self._config.batch_size
         if most is None:
             per_token = sum(states[0, :, 0].nbytes for both in read.layers for states in both)
             per_row = per_token * (longest + self._config.max_new_tokens) + 4 * read.scores[0].nbytes
-            most = min(MOST_PLACES, max(1, int(_MEMORY_SHARE * _free_memory(self._world) / per_row)))
+            rows = max(1, int(_MEMORY_SHARE * _free_memory(self._world) / per_row))
+            most = min(MOST_PLACES, 1 << (rows.bit_length() - 1))
         return min(most, len(self._seeds))
 
     def _fill(self) -> None:
