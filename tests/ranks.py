@@ -57,7 +57,7 @@ def fork_ranks(
     environment: dict[str, str],
     logs: Path,
     nodes: int = 1,
-    timeout: float = 400,
+    timeout: float = 900,
     folder: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script, or a module, in `folder` on so many ranks, on 0 as plain `python` does; wait for all.
