@@ -212,7 +212,7 @@ def launch(start: Start) -> Launch:
     ) -> subprocess.CompletedProcess:
         process = start(ranks, script, settings, *arguments, **variables)
         try:
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             raise
