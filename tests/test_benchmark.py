@@ -213,7 +213,7 @@ def test_8_bits_are_not_compared_with_peft(run: RunConfig, quantization: str):
 
 
 def test_fp8_is_compared_with_dense_weights_and_its_speed_is_called_unmeasured(run: RunConfig):
-    options = Options(steps=1, rounds=1, random_init=True, synthetic=8)
+    options = Options(steps=1, rounds=1, random_init=True, synthetic=(8,))
     result = benchmark(changed(run, model={"quantization": "fp8"}), options)
     assert list(result["contenders"]) == [OURS, FLOOR, DENSE]
     assert result["ratios"][DENSE]["goal"] == pytest.approx(1 / 1.35, abs=1e-3)

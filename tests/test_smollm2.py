@@ -19,7 +19,7 @@ from tests.test_methods import METHODS, take_steps
 
 pytestmark = pytest.mark.slow
 
-RATES = {"soft_prompt": 0.01, "network": 0.003, "adapter": 0.003, "backbone": 1e-5}
+RATES = {"soft_prompt": 0.01, "network": 0.003, "adapter": 0.003, "side": 0.003, "backbone": 1e-5}
 LENGTH = METHODS["attempt"].num_virtual_tokens
 
 

@@ -197,7 +197,7 @@ class Vera(PeftLayers):
         for layer in backbone.modules():
             if isinstance(layer, BaseTunerLayer):
                 # A and B stay in fp32 in training, too, where d and b are in the backbone's precision.
-                layer._cast_input_dtype = _in_fp32
+                layer._cast_input_dtype = _at_least_fp32
 
     @override
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
@@ -217,5 +217,5 @@ class Vera(PeftLayers):
         return {name: getattr(layer, name)[_ADAPTER] for name in ("vera_A", "vera_B")}
 
 
-def _in_fp32(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.float()
+def _at_least_fp32(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(torch.promote_types(dtype, torch.float32))
