@@ -49,6 +49,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
+def read_end(path: Path) -> str:
+    """The last 64 KiB of a file as text, or all of a shorter one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_536))
+        return file.read().decode(errors="replace")
+
+
 def usual_mode() -> int:
     """Mode of a new file as the umask says; temporary files, and those of safetensors, are made for the user alone."""
     umask = os.umask(0)

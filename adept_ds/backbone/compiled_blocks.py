@@ -35,8 +35,8 @@ Say = Callable[[str], None]
 class _Compiler:
     """What the compiled blocks of one backbone share."""
 
-    def __init__(self, dynamic: bool, say: Say) -> None:
-        self.dynamic, self.say = dynamic, say
+    def __init__(self, say: Say) -> None:
+        self.say = say
         self.has_failed = False
         self._compiled: dict[type, Callable[..., Any]] = {}
 
@@ -46,8 +46,9 @@ class _Compiler:
         kind, uncompiled = type(block), block.forward
         plain = kind.forward.__wrapped__ if isinstance(block, GradientCheckpointingLayer) else kind.forward
         if kind not in self._compiled:
-            # A graph break is an error: what is left of a block in pieces is no faster, and would be so silently.
-            self._compiled[kind] = torch.compile(plain, fullgraph=True, dynamic=self.dynamic, **COMPILER)
+            # Dynamic: one graph serves batches of all lengths. A graph break is an error: what is left of a block in
+            # pieces is no faster, and would be so silently.
+            self._compiled[kind] = torch.compile(plain, fullgraph=True, dynamic=True, **COMPILER)
         run = partial(self._run, self._compiled[kind], plain, block)
         is_whole: bool | None = None
 
@@ -102,17 +103,16 @@ def _reason(error: BaseException) -> str:
     return f"{first.rstrip('.:')}{':' if explanation else ''}{explanation.rstrip('.')}"
 
 
-def compile_blocks(backbone: PreTrainedModel, dynamic: bool, say: Say) -> None:
+def compile_blocks(backbone: PreTrainedModel, say: Say) -> None:
     """Have the backbone's blocks compiled when training first calls them.
 
     Call it once the method is in the backbone, and before an engine puts its hooks in place.
 
     Args:
         backbone: Changed in place.
-        dynamic: Whether one compilation serves batches of all lengths; else each shape has its own.
         say: Is told of each compilation and its time, and once if compiling does not work: blocks then run as they are.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    compiler = _Compiler(dynamic, say)
+    compiler = _Compiler(say)
     for block in backbone_layers(backbone):
         compiler.compile(block)

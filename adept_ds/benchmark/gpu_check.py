@@ -128,7 +128,7 @@ BY_WEIGHT, BY_LAYER, BY_LAYER_COMPILED = "ZeRO-3 by weight", "ZeRO-3 by layer", 
 VARIANTS: dict[str, Settings] = {
     PLAIN: {},
     COMPILED: {"train": {"compile": True}},
-    PACKED: {"train": {"packing": 1}},
+    PACKED: {},
     BY_WEIGHT: {"train": {"sharding": "global", "gather": "weight"}},
     BY_LAYER: {"train": {"sharding": "global", "gather": "layer"}},
     BY_LAYER_COMPILED: {"train": {"sharding": "global", "gather": "layer", "compile": True}},
@@ -207,7 +207,7 @@ class Row:
         for changes in (PRECISIONS[self.precision], VARIANTS[self.variant]):
             for section, own in changes.items():
                 values[section] |= own
-        if "packing" in values["train"]:
+        if self.variant == PACKED:
             # About as many rows of the longest example's length as there are examples in other rows of the table.
             values["train"] |= {"packing": longest, "micro_batch_size": batch, "global_batch_size": 2 * batch}
         return values

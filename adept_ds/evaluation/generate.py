@@ -22,7 +22,7 @@ from adept_ds.contexts import attribute_set
 from adept_ds.data.encode import Encoded, collate, task_number
 from adept_ds.distributed import World, gather_objects
 from adept_ds.evaluation.answers import Answers, StopStrings, StopWhenComplete
-from adept_ds.evaluation.refill import Job, Progress, decode_with_refill
+from adept_ds.evaluation.refill import Job, Progress, Refill
 from adept_ds.evaluation.sampling import Sampling, SeededSampling, sample_seed
 from adept_ds.formats import Example, Sample
 from adept_ds.model.adapted_model import AdaptedModel
@@ -60,7 +60,7 @@ def generate_samples(
         mine = set(by_length[world.rank :: world.world_size])
         own = {job: seed for job, seed in seeds.items() if job[0] in mine}
         progress = Progress(len(own), world)
-        completions = decode_with_refill(model, answers, task_ids, own, config, world, adapter, progress)
+        completions = Refill(model, answers, task_ids, own, config, world, adapter, progress).run()
     else:
         if world.is_main:
             _tell(type(model.backbone).__name__, reason)

@@ -65,24 +65,9 @@ class _Row:
     is_done: Callable[[Sequence[int]], bool]
 
 
-def decode_with_refill(
-    model: AdaptedModel,
-    answers: Answers,
-    task_ids: Sequence[int | None],
-    seeds: Mapping[Job, int],
-    config: GenerationConfig,
-    world: World,
-    adapter: str | None,
-    progress: Progress,
-) -> dict[Job, str]:
-    """Decode this rank's jobs, the keys of `seeds`, in their order; those of one example must follow one another.
+class Refill:
+    """Decodes this rank's jobs, the keys of `seeds`, in their order; those of one example must follow one another."""
 
-    Where the weights are sharded, every rank calls the backbone as often as the others. Collective.
-    """
-    return _Refill(model, answers, task_ids, seeds, config, world, adapter, progress).run()
-
-
-class _Refill:
     def __init__(
         self,
         model: AdaptedModel,
@@ -110,6 +95,10 @@ class _Refill:
         self._texts: dict[Job, str] = {}
 
     def run(self) -> dict[Job, str]:
+        """Return the texts of all jobs.
+
+        Where the weights are sharded, every rank calls the backbone as often as the others. Collective.
+        """
         while self._is_any_busy():
             self._fill()
             if self._can_read():

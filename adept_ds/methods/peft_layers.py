@@ -120,6 +120,12 @@ class PeftLayers(MethodDefaults):
             f"{_REMEDIES[part]}"
         )
 
+    def low_rank_layers(self, backbone: PreTrainedModel, published: Mapping[str, Any]) -> list[str]:
+        """Return the layers that are set, or else those of `known_layers`; `published` is PEFT's choice by model."""
+        return list(
+            self.config.target_modules or self.known_layers(backbone, "low_rank", published_layers(published, backbone))
+        )
+
     @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return self._trained
@@ -147,12 +153,11 @@ class Lora(PeftLayers):
     @override
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
         config = self.config
-        theirs = published_layers(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, backbone)
         return peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules=list(config.target_modules or self.known_layers(backbone, "low_rank", theirs)),
+            target_modules=self.low_rank_layers(backbone, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING),
         )
 
 
@@ -202,12 +207,11 @@ class Vera(PeftLayers):
     @override
     def peft_config(self, backbone: PreTrainedModel) -> peft.PeftConfig:
         config = self.config
-        theirs = published_layers(TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING, backbone)
         return peft.VeraConfig(
             r=config.rank,
             d_initial=config.d_initial,
             vera_dropout=config.dropout,
-            target_modules=list(config.target_modules or self.known_layers(backbone, "low_rank", theirs)),
+            target_modules=self.low_rank_layers(backbone, TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING),
         )
 
     @override

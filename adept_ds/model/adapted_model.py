@@ -118,7 +118,7 @@ class AdaptedModel(nn.Module):
         Args:
             say: Is told of each compilation, and once why if it does not work: layers then run as they are.
         """
-        compile_blocks(self.backbone, dynamic=True, say=say or (lambda _: None))
+        compile_blocks(self.backbone, say=say or (lambda _: None))
 
     def print_trainable_parameters(self) -> None:
         """Print the counts in PEFT's form."""

@@ -217,11 +217,6 @@ class Slots:
         """The places without a row."""
         return [place for place, length in enumerate(self._lengths) if not length]
 
-    @property
-    def taken(self) -> list[int]:
-        """The places with a row."""
-        return [place for place, length in enumerate(self._lengths) if length]
-
     def __len__(self) -> int:
         return len(self._lengths)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from adept_ds.errors import UserError
 from adept_ds.evaluation.results import SUMMARY_NAME, adapter_digest
-from adept_ds.files import read_json
+from adept_ds.files import read_end, read_json
 from adept_ds.slurm import queue
 from adept_ds.slurm.queue import QueuedJob
 from adept_ds.slurm.record import find_task, read_submission
@@ -241,10 +241,7 @@ def _last_metrics(path: Path) -> dict[str, Any] | None:
     """The last whole line that is of a training step; the file is read from its end."""
     if not path.is_file():
         return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 65_536))
-        lines = file.read().decode(errors="replace").splitlines()
-    for text in reversed(lines):
+    for text in reversed(read_end(path).splitlines()):
         try:
             line = json.loads(text)
         except ValueError:

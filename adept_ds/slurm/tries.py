@@ -28,7 +28,7 @@ from typing import Any
 from adept_ds.config.command_line import parse_command_line
 from adept_ds.entry_point import USER_ERROR_STATUS, run_entry_point
 from adept_ds.errors import UserError
-from adept_ds.files import atomic_write
+from adept_ds.files import atomic_write, read_end
 from adept_ds.storage.run_folder import (
     CONFIG_NAME,
     TRY_NAME,
@@ -62,8 +62,6 @@ STEPS_OF_A_TRY = 4
 """Most calls of srun in a try: node check, staging, ranks, and the question for nodes that are gone."""
 NETWORK_ERROR = re.compile(r"Connection (closed|reset|refused)|[Tt]imed out|Broken pipe|NCCL|gloo|Dist\w+Error")
 TERMINATED = 128 + signal.SIGTERM
-_LOG_END = 2**16
-"""Bytes of a job's log in which what SLURM has last written is looked for."""
 IDLE_TRIES = 2
 """So many tries one after another that gain no step end a run: one alone may have been bad luck."""
 LAUNCH_TRIES = 3
@@ -376,10 +374,8 @@ def _log_tells_preemption(facts: str, this: Try) -> bool:
     job, path = (re.search(rf"\b{key}=(.+?)(?= \w+=|\n|$)", facts) for key in ("JobId", "StdErr"))
     if not (job and path and Path(path[1]).is_file()):
         return False
-    with open(path[1], "rb") as file:
-        file.seek(max(0, Path(path[1]).stat().st_size - _LOG_END))
-        end = file.read().decode(errors="replace")
-    told = re.findall(rf"\*\*\* (?:JOB|STEP) {job[1]}\b.* CANCELLED AT (\S+) DUE TO PREEMPTION", end)
+    line = rf"\*\*\* (?:JOB|STEP) {job[1]}\b.* CANCELLED AT (\S+) DUE TO PREEMPTION"
+    told = re.findall(line, read_end(Path(path[1])))
     return bool(told) and datetime.fromisoformat(told[-1]).astimezone() >= datetime.fromisoformat(this.started)
 
 
