@@ -42,7 +42,8 @@ from adept_ds.config.schema import method_docs
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
-from adept_ds.storage.adapter_folder import save_adapter
+from adept_ds.reports.runs import count_parameters
+from adept_ds.storage.adapter_folder import CONSTANTS, load_adapter, save_adapter
 from tests.models import EOS, PAD, TOKENS, VOCABULARY, WIDTH, causal, seeded
 from tests.tolerances import assert_equal_up_to_rounding
 
@@ -174,6 +175,15 @@ def test_the_loss_falls_and_nothing_else_changes(make_backbone: Make, name: str,
     assert losses[-1] < losses[0]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[key], value) for key, value in frozen.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_trained_is_not_counted(make_backbone: Make, tmp_path: Path, method: str) -> None:
+    model = get_adept_model(make_backbone("llama"), METHODS[method])
+    model.save_pretrained(tmp_path)
+    trained, _ = model.count_parameters()
+    assert set(model.method.constants()) <= set(CONSTANTS)
+    assert (load_adapter(tmp_path).trained_parameters, count_parameters(tmp_path)) == (trained, trained)
 
 
 @pytest.mark.parametrize("name", MAIN)

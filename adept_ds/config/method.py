@@ -239,7 +239,8 @@ class MptConfig(TaskSettings, PromptSettings):
     """Where the factors start: draws of standard deviation 0.02 (the authors' code; the prompt is then near zero), or
     values that leave P as it is."""
     factors_from: str | None = Field(default=None, min_length=1)
-    """With `init_from` an adapter of other tasks: which one's factors to start at; at the mean of all if not given."""
+    """With `init_from`: the one of that adapter's tasks whose factors every task starts at. If not given, each starts
+    at those of its own name, or at the mean of all where the adapter has none of that name."""
     teachers: dict[str, str] = Field(default={})
     """Adapter folder of each source task's teacher, by the task's name: of method `pt`, the same length, and the same
     backbone. No distillation if not given."""

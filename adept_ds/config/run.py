@@ -17,7 +17,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, StrictBo
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
-from adept_ds.config.base import Count, CountOrZero, Fraction, NonNegativeFloat, PositiveFloat, Section
+from adept_ds.config.base import Count, CountOrZero, FloatFromOne, Fraction, NonNegativeFloat, PositiveFloat, Section
 from adept_ds.config.method import AdeptConfig, MethodConfig
 from adept_ds.config.schedule import ScheduleName, check_options
 from adept_ds.errors import did_you_mean
@@ -110,7 +110,7 @@ class DataConfig(Section):
     """For several `tasks`: all examples of each once an epoch; or smaller tasks repeated up to the largest one's
     number; or between the two, with shares proportional to (examples of the task) ** (1 / `mixture_temperature`), as
     HyperFormer is trained. The largest task comes once an epoch."""
-    mixture_temperature: PositiveFloat = Field(default=10.0, ge=1.0)
+    mixture_temperature: FloatFromOne = 10.0
     """For `mixture: temperature`: 1 is proportional, the higher the nearer to equal."""
     k_shot: Count | None = None
     """For `tasks`: train on so many examples of each, balanced over its labels; on all if not given."""

@@ -40,16 +40,18 @@ def generate_samples(
     data: settings.DataConfig,
     world: World,
     adapter: str | None = None,
+    task: int | None = None,
 ) -> list[Sample]:
     """Decode `num_samples` completions of each problem; every rank gets all of them, in the problems' order.
 
     Longest prompts come first, and problems are dealt out to the ranks. Where the backbone allows it, a row that is
     done makes room for the next one; else batches are decoded to their ends, which is told. `adapter`: of several that
-    the model has, the one that decodes. Collective.
+    the model has, the one that decodes. `task`: number of the task whose parameters read the problems, where they do
+    not say it themselves. Collective.
     """
     theirs, length = model.backbone.generation_config, model.prompt_length(adapter)
     answers = Answers(tokenizer, problems, config, data, length, theirs, model.is_encoder_decoder)
-    task_ids = [task_number(problem, model.prompt_tasks) for problem in problems]
+    task_ids = [task_number(problem, model.prompt_tasks) if task is None else task for problem in problems]
     by_length = sorted(range(len(problems)), key=lambda number: -len(answers.prompts[number]))
     jobs = [(number, index) for number in by_length for index in range(config.num_samples)]
     seeds = {(number, index): sample_seed(config.seed, problems[number].task_id, index) for number, index in jobs}

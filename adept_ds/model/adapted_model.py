@@ -133,8 +133,8 @@ class AdaptedModel(nn.Module):
 
     @property
     def prompt_tasks(self) -> tuple[str, ...]:
-        """Tasks with parameters of their own, in the order of `task_ids`; none where all are trained alike."""
-        return self.method.config.prompt_tasks if self.method.config else ()
+        """Tasks with parameters of their own, in the order of `task_ids`; none where all are read alike now."""
+        return self.method.config.prompt_tasks if self.method.config and self._enabled else ()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -237,7 +237,7 @@ class AdaptedModel(nn.Module):
             return self.method.numbers(adapter_names).to(input_ids.device)
         if adapter_names is not None:
             raise UserError("adapter_names go with load_adapters; this model has one adapter, or none")
-        tasks = self.prompt_tasks if self._enabled else ()
+        tasks = self.prompt_tasks
         if tasks and task_ids is None:
             raise UserError(
                 f"each of {', '.join(tasks)} has values of its own: task_ids must say which one a row is of"
@@ -540,6 +540,16 @@ def get_adept_model(
             or of another backbone.
     """
     model = AdaptedModel(backbone, create_method(config), tokenizer, seed)
+    start_from_source(model, config)
+    return model
+
+
+def start_from_source(model: AdaptedModel, config: MethodConfig) -> None:
+    """Give a model the values of its settings' `init_from`, if there is one; on the meta device this only checks them.
+
+    Raises:
+        UserError: As `get_adept_model`.
+    """
     if isinstance(config, AdapterSettings) and config.init_from is not None:
         source = adapter_folder.load_adapter(config.init_from)
         adapter_folder.check_backbone(source, model.backbone_facts)
@@ -549,4 +559,3 @@ def get_adept_model(
                 f"of method {config.name!r}"
             )
         model.load_trained(model.method.start_values(source))
-    return model
