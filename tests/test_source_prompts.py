@@ -245,6 +245,13 @@ def test_a_row_without_its_task_is_refused(make_backbone: Make) -> None:
     model = get_adept_model(make_backbone("llama"), mpt())
     with pytest.raises(UserError, match="each of easy, hard, odd has values of its own: task_ids"):
         model(random_ids(2, 5))
+    for task_ids, message in (
+        ([0, -1], r"task_ids are \[0, -1\]; expected 0 to 2, the numbers of easy, hard, odd"),
+        ([3, 0], r"task_ids are \[3, 0\]; expected 0 to 2"),
+        ([1], "task_ids are 1, and there are 2 rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model(random_ids(2, 5), task_ids=torch.tensor(task_ids))
     with model.disable_adapter():
         model(random_ids(2, 5))
 

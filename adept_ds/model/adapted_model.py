@@ -242,7 +242,15 @@ class AdaptedModel(nn.Module):
             raise UserError(
                 f"each of {', '.join(tasks)} has values of its own: task_ids must say which one a row is of"
             )
-        return input_ids.new_zeros(rows) if not tasks or task_ids is None else task_ids
+        if not tasks or task_ids is None:
+            return input_ids.new_zeros(rows)
+        if len(task_ids) != rows:
+            raise UserError(f"task_ids are {len(task_ids)}, and there are {rows} rows; expected one for each")
+        if task_ids.device.type == "cpu" and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < len(tasks):
+            raise UserError(
+                f"task_ids are {task_ids.tolist()}; expected 0 to {len(tasks) - 1}, the numbers of {', '.join(tasks)}"
+            )
+        return task_ids
 
     def _reading(
         self,
@@ -307,7 +315,7 @@ class AdaptedModel(nn.Module):
 
         Raises:
             UserError: With labels, a backbone that does to its logits what `trace_tail` does not see. Or `task_ids` are
-                missing.
+                missing, are not one for each row, or are no numbers of tasks.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
