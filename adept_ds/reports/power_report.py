@@ -50,7 +50,7 @@ def power_text(folders: Sequence[Path], goal: float, seeds: Sequence[int], probl
     for figure in figures:
         if figure.method != "untuned" and figure.metric in COUNTED_METRICS and figure.evaluation.has_answers:
             place = figure.metric, figure.model, figure.task, figure.variant, str(figure.settings.get("data.k_shot"))
-            places.setdefault(place, {}).setdefault(figure.method, []).append(figure)
+            places.setdefault(place, {}).setdefault(figure.label, []).append(figure)
     parts = []
     for (metric, model, task, *_), of_method in places.items():
         whole: dict[str, Measurement] = {}

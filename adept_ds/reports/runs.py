@@ -81,6 +81,12 @@ class RunFigure:
         return max(1, len(self.settings.get("data.tasks") or ()))
 
     @property
+    def label(self) -> str:
+        """The method, with (m) for a run on several tasks at once: its validation figure is that of all of them, and
+        not to be compared with one of a single task."""
+        return f"{self.method} (m)" if self.tasks > 1 and self.method != "untuned" else self.method
+
+    @property
     def lower_is_better(self) -> bool:
         """Whether the validation figure is a loss."""
         return self.settings.get("eval.metric", "loss") == "loss"

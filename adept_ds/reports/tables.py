@@ -196,7 +196,7 @@ def build_tables(figures: Sequence[RunFigure], paper: PaperFigures) -> list[Tabl
 
 
 def _place(figure: RunFigure) -> tuple[Any, ...]:
-    return figure.model, figure.method, figure.task, figure.metric, figure.settings.get("data.k_shot")
+    return figure.model, figure.label, figure.task, figure.metric, figure.settings.get("data.k_shot")
 
 
 def measurements(figures: Iterable[RunFigure]) -> list[Measurement]:
@@ -273,7 +273,7 @@ def _own_table(model: str, figures: Sequence[RunFigure]) -> Table:
     """Methods by task and metric, as they were run."""
     places = list(dict.fromkeys((figure.task, figure.variant, figure.metric, _shots(figure)) for figure in figures))
     columns = tuple(" ".join(part for part in place if part) for place in places)
-    methods = sorted({figure.method for figure in figures}, key=lambda name: (name != "untuned", name))
+    methods = sorted({figure.label for figure in figures}, key=lambda name: (name != "untuned", name))
     rows = []
     for method in methods:
         cells = []
@@ -281,7 +281,7 @@ def _own_table(model: str, figures: Sequence[RunFigure]) -> Table:
             fitting = [
                 figure
                 for figure in figures
-                if figure.method == method and (figure.task, figure.variant, figure.metric, _shots(figure)) == place
+                if figure.label == method and (figure.task, figure.variant, figure.metric, _shots(figure)) == place
             ]
             own = choose(measurements(fitting))
             cells.append(Cell(own, our_mean=own.mean if own else None))
