@@ -141,6 +141,11 @@ class Method(Protocol):
         """
 
     @abstractmethod
+    def unchanging(self) -> AbstractContextManager[None]:
+        """Context in which no trained value changes, so that what is made of these alone need be made only once. All
+        ranks enter it alike."""
+
+    @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Context in which the backbone computes what it did before `inject`."""
 
@@ -176,6 +181,10 @@ class MethodDefaults(Method):
     @override
     def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Any:
         return None
+
+    @override
+    def unchanging(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @torch.no_grad()
