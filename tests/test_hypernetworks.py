@@ -105,12 +105,11 @@ def test_hyperformer_starts_near_the_backbone(make_backbone: Make, name: str) ->
     model = get_adept_model(make_backbone(name), HyperFormerConfig()).eval()
     with torch.no_grad():
         made = model.method.network()
-    for weights in made.values():
-        assert len(weights) == 4
-        for one in weights:
-            # |z| = sqrt(64), so the deviation is 0.08.
-            assert float(one.w_down.std()) == pytest.approx(0.08, rel=0.2)
-            assert float(one.norm_weight.std()) == pytest.approx(0.08, rel=0.4)
+    for w_down, _, _, _, norm_weight, _ in made.values():
+        assert w_down.shape == (1, 4, 24, WIDTH)
+        # |z| = sqrt(64), so the deviation is 0.08.
+        assert w_down[0].flatten(1).std(1).tolist() == pytest.approx(4 * [0.08], rel=0.2)
+        assert norm_weight[0].std(1).tolist() == pytest.approx(4 * [0.08], rel=0.4)
     expected = logits(make_backbone(name))
     assert 0 < float((logits(model) - expected).norm()) < 0.2 * float(expected.norm())
 

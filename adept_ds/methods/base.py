@@ -128,7 +128,9 @@ class Method(Protocol):
 
         It is asked for once for a forward pass or a generation, and on all ranks alike. Modules that make weights for
         the batch are called here, for all tasks whatever the rows are of: under ZeRO-3 each call gathers parameters
-        from all ranks, so all must make the same calls. They are modules of the backbone, as all that is trained is.
+        from all ranks, so all must make the same calls. They are modules of the backbone, as all that is trained is,
+        and return tensors, or tuples or dicts of such: in anything else the engine does not find what it gathers
+        parameters for again in the backward pass.
 
         Args:
             context: True at the tokens that what is made for a row may depend on; false at padding, at the prompt

@@ -15,7 +15,7 @@ methods too, whose weights are made for the batch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,14 @@ class BottleneckWeights:
     b_up: Tensor
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+
+    @classmethod
+    def of_places(cls, made: Iterable[Tensor]) -> tuple[BottleneckWeights, ...]:
+        """Take weights of P places apart, of which each tensor has all, [T, P, ...].
+
+        At once: the gradient of a part by itself would be as large as the whole, and mostly zeros.
+        """
+        return tuple(cls(*weights) for weights in zip(*(tensor.unbind(1) for tensor in made), strict=True))
 
     def added(self, x: Tensor, activation: Callable[[Tensor], Tensor], tasks: Tensor | None = None) -> Tensor:
         """Return W_up act(W_down x + b_down) + b_up, behind the norm if there is one.

@@ -79,15 +79,14 @@ class DecoderGenerator(nn.Module):
         self.w_up, self.b_up = head(width * bottleneck, bottleneck), head(width, 1)
         self._shape = (bottleneck, width)
 
-    def forward(self, encoded: Tensor) -> tuple[BottleneckWeights, ...]:
-        """Return each layer's weights of rows whose encoder's output has the means [B, d]: stacked, [B, ...]."""
+    def forward(self, encoded: Tensor) -> tuple[Tensor, ...]:
+        """Return the weights that `BottleneckWeights` has, of rows whose encoder's output has the means [B, d]: each
+        [B, L, ...]."""
         shape = (len(encoded), len(self.layers))
         of_rows = self.process(encoded)[:, None].expand(*shape, -1)
         x = F.relu(self.first(torch.cat([of_rows, self.layers.float().expand(*shape, -1)], -1)))
-        w_down = self.w_down(x).unflatten(-1, self._shape).unbind(1)
-        w_up = self.w_up(x).unflatten(-1, self._shape[::-1]).unbind(1)
-        made = zip(w_down, self.b_down(x).unbind(1), w_up, self.b_up(x).unbind(1), strict=True)
-        return tuple(BottleneckWeights(*weights) for weights in made)
+        w_down, w_up = self.w_down(x).unflatten(-1, self._shape), self.w_up(x).unflatten(-1, self._shape[::-1])
+        return w_down, self.b_down(x), w_up, self.b_up(x)
 
 
 class TrainedAdapter(nn.Module):
@@ -195,7 +194,8 @@ class HyperDecoder(WrappedLayersMethod):
         step = len(hidden) // value.rows
         hidden, mask = hidden[::step].float(), kwargs.get("encoder_attention_mask")
         is_token = hidden.new_ones(hidden.shape[:2]) if mask is None else mask[::step].to(hidden.dtype)
-        value.of_layers = self.network((hidden * is_token[..., None]).sum(1) / is_token.sum(1, keepdim=True))
+        means = (hidden * is_token[..., None]).sum(1) / is_token.sum(1, keepdim=True)
+        value.of_layers = BottleneckWeights.of_places(self.network(means))
 
     @override
     def trained_parameters(self) -> dict[str, nn.Parameter]:

@@ -70,18 +70,14 @@ class AdapterGenerator(nn.Module):
             {name: fp32_linear(size, torch.Size(shape).numel(), draw) for name, shape in self._shapes.items()}
         )
 
-    def forward(self, tasks: Tensor) -> tuple[BottleneckWeights, ...]:
-        """Return the weights of each layer's adapters, those of its places one after another, of embeddings of tasks
-        [T, k]: stacked, [T, ...]."""
+    def forward(self, tasks: Tensor) -> tuple[Tensor, ...]:
+        """Return the weights that `BottleneckWeights` has, of embeddings of tasks [T, k]: each [T, 2 L, ...], a layer's
+        places one after another."""
         shape = (len(tasks), len(self.layers), PLACES, tasks.shape[1])
         parts = (tasks[:, None, None], self.layers[:, None], self.places)
         z = self.second(F.relu(self.first(torch.cat([part.float().expand(shape) for part in parts], -1))))
         z = F.layer_norm(z, z.shape[-1:], self.norm_weight.float(), self.norm_bias.float(), NORM_EPSILON)
-        # Taken apart at once: a gradient of each part would be as large as the whole, and mostly zeros.
-        made = [
-            self.heads[name](z.flatten(1, 2)).unflatten(-1, shape).unbind(1) for name, shape in self._shapes.items()
-        ]
-        return tuple(BottleneckWeights(*weights) for weights in zip(*made, strict=True))
+        return tuple(self.heads[name](z.flatten(1, 2)).unflatten(-1, shape) for name, shape in self._shapes.items())
 
 
 class HyperNetwork(nn.Module):
@@ -96,8 +92,8 @@ class HyperNetwork(nn.Module):
         for stack, number in layers.items():
             self.add_module(stack, AdapterGenerator(number, width, config, generator))
 
-    def forward(self) -> dict[str, tuple[BottleneckWeights, ...]]:
-        """Return the weights of all tasks' adapters; see `AdapterGenerator`."""
+    def forward(self) -> dict[str, tuple[Tensor, ...]]:
+        """Return the weights of all tasks' adapters of each stack; see `AdapterGenerator`."""
         return {stack: generator(self.tasks) for stack, generator in self.named_children()}
 
 
@@ -177,7 +173,7 @@ class HyperFormer(WrappedLayersMethod):
 
     @override
     def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> GeneratedWeights:
-        made = self._kept or self.network()
+        made = self._kept or {name: BottleneckWeights.of_places(all_) for name, all_ in self.network().items()}
         if self._is_unchanging:
             self._kept = made
         return GeneratedWeights(task_ids, made)
