@@ -39,6 +39,8 @@ def test_all_recipes_are_there():
         "t5_base_adapter_m",
         "t5_base_attempt_m",
         "t5_base_full_m",
+        "t5_base_hyperdecoder_m",
+        "t5_base_hyperformer_m",
         "t5_base_lst",
         "t5_base_mpt_m",
     ]
