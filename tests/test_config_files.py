@@ -100,6 +100,11 @@ def test_the_recipe_of_lst_follows_its_authors():
     assert (run.train.learning_rate.side, run.data.max_source_length) == (3e-3, 128)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_rows_of_hyperformer_have_its_label_smoothing(name):
+    assert load(name).train.label_smoothing == (0.1 if name in ("t5_base_adapter_m", "t5_base_full_m") else 0)
+
+
 def test_the_demo_shards_every_parameter():
     zero = load("smollm2_135m_demo").deepspeed["zero_optimization"]
     assert (zero["stage"], zero["stage3_param_persistence_threshold"]) == (3, 0)
