@@ -22,7 +22,7 @@ from adept_ds.model.loss import IGNORE_INDEX
 from adept_ds.planner.packing import _attend, check_packing
 from tests.models import PAD, VOCABULARY, causal, seeded, t5_config
 from tests.test_meta_step import gpt2, llama, run_of
-from tests.test_methods import METHODS, far_from_start, source_prompts  # noqa: F401
+from tests.test_methods import METHODS, OF_CAUSAL_MODELS, far_from_start, source_prompts  # noqa: F401
 from tests.tolerances import assert_equal_up_to_rounding
 
 ROW = 40
@@ -77,7 +77,7 @@ def assert_same_training(model: AdaptedModel, smoothing: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize("method", [*OF_CAUSAL_MODELS, "full"])
 def test_gradients_of_packed_rows_are_those_of_single_ones(method: str, attention: str) -> None:
     config: MethodConfig = FullConfig() if method == "full" else METHODS[method]
     assert_same_training(far_from_start(get_adept_model(backbone("llama", attention), config)))
@@ -101,7 +101,7 @@ def test_labels_are_smoothed_alike_in_packed_rows(method: str) -> None:
     assert_same_training(model, smoothing=0.1)
 
 
-@pytest.mark.parametrize("method", ["adept", "attempt", "lst", "full"])
+@pytest.mark.parametrize("method", ["adept", "attempt", "hyperformer-tasks", "lst", "full"])
 def test_recomputed_layers_read_the_same_packed_rows(method: str) -> None:
     model = get_adept_model(backbone("llama"), FullConfig() if method == "full" else METHODS[method])
     model.checkpoint_activations()
