@@ -102,6 +102,17 @@ def test_the_recipe_of_lst_follows_its_authors():
     assert (run.train.learning_rate.side, run.data.max_source_length) == (3e-3, 128)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_recipe_says_its_label_smoothing(name):
+    run = load(name)
+    assert run.train.label_smoothing == (0.1 if "label smoothing 0.1" in run.about else 0)
+
+
+@pytest.mark.parametrize("name", ["t5_base_adapter_m", "t5_base_full_m"])
+def test_the_baselines_of_hyperformer_have_its_label_smoothing(name):
+    assert load(name).train.label_smoothing == 0.1
+
+
 def test_the_demo_shards_every_parameter():
     zero = load("smollm2_135m_demo").deepspeed["zero_optimization"]
     assert (zero["stage"], zero["stage3_param_persistence_threshold"]) == (3, 0)

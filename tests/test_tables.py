@@ -22,7 +22,7 @@ from adept_ds.planner.meta_step import meta_model
 from adept_ds.reports.paper import PaperRow, PaperTable, paper_figures, reproduction
 from adept_ds.reports.runs import read_runs, run_figures
 from adept_ds.reports.tables import Table, build_tables
-from adept_ds.reports.tables_report import markdown, write_csv
+from adept_ds.reports.tables_report import learning_curves, markdown, write_csv
 
 MakeRun = Callable[..., Path]
 
@@ -265,6 +265,14 @@ def test_the_entry_point_writes_all_files_for_a_folder_of_runs(
     shown = capsys.readouterr().out
     assert "65.00 ± 7.07 (-17.00)" in shown
     assert "task 0.5500 ± 0.0707" in shown
+
+
+def test_curves_of_smoothed_labels_are_told_apart(make_run: MakeRun) -> None:
+    plain, again, smoothed = make_run("a", 60), make_run("b", 60, seed=2), make_run("c", 60, label_smoothing=0.1)
+    both = learning_curves(read_runs([plain, again]))
+    assert both.keys() == learning_curves(read_runs([plain, smoothed])).keys()
+    assert both == learning_curves(read_runs([again, plain]))
+    assert both != learning_curves(read_runs([plain, smoothed]))  # of equal losses: the legend and a colour
 
 
 def test_runs_that_are_not_graded_have_a_report_that_says_so(
