@@ -183,6 +183,14 @@ def test_samples_of_one_problem_share_its_reading(make_backbone: Make, tokenizer
     assert not any(read[1:])
 
 
+def test_a_network_makes_its_weights_once(make_backbone: Make, tokenizer, world: World, problems) -> None:
+    model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["hyperformer"]))
+    calls: list[int] = []
+    model.method.network.register_forward_hook(lambda *_: calls.append(1))
+    generate_samples(model, tokenizer, problems, config(), DATA, world)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     "method", ["adept", "attempt", "mpt-tasks", "attempt-tasks", "adapter-tasks", "hyperformer-tasks", "prefix"]
 )

@@ -194,7 +194,7 @@ class HyperDecoder(WrappedLayersMethod):
         step = len(hidden) // value.rows
         hidden, mask = hidden[::step].float(), kwargs.get("encoder_attention_mask")
         is_token = hidden.new_ones(hidden.shape[:2]) if mask is None else mask[::step].to(hidden.dtype)
-        means = (hidden * is_token[..., None]).sum(1) / is_token.sum(1, keepdim=True)
+        means = (hidden * is_token[..., None]).sum(1) / is_token.sum(1, keepdim=True).clamp(min=1)
         value.of_layers = BottleneckWeights.of_places(self.network(means))
 
     @override
