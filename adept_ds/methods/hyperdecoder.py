@@ -28,10 +28,10 @@ from adept_ds.config.method import HyperDecoderConfig
 from adept_ds.errors import UserError
 from adept_ds.methods.base import BatchValue
 from adept_ds.methods.bottleneck import BottleneckWeights
-from adept_ds.methods.fp32_linear import fp32_linear
+from adept_ds.methods.hyper_network import HyperNetworkMethod, fp32_linear
 from adept_ds.methods.layers import embedding_table
 from adept_ds.methods.narrow import block_list
-from adept_ds.methods.wrapped import WrappedLayer, WrappedLayersMethod
+from adept_ds.methods.wrapped import WrappedLayer
 
 ENCODER_GAIN = 1e-4
 """Of the Xavier draws that the encoder's adapters start at, as published."""
@@ -95,11 +95,9 @@ class TrainedAdapter(nn.Module):
     def __init__(self, width: int, bottleneck: int, generator: torch.Generator | None) -> None:
         super().__init__()
         draw = partial(nn.init.xavier_uniform_, gain=ENCODER_GAIN, generator=generator)
-        self.w_down, self.b_down = (
-            nn.Parameter(draw(torch.empty(bottleneck, width))),
-            nn.Parameter(torch.zeros(bottleneck)),
-        )
-        self.w_up, self.b_up = nn.Parameter(draw(torch.empty(width, bottleneck))), nn.Parameter(torch.zeros(width))
+        self.w_down = nn.Parameter(draw(torch.empty(bottleneck, width)))
+        self.w_up = nn.Parameter(draw(torch.empty(width, bottleneck)))
+        self.b_down, self.b_up = nn.Parameter(torch.zeros(bottleneck)), nn.Parameter(torch.zeros(width))
 
     def forward(self, n: Tensor) -> Tensor:
         """[..., d] to [..., d] in fp32."""
@@ -136,7 +134,14 @@ class ParallelAdapter(WrappedLayer):
         return (output.float() + self.adapter(layer.layer_norm(x))).to(output.dtype)
 
 
-class HyperDecoder(WrappedLayersMethod):
+def _feed_forward_parts(stack: nn.Module) -> list[nn.Module]:
+    """Return the feed-forward part of each layer, with norm and residual sum; none if they are not built like T5's."""
+    blocks: Any = block_list(stack) or ()
+    parts = [block.layer[-1] for block in blocks if hasattr(block, "layer")]
+    return parts if all(hasattr(part, "DenseReluDense") for part in parts) else []
+
+
+class HyperDecoder(HyperNetworkMethod):
     """Adapters of the encoder, and a network that makes the decoder's; made from a `HyperDecoderConfig`.
 
     Parameters of T5-base: 14,078,008.
@@ -153,7 +158,6 @@ class HyperDecoder(WrappedLayersMethod):
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
     ) -> None:
         super().inject(backbone, tokenizer, generator)
-        backbone.hyper_network = self.network
         backbone.get_decoder().register_forward_pre_hook(self._make, with_kwargs=True)
 
     @override
@@ -165,18 +169,16 @@ class HyperDecoder(WrappedLayersMethod):
         """
         config, table = self.config, embedding_table(backbone)
         names = {id(module): name for name, module in backbone.named_modules()}
-        stacks = [backbone.get_encoder(), backbone.get_decoder()] if backbone.config.is_encoder_decoder else []
-        parts = [
-            [list(getattr(block, "layer", [None]))[-1] for block in block_list(stack) or [None]] for stack in stacks
-        ]
-        if not parts or not all(hasattr(part, "DenseReluDense") for of_stack in parts for part in of_stack):
+        of_encoder: list[nn.Module] = []
+        if backbone.config.is_encoder_decoder:
+            of_encoder, of_decoder = map(_feed_forward_parts, (backbone.get_encoder(), backbone.get_decoder()))
+        if not of_encoder:
             raise UserError(
                 "method.name is 'hyperdecoder', whose adapters stand beside the feed-forward parts of encoder and "
                 f"decoder; {backbone.config.name_or_path!r} (model type {backbone.config.model_type!r}) has no such "
-                "parts as T5's; expected T5 or a model built like it, or another method: 'hyperformer' and 'adapter' "
-                "know more of them"
+                "parts as T5's; expected T5 or a model built like it, or another method, such as 'hyperformer' or "
+                "'adapter'"
             )
-        of_encoder, of_decoder = parts
         width, device = table.embedding_dim, table.weight.device
         self.network = DecoderGenerator(len(of_decoder), width, config, generator).to(device)
         adapters = [TrainedAdapter(width, config.bottleneck, generator).to(device) for _ in of_encoder]
@@ -196,11 +198,6 @@ class HyperDecoder(WrappedLayersMethod):
         is_token = hidden.new_ones(hidden.shape[:2]) if mask is None else mask[::step].to(hidden.dtype)
         means = (hidden * is_token[..., None]).sum(1) / is_token.sum(1, keepdim=True).clamp(min=1)
         value.of_layers = BottleneckWeights.of_places(self.network(means))
-
-    @override
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        made = {f"hyper_network.{name}": parameter for name, parameter in self.network.named_parameters()}
-        return made | super().trained_parameters()
 
     @override
     def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> DecoderAdapters:

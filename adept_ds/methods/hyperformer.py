@@ -22,17 +22,17 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from adept_ds.config.method import HyperFormerConfig
 from adept_ds.contexts import attribute_set
 from adept_ds.methods.base import BatchValue
 from adept_ds.methods.bottleneck import AdaptedLayer, BottleneckWeights, TrainedCopy
-from adept_ds.methods.fp32_linear import fp32_linear
+from adept_ds.methods.hyper_network import HyperNetworkMethod, fp32_linear
 from adept_ds.methods.layers import embedding_table, feed_forward_layers, layer_index, norms, output_layers
 from adept_ds.methods.source_tasks import for_own_tasks
-from adept_ds.methods.wrapped import WrappedLayer, WrappedLayersMethod
+from adept_ds.methods.wrapped import WrappedLayer
 from adept_ds.storage.adapter_folder import Adapter
 
 INITIAL_STD = 0.01
@@ -121,7 +121,7 @@ class GeneratedAdapter(nn.Module):
         return (wide + weights.added(wide, partial(F.gelu, approximate="tanh"), made.tasks)).to(y.dtype)
 
 
-class HyperFormer(WrappedLayersMethod):
+class HyperFormer(HyperNetworkMethod):
     """Adapters of all tasks by one network for each stack, and trained layer norms; made from a `HyperFormerConfig`.
 
     For T5-base and eight tasks 5,211,056 parameters, 651,382 for each.
@@ -134,13 +134,6 @@ class HyperFormer(WrappedLayersMethod):
     def __init__(self, config: HyperFormerConfig) -> None:
         super().__init__(config)
         self.batch: BatchValue[GeneratedWeights] = BatchValue()
-
-    @override
-    def inject(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
-    ) -> None:
-        super().inject(backbone, tokenizer, generator)
-        backbone.hyper_network = self.network
 
     @override
     def wrap(self, backbone: PreTrainedModel, generator: torch.Generator | None) -> dict[str, WrappedLayer]:
@@ -165,11 +158,6 @@ class HyperFormer(WrappedLayersMethod):
         if config.train_norms:
             wrapped |= {name: TrainedCopy(norm) for name, norm in norms(backbone).items()}
         return wrapped
-
-    @override
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        made = {f"hyper_network.{name}": parameter for name, parameter in self.network.named_parameters()}
-        return made | super().trained_parameters()
 
     @override
     def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> GeneratedWeights:

@@ -1,4 +1,4 @@
-"""Linear layers that compute in fp32, whatever their parameters are stored in."""
+"""What methods share whose adapters' weights a network makes for the batch, a hyper-network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
+
+from adept_ds.methods.wrapped import WrappedLayersMethod
+
+_NAME = "hyper_network"
+"""Of the network, in the backbone and in the adapter file."""
 
 
 class Fp32Linear(nn.Linear):
@@ -31,3 +37,21 @@ def fp32_linear(
         draw_weight(layer.weight)
         draw_bias(layer.bias)
     return layer
+
+
+class HyperNetworkMethod(WrappedLayersMethod):
+    """Trains a network beside what it wraps; `wrap` sets `network`."""
+
+    network: nn.Module
+
+    @override
+    def inject(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generator: torch.Generator | None
+    ) -> None:
+        super().inject(backbone, tokenizer, generator)
+        backbone.add_module(_NAME, self.network)
+
+    @override
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        made = {f"{_NAME}.{name}": parameter for name, parameter in self.network.named_parameters()}
+        return made | super().trained_parameters()
