@@ -189,6 +189,14 @@ def test_the_dry_run_tells_warm_up_schedule_and_early_stopping():
     assert "10 epochs x 122; fewer after 3 evaluations without a better figure" in text
 
 
+def test_the_dry_run_tells_that_smoothed_labels_make_another_loss():
+    text = recipe_text("t5_base_full_m")
+    assert (
+        "loss           the training loss is with label smoothing 0.1 (train.label_smoothing), the validation" in text
+    )
+    assert "label smoothing" not in recipe_text("t5_base")
+
+
 def test_the_dry_run_tells_the_memory_of_this_machines_ranks():
     text = dry_run(load_config(FOLDER / "smollm2_135m.json", ["train.sharding=global"]), world_size=2)
     for line in ("frozen weights", "gathered weights in flight", "global *", "largest micro-batch"):

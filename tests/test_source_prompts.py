@@ -148,8 +148,11 @@ def test_mpt_starts_near_zero_or_at_the_shared_prompt(make_backbone: Make) -> No
     torch.testing.assert_close(*prompt(factor_init="ones", rank=3))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_mpt_distills_from_the_teacher_of_the_rows_task(make_backbone: Make, make_sources, name: str) -> None:
+def test_mpt_distills_from_the_teacher_of_the_rows_task(
+    make_backbone: Make, make_sources, name: str, smoothing: float
+) -> None:
     """The loss by whole logits: those of the student, and of one prompt-tuned model a task."""
     folders, weight, temperature = make_sources(name), 0.7, 2.0
     config = mpt(
@@ -189,10 +192,11 @@ def test_mpt_distills_from_the_teacher_of_the_rows_task(make_backbone: Make, mak
         (student[chosen] / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="sum"
     )
     apart = ((student_hidden[chosen] - teacher_hidden) ** 2).mean(-1).sum()
-    plain = F.cross_entropy(student[chosen], targets[chosen], reduction="sum")
+    plain = F.cross_entropy(student[chosen], targets[chosen], reduction="sum", label_smoothing=smoothing)
     expected = plain + weight * (divergence + apart)
 
     data = {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_ids": tasks, "reduction": "sum"}
+    data["label_smoothing"] = smoothing
     parameters = list(model.trainable_parameters().values())
     actual = model.train()(**data).loss
     assert_equal_up_to_rounding(actual, expected)

@@ -239,6 +239,9 @@ class TrainConfig(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Global gradient-norm clipping; 0 leaves gradients as they are (the paper's choice)."""
+    label_smoothing: Fraction = 0.0
+    """Share of each label that the loss of training spreads evenly over the vocabulary, as `label_smoothing` of
+    `torch.nn.functional.cross_entropy`. The validation loss is without, so the two are not to be compared."""
     sharding: Literal["auto", "replicate", "node", "global"] | None = None
     """Where the frozen weights live: whole on every rank (`replicate`), split over the ranks of each node (`node`) or
     over all ranks (`global`); `auto` takes the first of these that fits into the memory. It sets
@@ -290,6 +293,16 @@ class TrainConfig(Section):
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ValueError("early_stopping_threshold goes with early_stopping_patience")
         return self
+
+    @property
+    def loss_note(self) -> str | None:
+        """How the training loss differs from the validation loss; None if it does not."""
+        if not self.label_smoothing:
+            return None
+        return (
+            f"the training loss is with label smoothing {self.label_smoothing:g} (train.label_smoothing), the "
+            "validation loss without; the two are not to be compared"
+        )
 
     @property
     def shorter_warmup(self) -> str:

@@ -58,20 +58,21 @@ def generate_samples(
     reason = refusal(model) if all(answers.prompts) else "a prompt has no token"
     was_training = model.training
     model.eval()
-    if reason is None:
-        mine = set(by_length[world.rank :: world.world_size])
-        own = {job: seed for job, seed in seeds.items() if job[0] in mine}
-        progress = Progress(len(own), world)
-        completions = Refill(model, answers, task_ids, own, config, world, adapter, progress).run()
-    else:
-        if world.is_main:
-            _tell(type(model.backbone).__name__, reason)
-        size = config.batch_size or STATIC_ROWS
-        batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        progress = Progress(sum(map(len, batches[world.rank :: world.world_size])), world)
-        completions = _decode_batches(
-            model, tokenizer, answers, task_ids, batches, seeds, config, world, adapter, progress
-        )
+    with model.method.unchanging():
+        if reason is None:
+            mine = set(by_length[world.rank :: world.world_size])
+            own = {job: seed for job, seed in seeds.items() if job[0] in mine}
+            progress = Progress(len(own), world)
+            completions = Refill(model, answers, task_ids, own, config, world, adapter, progress).run()
+        else:
+            if world.is_main:
+                _tell(type(model.backbone).__name__, reason)
+            size = config.batch_size or STATIC_ROWS
+            batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+            progress = Progress(sum(map(len, batches[world.rank :: world.world_size])), world)
+            completions = _decode_batches(
+                model, tokenizer, answers, task_ids, batches, seeds, config, world, adapter, progress
+            )
     progress.close()
     model.train(was_training)
     for of_rank in gather_objects(completions, world):

@@ -285,6 +285,7 @@ class AdaptedModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
         task_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
         adapter_names: Sequence[str | None] | None = None,
@@ -299,6 +300,7 @@ class AdaptedModel(nn.Module):
             labels: For causal models [B, S], aligned with `input_ids`; for encoder-decoder models the target ids
                 [B, T]. `IGNORE_INDEX` where no loss is wanted.
             reduction: `mean` over the label tokens or their `sum`.
+            label_smoothing: Share in [0, 1) of each label that is spread over the vocabulary, as in `F.cross_entropy`.
             task_ids: Number in `prompt_tasks` of each row's task [B]; needed if there are any, and else not looked at.
             context_mask: 1 for the tokens that what a method makes for a row may depend on [B, S]. If not given, in a
                 causal model those before the first label, and elsewhere all.
@@ -355,7 +357,7 @@ class AdaptedModel(nn.Module):
         states: AbstractContextManager[list[Tensor]] = last_hidden_states(self.backbone) if teacher else nullcontext([])
         with (
             self._reading(attention_mask, prompts, context_mask, labels, packed),
-            head.summing(targets, teacher.soft_targets() if teacher else None),
+            head.summing(targets, teacher.soft_targets() if teacher else None, label_smoothing),
             states as hidden,
         ):
             output = self.backbone(input_ids=ids, use_cache=False, **kwargs)

@@ -106,6 +106,7 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
         f"steps          {_steps_text(plan, train)}",
         *_positions_lines(run, architecture),
         f"warm-up        {_warmup_text(plan, train)}, then {_schedule_text(train)}",
+        *([f"loss           {train.loss_note}"] if train.loss_note else []),
         f"DeepSpeed      zero_optimization.stage = {zero.get('stage', 0)}",
     ]
     settings = flatten(plan.deepspeed.config)

@@ -48,6 +48,11 @@ class RunRecord:
         """Dotted settings."""
         return flatten(self.config)
 
+    @property
+    def label_smoothing(self) -> float:
+        """That of the training loss in `metrics`."""
+        return self.settings.get("train.label_smoothing", 0.0)
+
 
 @dataclass(frozen=True)
 class RunFigure:
