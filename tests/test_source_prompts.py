@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from adept_ds.config.method import AdapterConfig, AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
-from adept_ds.config.run import DataConfig, GenerationConfig
+from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig
 from adept_ds.data.encode import EncodedDataset, collate
 from adept_ds.data.problems import load_examples
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.tuned import open_tuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.model.distillation import teacher_states
 from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
@@ -341,6 +342,16 @@ def test_what_tasks_a_run_is_trained_on_is_told(task_files: DataConfig) -> None:
     ]
     one = run_of(method={"name": "pt"}, data={**task_files.model_dump(), "tasks": task_files.tasks[:1]})
     assert task_notes(one, load_examples(one.data, "train")) == []
+
+
+def test_an_evaluation_on_a_task_without_parameters_is_refused_before_weights_are_loaded(
+    task_files: DataConfig, tiny_t5: Path, tmp_path: Path
+) -> None:
+    backbone = T5ForConditionalGeneration.from_pretrained(tiny_t5)
+    get_adept_model(backbone, AdapterConfig(tasks=("hard",))).save_pretrained(tmp_path / "adapter")
+    tuned = open_tuned(ModelConfig(name_or_path=str(tiny_t5)), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"values for each of hard .* example of easy"):
+        tuned.check_prompts(list(load_examples(task_files, "test")), task_files, 3)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_the_dry_run(

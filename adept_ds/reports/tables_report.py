@@ -29,8 +29,9 @@ NOISE = (
 )
 
 RECIPES = (
-    "What trains each row, a column's task given by --data.tasks where the config does not say the tasks; `adept-ds "
-    "recipes NAME` shows what a config reproduces and from whom its settings are."
+    "What trains each row, a column's task given by --data.tasks where it is none of the config's (in a row (m) all "
+    "tasks of the column's group, by --method.tasks too where the config has that); `adept-ds recipes NAME` shows what "
+    "a config reproduces and from whom its settings are."
 )
 
 
