@@ -366,6 +366,9 @@ def test_an_adapter_that_does_not_fit_is_refused_by_the_dry_run(
     other_size = run_of(method={**method, "task_from": "a", "bottleneck": 7}, data=task_files.model_dump(), model=model)
     with pytest.raises(UserError, match=r"has shape \(24, 32\), expected \(7, 32\)"):
         make_plan(other_size, 1)
+    attempt = {"name": "attempt", "num_virtual_tokens": 4, "sources": [str(tmp_path / "later"), method["init_from"]]}
+    with pytest.raises(UserError, match=r"method\.sources\[1\]: .* of method 'adapter'; expected one of method 'pt'"):
+        make_plan(run_of(method=attempt, data=task_files.model_dump(), model=model), 1)
 
 
 def test_evaluation_puts_the_tasks_prompt_in_front(

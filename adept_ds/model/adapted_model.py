@@ -39,6 +39,7 @@ from adept_ds.methods import Method, Untuned, create_method
 from adept_ds.methods.base import load_values
 from adept_ds.methods.mixed import MixedAdapters
 from adept_ds.methods.soft_prompt import inserted
+from adept_ds.methods.source_prompts import load_source_prompts
 from adept_ds.model.distillation import last_hidden_states, teacher_states
 from adept_ds.model.logits_tail import trace_tail
 from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
@@ -550,16 +551,32 @@ def get_adept_model(
             or of another backbone.
     """
     model = AdaptedModel(backbone, create_method(config), tokenizer, seed)
-    start_from_source(model, config)
+    _start_from_source(model, config)
     return model
 
 
-def start_from_source(model: AdaptedModel, config: MethodConfig) -> None:
-    """Give a model the values of its settings' `init_from`, if there is one; on the meta device this only checks them.
+def check_source_adapters(model: AdaptedModel, config: MethodConfig, are_all_here: bool = True) -> None:
+    """Check the adapters that training starts from on a model of the meta device, before weights are loaded.
+
+    Args:
+        model: An adapted model without values.
+        config: Its method's settings.
+        are_all_here: Otherwise those whose folder is not here are to be made first, or are on the hub.
 
     Raises:
-        UserError: As `get_adept_model`.
+        UserError: As `get_adept_model` and `load_source_prompts`.
     """
+    folders = {key: name for key, name in config.adapter_folders.items() if are_all_here or Path(name).is_dir()}
+    if "method.init_from" in folders:
+        _start_from_source(model, config)
+    prompts = {key: name for key, name in folders.items() if key != "method.init_from"}
+    if prompts:
+        load_source_prompts(prompts, model.method.num_virtual_tokens, model.backbone_facts)
+
+
+def _start_from_source(model: AdaptedModel, config: MethodConfig) -> None:
+    """Give a model the values of its settings' `init_from`, if there is one; on the meta device this only checks
+    them."""
     if isinstance(config, AdapterSettings) and config.init_from is not None:
         source = adapter_folder.load_adapter(config.init_from)
         adapter_folder.check_backbone(source, model.backbone_facts)

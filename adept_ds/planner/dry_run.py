@@ -28,7 +28,7 @@ from adept_ds.data.tasks import check_own_parameters
 from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.distributed import on_gpu
 from adept_ds.formats import FORMATS
-from adept_ds.model.adapted_model import start_from_source
+from adept_ds.model.adapted_model import check_source_adapters
 from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
 from adept_ds.planner.memory_plan import plan_memory
@@ -146,9 +146,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
     deepspeed = complete(run, world_size, architecture.hidden_size)
     check_deepspeed_values(run.deepspeed, deepspeed)
     model = meta_model(run, architecture)
-    source = run.method.adapter_folders.get("method.init_from")
-    if source is not None and Path(source).is_dir():  # else it is to be made first, or on the hub
-        start_from_source(model, run.method)
+    check_source_adapters(model, run.method, are_all_here=False)
     trained, total = model.count_parameters()
     parameters = model.trainable_parameters()
     if run.method.saves_model:

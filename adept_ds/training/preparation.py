@@ -22,7 +22,7 @@ from adept_ds.data.tasks import TaskExamples, check_own_parameters
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.formats import Example
-from adept_ds.model.adapted_model import start_from_source
+from adept_ds.model.adapted_model import check_source_adapters
 from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import decide_sharding
 from adept_ds.planner.meta_step import meta_model
@@ -163,7 +163,7 @@ def plan_steps(run: RunConfig, data: RunData, world: World) -> StepPlan:
     decided = decide_sharding(run, data.architecture, world)
     total_steps = count_steps(run.train, len(data.train))
     model = meta_model(run, data.architecture)
-    start_from_source(model, run.method)
+    check_source_adapters(model, run.method)
     deepspeed = complete(decided, world.world_size, data.architecture.hidden_size)
     check_deepspeed_values(run.deepspeed, deepspeed)
     return StepPlan(
