@@ -151,6 +151,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+BY_LAUNCHER = ("--local_rank=0",)
+"""What DeepSpeed's launcher adds to a script's arguments. A script that takes it need not be started by the launcher
+itself, which costs a test twenty seconds of a core; `test_train.py` and others do that."""
+
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
