@@ -25,7 +25,7 @@ from tests.ranks import REPOSITORY
 
 SCREEN = (50, 100)
 """Lines and columns that a command's help has to do with."""
-OWN_HELP = {"submit": ("train", "eval", "sweep", "stop"), "analyse": ("sizes", "speed", "variant")}
+OWN_HELP = {"submit": ("train", "eval", "sweep", "stop"), "analyse": ("sizes", "speed", "variant", "power")}
 """Commands that have commands of their own."""
 ALL_HELP = [(name,) for name in MODULES] + [(name, own) for name, words in OWN_HELP.items() for own in words]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adept_ds.cli.main import MODULES
-from adept_ds.config.command_line import parse_command_line
+from adept_ds.config.command_line import parse_command_line, parse_flags
 from adept_ds.config.loader import flatten, load_config
 from adept_ds.config.schema import declared_settings, method_docs
 from adept_ds.errors import UserError
@@ -136,6 +136,24 @@ def test_print_config_sources_names_the_source_of_every_value(capsys, monkeypatc
 )
 def test_a_mistake_on_the_command_line(arguments, expected):
     assert expected in message(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--out", "x", "a", "b"), "b: unexpected; expected no more than that before it"),
+        (("--adapter", "a"), "--adapter: unknown flag; it is told without one: usage: tool [-h] [--out OUT] adapter"),
+        (("a", "--uot=3"), "--uot=3: unknown flag; did you mean '--out'?"),
+    ],
+)
+def test_a_mistake_where_no_config_is_read(arguments, expected):
+    def add(parser):
+        parser.add_argument("adapter")
+        parser.add_argument("--out")
+
+    with pytest.raises(UserError) as caught:
+        parse_flags(arguments, "tool", "", add)
+    assert expected in str(caught.value)
 
 
 def test_problems_of_flags_and_settings_are_told_together():

@@ -39,6 +39,8 @@ def test_all_recipes_are_there():
         "t5_base_adapter_m",
         "t5_base_attempt_m",
         "t5_base_full_m",
+        "t5_base_hyperdecoder_m",
+        "t5_base_hyperformer_m",
         "t5_base_lst",
         "t5_base_mpt_m",
     ]
@@ -98,6 +100,17 @@ def test_the_recipe_of_lst_follows_its_authors():
     assert (run.method.reduction, run.method.layers) == (8, (1, 2, 3, 5, 6, 7, 9, 10, 11))
     assert (run.train.global_batch_size, run.train.warmup_steps, run.train.epochs) == (100, 500, 20)
     assert (run.train.learning_rate.side, run.data.max_source_length) == (3e-3, 128)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_recipe_says_its_label_smoothing(name):
+    run = load(name)
+    assert run.train.label_smoothing == (0.1 if "label smoothing 0.1" in run.about else 0)
+
+
+@pytest.mark.parametrize("name", ["t5_base_adapter_m", "t5_base_full_m"])
+def test_the_baselines_of_hyperformer_have_its_label_smoothing(name):
+    assert load(name).train.label_smoothing == 0.1
 
 
 def test_the_demo_shards_every_parameter():

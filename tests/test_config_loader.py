@@ -121,6 +121,8 @@ BAD_SECTIONS = [
         "did you mean train.learning_rate.soft_prompt?",
     ),
     ({"train": {"epochs": 3, "adam_betas": [0.9, 1.0]}}, "train.adam_betas.1 = 1.0", "number >= 0 and < 1"),
+    ({"train": {"epochs": 3, "label_smoothing": 1.0}}, "train.label_smoothing = 1.0", "number >= 0 and < 1"),
+    ({"train": {"epochs": 3, "label_smoothing": -0.1}}, "train.label_smoothing = -0.1", "number >= 0 and < 1"),
     ({"train": {"epochs": 3, "weight_decay": True}}, "train.weight_decay = true", "expected number >= 0"),
     ({"train": {"epochs": 3, "group_by_length": "True"}}, "group_by_length", "did you mean 'true'?"),
     ({"train": {"epochs": 3, "max_steps": 100}}, "train: give exactly one", "train.max_steps = 100"),

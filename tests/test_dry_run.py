@@ -11,9 +11,12 @@ import safetensors.torch
 import torch
 from transformers import MixtralConfig
 
+from adept_ds.backbone.load import resolve_architecture
 from adept_ds.config.loader import load_config
+from adept_ds.config.method import AttemptConfig, VeraConfig
 from adept_ds.errors import UserError
 from adept_ds.planner.dry_run import Plan, dry_run, make_plan
+from adept_ds.planner.meta_step import meta_model
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -54,6 +57,17 @@ def jsonl(path: str) -> tuple[str, ...]:
         "target_field": "target",
     }
     return (f"data={json.dumps(data)}", "eval.metric=loss")
+
+
+@pytest.mark.parametrize("method", [AttemptConfig(sources=("a", "b")), VeraConfig(rank=8)], ids=lambda one: one.name)
+def test_an_adapters_size_counts_what_is_not_trained(tmp_path, method):
+    """Two source prompts, or the projections that all layers share."""
+    run = load_config(FOLDER / "codegen_350m.json", ()).run.model_copy(update={"method": method})
+    model = meta_model(run, resolve_architecture(run.model)[0])
+    places = {**model.trainable_parameters(), **model.method.constants()}
+    tensors = {name: torch.ones(place.shape) for name, place in places.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter.safetensors", metadata={"format": "pt"})
+    assert make_plan(run, 1).result_bytes == (tmp_path / "adapter.safetensors").stat().st_size
 
 
 def test_adapter_size_is_that_of_the_file(tmp_path):
@@ -173,6 +187,14 @@ def test_the_dry_run_tells_warm_up_schedule_and_early_stopping():
     text = dry_run(load_config(FOLDER / "smollm2_135m.json", ratio + others), world_size=2)
     assert "warm-up        122 steps (10 % of the steps), then cosine (num_cycles 1.5)" in text
     assert "10 epochs x 122; fewer after 3 evaluations without a better figure" in text
+
+
+def test_the_dry_run_tells_that_smoothed_labels_make_another_loss():
+    text = recipe_text("t5_base_full_m")
+    assert (
+        "loss           the training loss is with label smoothing 0.1 (train.label_smoothing), the validation" in text
+    )
+    assert "label smoothing" not in recipe_text("t5_base")
 
 
 def test_the_dry_run_tells_the_memory_of_this_machines_ranks():

@@ -223,7 +223,7 @@ def test_pefts_own_format_and_back(base: Callable[[str], Path], settings: dict[s
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["dept", "adapter", "adapter_drop", "lst"])
+@pytest.mark.parametrize("name", ["dept", "adapter", "adapter_drop", "hyperformer", "lst"])
 def test_what_cannot_leave_says_why(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     settings = {
         "dept": {"num_virtual_tokens": 4, "rank": 2, "max_positions": 64},

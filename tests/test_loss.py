@@ -32,6 +32,8 @@ from adept_ds.model.loss import IGNORE_INDEX, LossHead, SoftTargets, shift_label
 from tests.models import EOS, PAD, START, VOCABULARY, WIDTH, llama_config
 from tests.tolerances import assert_equal_up_to_rounding
 
+SMOOTHING = [0.0, 0.1]
+
 
 @pytest.fixture(params=[1, 3 * VOCABULARY, 2**25], ids=["row by row", "3 rows", "one chunk"])
 def chunks(request, monkeypatch) -> Iterator[None]:
@@ -49,13 +51,15 @@ def head_and_input(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.L
     return head, torch.randn(2, 8, 16, dtype=dtype, requires_grad=True), targets
 
 
-def plain_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+def plain_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    rows = logits.float().flatten(0, 1)
+    options = {"ignore_index": IGNORE_INDEX, "label_smoothing": smoothing}
+    return F.cross_entropy(rows, targets.flatten(), reduction="sum", **options)
 
 
-def chunked_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
+def chunked_loss(head: nn.Linear, hidden: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     loss_head = LossHead(head)
-    with loss_head.summing(targets):
+    with loss_head.summing(targets, label_smoothing=smoothing):
         return loss_head(hidden).sum()
 
 
@@ -64,10 +68,11 @@ def gradients(loss: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("bias", [False, True])
-def test_value_and_gradients_with_a_trained_head(bias):
+def test_value_and_gradients_with_a_trained_head(bias, smoothing):
     head, hidden, targets = head_and_input(bias)
-    expected, actual = plain_loss(head(hidden), targets), chunked_loss(head, hidden, targets)
+    expected, actual = plain_loss(head(hidden), targets, smoothing), chunked_loss(head, hidden, targets, smoothing)
     torch.testing.assert_close(actual, expected)
     tensors = (hidden, *head.parameters())
     for a, b in zip(gradients(actual, *tensors), gradients(expected, *tensors), strict=True):
@@ -75,13 +80,24 @@ def test_value_and_gradients_with_a_trained_head(bias):
 
 
 @pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("bias", [False, True])
-def test_value_and_gradient_with_a_frozen_head(bias):
+def test_value_and_gradient_with_a_frozen_head(bias, smoothing):
     head, hidden, targets = head_and_input(bias)
     head.requires_grad_(False)
-    expected, actual = plain_loss(head(hidden), targets), chunked_loss(head, hidden, targets)
+    expected, actual = plain_loss(head(hidden), targets, smoothing), chunked_loss(head, hidden, targets, smoothing)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(gradients(actual, hidden), gradients(expected, hidden))
+
+
+def test_smoothing_is_of_one_loss_only():
+    head, hidden, targets = head_and_input(bias=True)
+    loss_head = LossHead(head)
+    for smoothing in (0.1, 0.0):
+        with loss_head.summing(targets, label_smoothing=smoothing):
+            torch.testing.assert_close(loss_head(hidden).sum(), plain_loss(head(hidden), targets, smoothing))
+    with loss_head.summing(targets):
+        torch.testing.assert_close(loss_head(hidden).sum(), plain_loss(head(hidden), targets))
 
 
 def test_a_frozen_head_leaves_one_gradient_of_the_labelled_rows_behind():
@@ -96,14 +112,15 @@ def test_a_frozen_head_leaves_one_gradient_of_the_labelled_rows_behind():
     assert not any(VOCABULARY in shape for shape in saved)
 
 
-def test_bf16_loss_is_computed_in_fp32():
+@pytest.mark.parametrize("smoothing", SMOOTHING)
+def test_bf16_loss_is_computed_in_fp32(smoothing):
     head, hidden, targets = head_and_input(bias=False, dtype=torch.bfloat16)
-    actual, logits = chunked_loss(head, hidden, targets), head(hidden)
+    actual, logits = chunked_loss(head, hidden, targets, smoothing), head(hidden)
     assert actual.dtype == torch.float32
     # Both round the same logits to bf16, where another kernel may round each the other way: one step apart.
     step = torch.finfo(torch.bfloat16).eps * float(logits.detach().abs().max())
-    expected = plain_loss(logits, targets)
-    # A label's loss is a logit less a mean of logits, and no more than two steps off.
+    expected = plain_loss(logits, targets, smoothing)
+    # A label's loss is a logit, or a mean of logits, less another mean, and no more than two steps off.
     torch.testing.assert_close(actual, expected, rtol=0, atol=2 * step * int((targets != IGNORE_INDEX).sum()))
     (gradient,), (reference,) = gradients(actual, hidden), gradients(expected, hidden)
     # The gradient of the logits, whose absolute values add up to 2 at most, is off by a step of the logits' and rounded
@@ -114,24 +131,25 @@ def test_bf16_loss_is_computed_in_fp32():
 
 def test_no_label_at_all_gives_zero_and_zero_gradients():
     head, hidden, targets = head_and_input(bias=True)
-    loss = chunked_loss(head, hidden, torch.full_like(targets, IGNORE_INDEX))
+    loss = chunked_loss(head, hidden, torch.full_like(targets, IGNORE_INDEX), smoothing=0.1)
     assert loss.item() == 0
     assert all(not gradient.any() for gradient in gradients(loss, hidden, *head.parameters()))
 
 
 @pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("bias", [False, True])
-def test_soft_targets_add_the_divergence_from_a_teacher(bias):
+def test_soft_targets_add_the_divergence_from_a_teacher(bias, smoothing):
     head, hidden, targets = head_and_input(bias)
     head.requires_grad_(False)
     labelled, weight, temperature = targets != IGNORE_INDEX, 0.3, 1.7
     rows = torch.randn(int(labelled.sum()), 16)
     loss_head = LossHead(head)
-    with loss_head.summing(targets, SoftTargets(rows, weight, temperature)):
+    with loss_head.summing(targets, SoftTargets(rows, weight, temperature), smoothing):
         actual = loss_head(hidden).sum()
     ours, theirs = (head(states) / temperature for states in (hidden[labelled], rows))
     divergence = F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="sum")
-    expected = plain_loss(head(hidden), targets) + weight * divergence
+    expected = plain_loss(head(hidden), targets, smoothing) + weight * divergence
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*(gradients(loss, hidden)[0] for loss in (actual, expected)))
     torch.testing.assert_close(chunked_loss(head, hidden, targets), plain_loss(head(hidden), targets))
@@ -193,7 +211,7 @@ def bart() -> PreTrainedModel:
     return model
 
 
-def loss_by_whole_logits(model: AdaptedModel, batch: dict[str, Tensor]) -> Tensor:
+def loss_by_whole_logits(model: AdaptedModel, batch: dict[str, Tensor], smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy from the model's own logits."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if model.is_encoder_decoder:
@@ -201,12 +219,16 @@ def loss_by_whole_logits(model: AdaptedModel, batch: dict[str, Tensor]) -> Tenso
         logits, targets = model(**inputs).logits, batch["labels"]
     else:
         logits, targets = model(**inputs).logits[:, model.num_virtual_tokens :][:, :-1], batch["labels"][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    options = {"ignore_index": IGNORE_INDEX, "label_smoothing": smoothing}
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **options)
 
 
-def assert_loss_and_gradients_are_those_of_whole_logits(model: AdaptedModel, batch: dict[str, Tensor]) -> None:
+def assert_loss_and_gradients_are_those_of_whole_logits(
+    model: AdaptedModel, batch: dict[str, Tensor], smoothing: float
+) -> None:
     parameters = list(model.trainable_parameters().values())
-    actual, expected = model(**batch).loss, loss_by_whole_logits(model, batch)
+    actual = model(**batch, label_smoothing=smoothing).loss
+    expected = loss_by_whole_logits(model, batch, smoothing)
     assert_equal_up_to_rounding(actual, expected)
     for a, b in zip(gradients(actual, *parameters), gradients(expected, *parameters), strict=True):
         assert b.any()
@@ -214,10 +236,11 @@ def assert_loss_and_gradients_are_those_of_whole_logits(model: AdaptedModel, bat
 
 
 @pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "codegen", "t5-tied", "t5-untied"])
-def test_models_loss_and_gradients_are_those_of_whole_logits(make_backbone, name):
+def test_models_loss_and_gradients_are_those_of_whole_logits(make_backbone, name, smoothing):
     model, batch = model_and_batch(make_backbone, name)
-    assert_loss_and_gradients_are_those_of_whole_logits(model, batch)
+    assert_loss_and_gradients_are_those_of_whole_logits(model, batch, smoothing)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5-tied"])
@@ -272,10 +295,11 @@ BEHIND_THE_HEAD = {
 
 
 @pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("build", BEHIND_THE_HEAD.values(), ids=BEHIND_THE_HEAD)
-def test_what_a_backbone_does_to_its_logits_is_in_the_loss(build):
+def test_what_a_backbone_does_to_its_logits_is_in_the_loss(build, smoothing):
     model, batch = model_and_batch(lambda _: build(), "")
-    assert_loss_and_gradients_are_those_of_whole_logits(model, batch)
+    assert_loss_and_gradients_are_those_of_whole_logits(model, batch, smoothing)
 
 
 def test_a_buffer_behind_the_head_counts_with_the_values_that_it_has_in_the_end():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,17 @@ def test_bytes_saved_for_the_backward_pass(name):
         loss = real_loss(model)
     assert loss.requires_grad
     assert predict(run, architecture).held_bytes == pytest.approx(sum(saved.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_label_smoothing_takes_no_memory(name):
+    run, architecture = RUNS[name]
+    smoothed, real = meta_model(run, architecture), real_model(run, architecture)
+    for model in (smoothed, real):
+        model.forward = partial(model.forward, label_smoothing=0.1)
+    trace = trace_step(smoothed, SHAPE, "cpu")
+    assert trace == predict(run, architecture)
+    assert trace.peak_bytes == pytest.approx(measured_peak(real), rel=0.1)
 
 
 PACKED = StepShape(micro_batch_size=2, input_length=240, label_length=80, is_packed=True)

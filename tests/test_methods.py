@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from adept_ds.config.method import (
     BitFitConfig,
     DeptConfig,
     DptConfig,
+    HyperDecoderConfig,
+    HyperFormerConfig,
     Ia3Config,
     LoraConfig,
     LstConfig,
@@ -42,7 +44,8 @@ from adept_ds.config.schema import method_docs
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
-from adept_ds.storage.adapter_folder import save_adapter
+from adept_ds.reports.runs import count_parameters
+from adept_ds.storage.adapter_folder import CONSTANTS, load_adapter, save_adapter
 from tests.models import EOS, PAD, TOKENS, VOCABULARY, WIDTH, causal, seeded
 from tests.tolerances import assert_equal_up_to_rounding
 
@@ -72,12 +75,26 @@ METHODS: dict[str, MethodConfig] = {
     "adapter": AdapterConfig(bottleneck=3),
     "adapter-tasks": AdapterConfig(bottleneck=3, tasks=("a", "b")),
     "adapter_drop": AdapterDropConfig(bottleneck=3, dropped_layers=1),
+    "hyperformer": HyperFormerConfig(bottleneck=3, embedding_size=5, hidden_size=6),
+    "hyperformer-tasks": HyperFormerConfig(bottleneck=3, embedding_size=5, hidden_size=6, tasks=("a", "b")),
+    "hyperdecoder": HyperDecoderConfig(bottleneck=3, hidden_size=6),
+    "hyperdecoder-mlp": HyperDecoderConfig(bottleneck=3, hidden_size=6, process_encoder=True),
     "bitfit": BitFitConfig(),
     "lst": LstConfig(reduction=2),
 }
 """Every method but `full`, whose tests are in `test_full.py`."""
 BACKBONES = ("llama", "codegen", "gpt2", "t5-tied")
 MAIN = ("llama", "t5-tied")
+
+
+OF_CAUSAL_MODELS = [name for name, config in METHODS.items() if config.name != "hyperdecoder"]
+"""The others need an encoder."""
+
+
+def on(backbones: Sequence[str], methods: Iterable[str] = METHODS) -> pytest.MarkDecorator:
+    """Cells of the matrix of backbones and methods."""
+    cells = [(n, m) for m in methods for n in backbones if n == "t5-tied" or m in OF_CAUSAL_MODELS]
+    return pytest.mark.parametrize(("name", "method"), cells)
 
 
 TASKS = torch.tensor([1, 0])
@@ -162,8 +179,7 @@ def test_no_method_is_left_out() -> None:
     assert {config.name for config in METHODS.values()} == method_docs().keys() - {"full"}
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("method", METHODS)
+@on(MAIN)
 def test_the_loss_falls_and_nothing_else_changes(make_backbone: Make, name: str, method: str) -> None:
     model = get_adept_model(make_backbone(name), METHODS[method]).train()
     trained = {id(parameter) for parameter in model.trainable_parameters().values()}
@@ -176,8 +192,16 @@ def test_the_loss_falls_and_nothing_else_changes(make_backbone: Make, name: str,
     assert all(torch.equal(after[key], value) for key, value in frozen.items())
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("method", METHODS)
+@on(["t5-tied"])
+def test_what_is_not_trained_is_not_counted(make_backbone: Make, tmp_path: Path, name: str, method: str) -> None:
+    model = get_adept_model(make_backbone(name), METHODS[method])
+    model.save_pretrained(tmp_path)
+    trained, _ = model.count_parameters()
+    assert set(model.method.constants()) <= set(CONSTANTS)
+    assert (load_adapter(tmp_path).trained_parameters, count_parameters(tmp_path)) == (trained, trained)
+
+
+@on(MAIN)
 def test_every_gradient_is_the_slope_of_the_loss(make_backbone: Make, name: str, method: str) -> None:
     """Along each tensor's gradient; along any direction where there is none, as there the loss must not change.
 
@@ -208,8 +232,7 @@ def test_every_gradient_is_the_slope_of_the_loss(make_backbone: Make, name: str,
         assert any(close), (key, slope, [difference(step) for step in steps])
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("method", METHODS)
+@on(MAIN)
 def test_a_4_bit_backbone_trains_as_a_plain_one_on_the_expanded_weights(
     make_backbone: Make, name: str, method: str
 ) -> None:
@@ -248,8 +271,7 @@ def logits_with_every_result_rounded(model: AdaptedModel, generator: torch.Gener
             handle.remove()
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("method", METHODS)
+@on(MAIN)
 @pytest.mark.parametrize("fast_bf16", [True, False], ids=["", "widened"])
 def test_a_bf16_backbone_is_followed_in_its_precision(
     make_backbone: Make, monkeypatch: pytest.MonkeyPatch, name: str, method: str, fast_bf16: bool
@@ -271,8 +293,7 @@ ROUNDED_FIRST = ("pt", "prefix")
 """Methods whose values enter a bf16 backbone as they are, so that rounding them is all that happens to them."""
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("method", METHODS)
+@on(MAIN)
 def test_an_adapter_in_a_bf16_backbone_computes_in_fp32(make_backbone: Make, name: str, method: str) -> None:
     """Else its values would be rounded first, and rounding them beforehand would change nothing."""
     model = far_from_start(get_adept_model(make_backbone(name).bfloat16(), METHODS[method]))
@@ -283,8 +304,7 @@ def test_an_adapter_in_a_bf16_backbone_computes_in_fp32(make_backbone: Make, nam
     assert torch.equal(logits(model), before) == (method in ROUNDED_FIRST)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
+@on(BACKBONES)
 def test_a_saved_adapter_gives_the_same_logits(make_backbone: Make, tmp_path: Path, name: str, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
     model.save_pretrained(tmp_path)
@@ -293,8 +313,7 @@ def test_a_saved_adapter_gives_the_same_logits(make_backbone: Make, tmp_path: Pa
     assert not torch.allclose(logits(model), logits(make_backbone(name)), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
+@on(BACKBONES)
 def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
     tuned = logits(model)
@@ -304,10 +323,10 @@ def test_disabled_it_is_the_backbone(make_backbone: Make, name: str, method: str
     assert {parameter.requires_grad for parameter in model.trainable_parameters().values()} == {True}
 
 
-@pytest.mark.parametrize(
-    "method", [name for name in METHODS if not METHODS[name].num_virtual_tokens and "prefix" not in name]
-)
-@pytest.mark.parametrize("name", BACKBONES)
+STARTS_ELSEWHERE = ("prefix", "prefix-projected", "hyperformer", "hyperformer-tasks")
+
+
+@on(BACKBONES, [m for m in METHODS if not METHODS[m].num_virtual_tokens and m not in STARTS_ELSEWHERE])
 def test_methods_without_a_prompt_start_as_the_backbone(make_backbone: Make, name: str, method: str) -> None:
     if (name, method) == ("t5-tied", "lst"):
         pytest.skip("LST as published puts its side network's last state in the place of T5's")
@@ -315,8 +334,7 @@ def test_methods_without_a_prompt_start_as_the_backbone(make_backbone: Make, nam
     assert_equal_up_to_rounding(logits(model), logits(make_backbone(name)))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
+@on(BACKBONES)
 def test_padding_on_the_left_changes_nothing(make_backbone: Make, name: str, method: str) -> None:
     if name == "t5-tied":
         pytest.skip("T5 reads positions relative to one another, padding included, and is padded on the right")
@@ -330,8 +348,7 @@ def greedy(model: AdaptedModel, ids: Tensor, mask: Tensor, **options: object) ->
     return model.generate(input_ids=ids, attention_mask=mask, task_ids=TASKS, **options)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
+@on(BACKBONES)
 def test_generation_is_that_without_a_cache(make_backbone: Make, name: str, method: str) -> None:
     """Every generated token is the likeliest one by a full pass over what stands before it."""
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
@@ -351,8 +368,20 @@ def test_generation_is_that_without_a_cache(make_backbone: Make, name: str, meth
     assert torch.equal(scores.argmax(-1), new)
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("method", ["adept", "dept", "attempt", "attempt-tasks", "prefix", "adapter-tasks", "lst"])
+@on(
+    MAIN,
+    [
+        "adept",
+        "dept",
+        "attempt",
+        "attempt-tasks",
+        "prefix",
+        "adapter-tasks",
+        "hyperformer-tasks",
+        "hyperdecoder",
+        "lst",
+    ],
+)
 def test_generation_that_keeps_no_cache_is_the_same(make_backbone: Make, name: str, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
     ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.long)
@@ -361,8 +390,7 @@ def test_generation_that_keeps_no_cache_is_the_same(make_backbone: Make, name: s
     assert torch.equal(greedy(model, ids, mask, use_cache=False), greedy(model, ids, mask))
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("method", METHODS)
+@on(MAIN)
 def test_beams_run_and_leave_the_prompt_out(make_backbone: Make, name: str, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone(name), METHODS[method]))
     out = greedy(model, random_ids(2, 7), torch.ones(2, 7, dtype=torch.long), num_beams=3)
@@ -374,7 +402,8 @@ def test_beams_run_and_leave_the_prompt_out(make_backbone: Make, name: str, meth
 def test_start_values_are_a_function_of_the_seed(make_backbone: Make, method: str) -> None:
     def values(seed: int) -> list[Tensor]:
         torch.manual_seed(torch.seed())
-        return list(get_adept_model(make_backbone("llama"), METHODS[method], seed=seed).trainable_parameters().values())
+        model = get_adept_model(make_backbone("t5-tied"), METHODS[method], seed=seed)
+        return list(model.trainable_parameters().values())
 
     assert all(torch.equal(a, b) for a, b in zip(values(1), values(1), strict=True))
 
@@ -461,6 +490,11 @@ COUNTS: list[tuple[MethodConfig, str, int, str]] = [
     # For eight tasks; 96,192 and 1,822,656 for each.
     (AttemptConfig(num_virtual_tokens=100, sources=tuple("abcdef"), tasks=EIGHT), "t5-base", 769_536, "769.5K"),
     (AdapterConfig(post_norm=True, tasks=EIGHT), "t5-base", 14_581_248, "14.6M"),
+    # 651,382 and 1,759,751 for each; the former twice as wide, and the latter with the MLP of today's code.
+    (HyperFormerConfig(tasks=EIGHT), "t5-base", 5_211_056, "5.2M"),
+    (HyperFormerConfig(tasks=EIGHT, bottleneck=48), "t5-base", 8 * 1_250_812, "10.0M"),
+    (HyperDecoderConfig(), "t5-base", 14_078_008, "14.1M"),
+    (HyperDecoderConfig(process_encoder=True), "t5-base", 8 * 1_907_399, "15.3M"),
     (DptConfig(num_virtual_tokens=100), "t5-base", 8_680, "8.7K"),
     (ResidualPromptConfig(num_virtual_tokens=100), "t5-base", 693_904, "693.9K"),
     (ResidualPromptConfig(num_virtual_tokens=100, bottleneck=800), "t5-base", 1_308_704, "1.3M"),

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from adept_ds.cli.card import main
-from adept_ds.config.method import AdeptConfig, FullConfig
+from adept_ds.config.method import AdapterConfig, AdeptConfig, FullConfig
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.storage.adapter_folder import load_adapter
@@ -105,6 +105,21 @@ def test_no_place_on_this_machine_is_published(run: Path) -> None:
     assert "/home/me" not in str(card)
     assert '"init_from": "best"' in card.text
     assert card.data.base_model is None
+
+
+def test_an_adapter_of_several_tasks_says_which_and_how_they_are_asked_for(tmp_path: Path) -> None:
+    config = AdapterConfig(tasks=("mood", "tone"), bottleneck=2)
+    model = get_adept_model(seeded(BACKBONES["llama"]), config)
+    model.save_pretrained(tmp_path / "best")
+    settings = {"train": {"max_steps": 4}, "data": {"format": "tasks", "tasks": ["/home/me/mood.json", "tone.json"]}}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model": {"name_or_path": "base"}}))
+    text = card_of(tmp_path / "best").text
+    trained, _ = model.count_parameters()
+    assert f"{trained:,} trained numbers, {trained / 2:,.0f} for each of 2 tasks: mood, tone." in text
+    assert '--task mood "A prompt"' in text
+    assert "0 is mood, 1 is tone." in text
+    assert "- tasks: mood.json, tone.json" in text
+    assert "bundled" not in text
 
 
 def test_what_is_missing_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

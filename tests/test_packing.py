@@ -22,7 +22,7 @@ from adept_ds.model.loss import IGNORE_INDEX
 from adept_ds.planner.packing import _attend, check_packing
 from tests.models import PAD, VOCABULARY, causal, seeded, t5_config
 from tests.test_meta_step import gpt2, llama, run_of
-from tests.test_methods import METHODS, far_from_start, source_prompts  # noqa: F401
+from tests.test_methods import METHODS, OF_CAUSAL_MODELS, far_from_start, source_prompts  # noqa: F401
 from tests.tolerances import assert_equal_up_to_rounding
 
 ROW = 40
@@ -51,22 +51,24 @@ def packed(model: AdaptedModel) -> dict[str, Tensor]:
     return collate_packed([[EXAMPLES[i] for i in row] for row in ROWS], ROW, model.num_virtual_tokens, PAD)
 
 
-def loss_and_gradients(model: AdaptedModel, *batches: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(
+    model: AdaptedModel, *batches: dict[str, Tensor], smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    losses = [model(**batch, reduction="sum").loss for batch in batches]
+    losses = [model(**batch, reduction="sum", label_smoothing=smoothing).loss for batch in batches]
     torch.stack(losses).sum().backward()
     named = {name: value.grad for name, value in model.trainable_parameters().items()}
     gradients = {name: grad.clone() for name, grad in named.items() if grad is not None}
     return torch.stack(losses).sum().detach(), gradients
 
 
-def assert_same_training(model: AdaptedModel) -> None:
+def assert_same_training(model: AdaptedModel, smoothing: float = 0.0) -> None:
     """In fp64, so that what is left is the rounding of the loss, which is fp32; prefix tuning's vectors are cast."""
     model.train()
     if "prefix" not in model.method.config.name:
         model.double()
-    loss, gradients = loss_and_gradients(model, packed(model))
-    right, expected = loss_and_gradients(model, *(collate([one], PAD) for one in EXAMPLES))
+    loss, gradients = loss_and_gradients(model, packed(model), smoothing=smoothing)
+    right, expected = loss_and_gradients(model, *(collate([one], PAD) for one in EXAMPLES), smoothing=smoothing)
     assert_equal_up_to_rounding(loss.float(), right.float())
     assert gradients.keys() == expected.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -75,7 +77,7 @@ def assert_same_training(model: AdaptedModel) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize("method", [*OF_CAUSAL_MODELS, "full"])
 def test_gradients_of_packed_rows_are_those_of_single_ones(method: str, attention: str) -> None:
     config: MethodConfig = FullConfig() if method == "full" else METHODS[method]
     assert_same_training(far_from_start(get_adept_model(backbone("llama", attention), config)))
@@ -87,12 +89,19 @@ def test_windows_and_learned_positions_begin_with_each_example(name: str, method
     assert_same_training(far_from_start(get_adept_model(backbone(name), METHODS[method])))
 
 
-def test_a_teacher_reads_the_same_packed_rows() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_teacher_reads_the_same_packed_rows(smoothing: float) -> None:
     config = MptConfig(num_virtual_tokens=6, tasks=("a", "b"), teachers={"a": "x", "b": "y"})
-    assert_same_training(far_from_start(get_adept_model(backbone("llama"), config)))
+    assert_same_training(far_from_start(get_adept_model(backbone("llama"), config)), smoothing)
 
 
-@pytest.mark.parametrize("method", ["adept", "attempt", "lst", "full"])
+@pytest.mark.parametrize("method", ["adept", "full"])
+def test_labels_are_smoothed_alike_in_packed_rows(method: str) -> None:
+    model = far_from_start(get_adept_model(backbone("llama"), FullConfig() if method == "full" else METHODS[method]))
+    assert_same_training(model, smoothing=0.1)
+
+
+@pytest.mark.parametrize("method", ["adept", "attempt", "hyperformer-tasks", "lst", "full"])
 def test_recomputed_layers_read_the_same_packed_rows(method: str) -> None:
     model = get_adept_model(backbone("llama"), FullConfig() if method == "full" else METHODS[method])
     model.checkpoint_activations()

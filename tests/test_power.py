@@ -79,9 +79,19 @@ def test_methods_that_are_alike_are_hardly_ever_told_apart() -> None:
 
 def test_what_cannot_be_foreseen_is_refused() -> None:
     with pytest.raises(UserError, match="a method with one run says nothing of how much runs differ"):
-        contrast([{"a": 1.0, "b": 0.0}], [{"a": 1.0, "b": 0.0}] * 2)
+        contrast([{str(i): i % 2 for i in range(6)}], [{str(i): i % 2 for i in range(6)}] * 2)
+    some = {str(i): 1.0 for i in range(6)}
     with pytest.raises(UserError, match="not of the same problems"):
-        contrast([{"a": 1.0}] * 2, [{"b": 1.0}] * 2)
+        contrast([some] * 2, [{**some, "6": 1.0}] * 2)
+    with pytest.raises(UserError, match="the runs are of 1 problems; expected 6 or more"):
+        contrast([{"a": 1.0}] * 2, [{"a": 0.0}] * 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_fewer_than_six_problems_decide_nothing() -> None:
+    ten = {str(i): 1.0 for i in range(10)}
+    one = contrast([dict.fromkeys(ten, 0.0)] * 2, [ten] * 2)
+    assert [power(one, 2, problems, 100) for problems in (1, 5, 6)] == [0, 0, 1]
 
 
 def test_a_method_that_solves_nothing_has_no_chances() -> None:
@@ -91,32 +101,34 @@ def test_a_method_that_solves_nothing_has_no_chances() -> None:
     assert power(contrast(nothing, nothing), 2, 50, 200) == 0
 
 
+def write_run(run: Path, method: str, seed: int, right: np.ndarray, **train: float) -> None:
+    """A run folder with an evaluation on RTE, in which these answers are right."""
+    folder = run / "eval" / "test" / "rte"
+    folder.mkdir(parents=True)
+    (run / "best").mkdir()
+    config = {"model": {"name_or_path": "m"}, "method": {"name": method}, "data": {"format": "tasks"}}
+    (run / "config.json").write_text(json.dumps(config | {"train": {"seed": seed, **train}}))
+    (run / "status.json").write_text(json.dumps({"state": "finished", "best_value": 1.0 - train.get("epochs", 0)}))
+    figure = {"value": float(right.mean()), "low": 0.0, "high": 1.0, "n": len(right)}
+    protocol = {"task": "rte", "variant": "fixed", "split": "test"}
+    summary = {
+        "adapter": "best",
+        "method": {"name": method},
+        "protocol": protocol,
+        "examples": len(right),
+        "invalid": 0,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary | {"metrics": {"accuracy": figure}}))
+    lines = [json.dumps({"task_id": str(i), "answer": str(int(x)), "references": ["1"]}) for i, x in enumerate(right)]
+    (folder / "predictions.jsonl").write_text("\n".join(lines))
+
+
 def test_the_command_reads_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     p = chances(generator, 60, 0.5)
     for method, of_method in zip(("pt", "adept"), p, strict=True):
         for seed in (1, 2):
-            run, folder = tmp_path / f"{method}_{seed}", tmp_path / f"{method}_{seed}" / "eval" / "test" / "rte"
-            folder.mkdir(parents=True)
-            (run / "best").mkdir()
-            config = {"model": {"name_or_path": "m"}, "method": {"name": method}, "data": {"format": "tasks"}}
-            (run / "config.json").write_text(json.dumps(config | {"train": {"seed": seed}}))
-            (run / "status.json").write_text(json.dumps({"state": "finished", "best_value": 1.0}))
-            right = generator.random(60) < of_method
-            figure = {"value": float(right.mean()), "low": 0.0, "high": 1.0, "n": 60}
-            protocol = {"task": "rte", "variant": "fixed", "split": "test"}
-            summary = {
-                "adapter": "best",
-                "method": {"name": method},
-                "protocol": protocol,
-                "examples": 60,
-                "invalid": 0,
-            }
-            (folder / "summary.json").write_text(json.dumps(summary | {"metrics": {"accuracy": figure}}))
-            lines = [
-                json.dumps({"task_id": str(i), "answer": str(int(x)), "references": ["1"]}) for i, x in enumerate(right)
-            ]
-            (folder / "predictions.jsonl").write_text("\n".join(lines))
+            write_run(tmp_path / f"{method}_{seed}", method, seed, generator.random(60) < of_method)
     folders = [str(path) for path in sorted(tmp_path.iterdir())]
     main(["power", *folders, "--seeds", "2", "400", "--problems", "60", "600"])
     text = capsys.readouterr().out
@@ -128,3 +140,19 @@ def test_the_command_reads_run_folders(tmp_path: Path, capsys: pytest.CaptureFix
         main(["power", *folders[:3]])
     with pytest.raises(UserError, match="--goal 2"):
         main(["power", *folders, "--goal", "2"])
+
+
+def test_what_cannot_be_compared_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    right = np.arange(20) % 3 == 0
+    for seed in (1, 2):
+        write_run(tmp_path / f"pt_{seed}", "pt", seed, right)
+        write_run(tmp_path / f"adept_{seed}", "adept", seed, right)
+        write_run(tmp_path / f"lora_{seed}", "lora", seed, right[:15])
+    # Of the settings that have several runs the best counts, though one with a single run may be better.
+    write_run(tmp_path / "better", "adept", 1, right, epochs=0.5)
+    main(["power", *map(str, sorted(tmp_path.iterdir()))])
+    text = capsys.readouterr().out
+    assert "pt (2 runs) against adept (2 runs): +0.00 points\nNo difference was found" in text
+    assert (
+        "adept and lora on rte: the runs are not of the same problems; evaluate all on the same ones: left out" in text
+    )

@@ -23,14 +23,14 @@ from adept_ds.methods import Untuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.model.slots import PromptReader, refusal
 from tests.models import VOCABULARY, causal, seeded
-from tests.test_methods import METHODS, far_from_start, source_prompts  # noqa: F401  (a fixture)
+from tests.test_methods import METHODS, OF_CAUSAL_MODELS, far_from_start, source_prompts  # noqa: F401  (a fixture)
 from tests.tolerances import assert_equal_up_to_rounding
 
 Make = Callable[[str], PreTrainedModel]
 DATA = DataConfig(format="mbpp-paper", max_prompt_length=90, max_length=200)
 LENGTHS = (60, 9, 33, 4, 18, 47, 5, 21, 12)
 """Characters of the prompts, which are as many tokens."""
-OF_ONE_TASK = [name for name, method in METHODS.items() if not method.prompt_tasks]
+OF_ONE_TASK = [name for name in OF_CAUSAL_MODELS if not METHODS[name].prompt_tasks]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,17 @@ def test_samples_of_one_problem_share_its_reading(make_backbone: Make, tokenizer
     assert not any(read[1:])
 
 
-@pytest.mark.parametrize("method", ["adept", "attempt", "mpt-tasks", "attempt-tasks", "adapter-tasks", "prefix"])
+def test_a_network_makes_its_weights_once(make_backbone: Make, tokenizer, world: World, problems) -> None:
+    model = far_from_start(get_adept_model(make_backbone("llama"), METHODS["hyperformer"]))
+    calls: list[int] = []
+    model.method.network.register_forward_hook(lambda *_: calls.append(1))
+    generate_samples(model, tokenizer, problems, config(), DATA, world)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "method", ["adept", "attempt", "mpt-tasks", "attempt-tasks", "adapter-tasks", "hyperformer-tasks", "prefix"]
+)
 def test_prompts_that_are_read_together_score_as_alone(make_backbone: Make, method: str) -> None:
     model = far_from_start(get_adept_model(make_backbone("llama"), METHODS[method]))
     generator = torch.Generator().manual_seed(1)

@@ -178,6 +178,20 @@ def test_a_run_that_is_not_graded_yet_has_a_report(tmp_path: Path) -> None:
     assert "has not been graded" in text
 
 
+def test_a_smoothed_training_loss_is_not_compared_with_the_validation_loss(run_dir: Path) -> None:
+    plain = text_report(make_report(run_dir))
+    write_report(make_report(run_dir))
+    picture = (run_dir / "learning_curve.png").read_bytes()
+    settings = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(settings | {"train": {"label_smoothing": 0.1}}))
+    report = make_report(run_dir)
+    said = "0.1000 at step 20 (with label smoothing 0.1; the validation loss is without, so the two are not to be comp"
+    assert "label smoothing" not in plain
+    assert said in text_report(report)
+    assert said in write_report(report).read_text()
+    assert (run_dir / "learning_curve.png").read_bytes() != picture  # its legend says so, too
+
+
 def test_text_to_text_tasks_are_shown_with_their_intervals(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"data": {"format": "tasks", "tasks": ["rte", "cola"]}}))

@@ -15,7 +15,7 @@ from adept_ds.config.run import DataConfig, ModelConfig
 from adept_ds.data.problems import load_examples
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.storage.adapter_folder import save_adapter
-from tests.test_methods import METHODS, take_steps
+from tests.test_methods import METHODS, OF_CAUSAL_MODELS, take_steps
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def logits(model: AdaptedModel, ids: Tensor) -> Tensor:
         return model.eval()(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", [*dict.fromkeys(config.name for config in METHODS.values()), "full"])
+@pytest.mark.parametrize("name", [*dict.fromkeys(METHODS[method].name for method in OF_CAUSAL_MODELS), "full"])
 def test_a_method_learns_a_solution_and_is_saved(
     smollm2: Path, problem: Tensor, sources: tuple[str, ...], tmp_path: Path, name: str
 ) -> None:

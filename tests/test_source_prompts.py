@@ -12,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
-from adept_ds.config.method import AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
-from adept_ds.config.run import DataConfig, GenerationConfig
+from adept_ds.config.method import AdapterConfig, AdeptConfig, AttemptConfig, MptConfig, PromptTuningConfig
+from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig
 from adept_ds.data.encode import EncodedDataset, collate
 from adept_ds.data.problems import load_examples
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
+from adept_ds.evaluation.tuned import open_tuned
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.model.distillation import teacher_states
 from adept_ds.model.loss import IGNORE_INDEX, LossHead, shift_labels
+from adept_ds.planner.dry_run import make_plan
 from adept_ds.planner.meta_step import meta_model, trace_step
+from adept_ds.training.preparation import task_notes
 from tests.models import EOS, PAD, VOCABULARY, WIDTH
 from tests.test_meta_step import SHAPE, llama, run_of, t5
 from tests.test_methods import far_from_start, random_ids
@@ -146,8 +149,11 @@ def test_mpt_starts_near_zero_or_at_the_shared_prompt(make_backbone: Make) -> No
     torch.testing.assert_close(*prompt(factor_init="ones", rank=3))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_mpt_distills_from_the_teacher_of_the_rows_task(make_backbone: Make, make_sources, name: str) -> None:
+def test_mpt_distills_from_the_teacher_of_the_rows_task(
+    make_backbone: Make, make_sources, name: str, smoothing: float
+) -> None:
     """The loss by whole logits: those of the student, and of one prompt-tuned model a task."""
     folders, weight, temperature = make_sources(name), 0.7, 2.0
     config = mpt(
@@ -187,10 +193,11 @@ def test_mpt_distills_from_the_teacher_of_the_rows_task(make_backbone: Make, mak
         (student[chosen] / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="sum"
     )
     apart = ((student_hidden[chosen] - teacher_hidden) ** 2).mean(-1).sum()
-    plain = F.cross_entropy(student[chosen], targets[chosen], reduction="sum")
+    plain = F.cross_entropy(student[chosen], targets[chosen], reduction="sum", label_smoothing=smoothing)
     expected = plain + weight * (divergence + apart)
 
     data = {"input_ids": ids, "attention_mask": mask, "labels": labels, "task_ids": tasks, "reduction": "sum"}
+    data["label_smoothing"] = smoothing
     parameters = list(model.trainable_parameters().values())
     actual = model.train()(**data).loss
     assert_equal_up_to_rounding(actual, expected)
@@ -230,6 +237,9 @@ def test_mpt_target_starts_from_the_source_tasks(make_backbone: Make, tmp_path: 
         torch.testing.assert_close(mean[name], theirs[name].mean(0, keepdim=True))
         assert torch.equal(second[name], theirs[name][1:2])
         assert torch.equal(target(tasks=("p", "q"))[name][1], mean[name][0])
+        of_own_names = torch.stack([theirs[name][2], mean[name][0], theirs[name][0]])
+        assert torch.equal(target(tasks=("odd", "new", "easy"))[name], of_own_names)
+        assert torch.equal(target(tasks=TASKS, factors_from="hard")[name], theirs[name][[1, 1, 1]])
     assert torch.equal(mean["soft_prompt"], theirs["soft_prompt"])
     assert torch.equal(target(tasks=TASKS)["prefix_task_rows"], theirs["prefix_task_rows"])
     with pytest.raises(UserError, match=r"factors_from is 'hart'; .* has parameters of easy, hard, odd.*'hard'"):
@@ -240,6 +250,13 @@ def test_a_row_without_its_task_is_refused(make_backbone: Make) -> None:
     model = get_adept_model(make_backbone("llama"), mpt())
     with pytest.raises(UserError, match="each of easy, hard, odd has values of its own: task_ids"):
         model(random_ids(2, 5))
+    for task_ids, message in (
+        ([0, -1], r"task_ids are \[0, -1\]; expected 0 to 2, the numbers of easy, hard, odd"),
+        ([3, 0], r"task_ids are \[3, 0\]; expected 0 to 2"),
+        ([1], "task_ids are 1, and there are 2 rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model(random_ids(2, 5), task_ids=torch.tensor(task_ids))
     with model.disable_adapter():
         model(random_ids(2, 5))
 
@@ -301,6 +318,54 @@ def test_batches_say_which_task_a_row_is_of(task_files: DataConfig, tokenizer: P
     message = r"easy/train/0: the method has values for each of hart \(method\.tasks\), and .* of easy"
     with pytest.raises(UserError, match=message):
         EncodedDataset(examples, tokenizer, task_files, LENGTH, True, prompt_tasks=("hart",))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (["easy", "hart"], "data.tasks has 'hard', which would have no parameters; did you mean 'hart'"),
+        (["hard"], "'easy'"),
+    ],
+)
+def test_a_dry_run_refuses_a_task_without_parameters(task_files: DataConfig, tasks: list[str], message: str) -> None:
+    method = {"name": "mpt", "tasks": tasks}
+    run = run_of(method=method, data=task_files.model_dump(), model={"name_or_path": "t5-base"})
+    with pytest.raises(UserError, match=message):
+        make_plan(run, 1)
+
+
+def test_what_tasks_a_run_is_trained_on_is_told(task_files: DataConfig) -> None:
+    run = run_of(method={"name": "mpt", "tasks": ["hard", "easy", "odd"]}, data=task_files.model_dump())
+    assert task_notes(run, load_examples(run.data, "train")) == [
+        "examples of each task: 5 of easy (2 different ones), 5 of hard",
+        "not in data.tasks, so their parameters stay as they start: odd",
+    ]
+    one = run_of(method={"name": "pt"}, data={**task_files.model_dump(), "tasks": task_files.tasks[:1]})
+    assert task_notes(one, load_examples(one.data, "train")) == []
+
+
+def test_an_evaluation_on_a_task_without_parameters_is_refused_before_weights_are_loaded(
+    task_files: DataConfig, tiny_t5: Path, tmp_path: Path
+) -> None:
+    backbone = T5ForConditionalGeneration.from_pretrained(tiny_t5)
+    get_adept_model(backbone, AdapterConfig(tasks=("hard",))).save_pretrained(tmp_path / "adapter")
+    tuned = open_tuned(ModelConfig(name_or_path=str(tiny_t5)), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"values for each of hard .* example of easy"):
+        tuned.check_prompts(list(load_examples(task_files, "test")), task_files, 3)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_the_dry_run(
+    task_files: DataConfig, tiny_t5: Path, tmp_path: Path
+) -> None:
+    backbone = T5ForConditionalGeneration.from_pretrained(tiny_t5)
+    get_adept_model(backbone, AdapterConfig(tasks=("a", "b"))).save_pretrained(tmp_path / "source")
+    method = {"name": "adapter", "init_from": str(tmp_path / "source")}
+    model = {"name_or_path": str(tiny_t5)}
+    with pytest.raises(UserError, match=r"has parameters of a, b; set method\.task_from"):
+        make_plan(run_of(method=method, data=task_files.model_dump(), model=model), 1)
+    other_size = run_of(method={**method, "task_from": "a", "bottleneck": 7}, data=task_files.model_dump(), model=model)
+    with pytest.raises(UserError, match=r"has shape \(24, 32\), expected \(7, 32\)"):
+        make_plan(other_size, 1)
 
 
 def test_evaluation_puts_the_tasks_prompt_in_front(

@@ -91,6 +91,8 @@ def benchmark(run: RunConfig, options: Options) -> dict[str, Any]:
     architecture = resolve_architecture(run.model)[0] if options.random_init else load_architecture(run.model)
     check_attention(run.model, architecture)
     check_packing(run, architecture)
+    # PEFT's and stock models have a loss of their own, which is without.
+    run = run.model_copy(update={"train": run.train.model_copy(update={"label_smoothing": 0.0})})
     world, notes = None, list[str]()
     if options.on_ranks:
         # Imports DeepSpeed, which one process does without.

@@ -2,7 +2,7 @@
 
 All hold the same frozen weights in memory once (a 4-bit backbone twice: in this project's layout and in bitsandbytes'),
 and all take the same examples in the same batches, padded to the longest row unless their name says otherwise. The
-optimizer is AdamW with the run's settings.
+optimizer is AdamW with the run's settings, the loss plain cross-entropy, whatever `train.label_smoothing` is.
 
     adept_ds             this project: its linear layers, LM head and loss at the labelled positions, ADePT
     adept_ds, packed     the same on the same examples in packed rows, where the run has `train.packing`

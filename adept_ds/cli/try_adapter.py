@@ -37,6 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what the model reads (default: standard input)")
     parser.add_argument("--adapter", type=Path, metavar="FOLDER", help="adapter (hub id too), or fully tuned model")
     parser.add_argument("--base", metavar="MODEL", help="its backbone (default: the one on record)")
+    parser.add_argument("--task", metavar="NAME", help="of an adapter with parameters of each task: the one to use")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="precision (default: the run's)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--chat", action="store_true", help="put the chat template around the prompt")
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
         do_sample=bool(sampling), max_new_tokens=flags.max_new_tokens, seed=flags.seed, stop=(), **sampling
     )
     console = Console()
-    models = SideBySide(flags.adapter, origin, init_world())
+    models = SideBySide(flags.adapter, origin, init_world(), flags.task)
     # In a chat each side goes on from its own answers.
     chats: dict[str, list[Message]] = {WITHOUT: [], WITH: []}
     for prompt in _prompts(flags.prompt, console):

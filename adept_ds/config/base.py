@@ -24,6 +24,7 @@ def _fits(value: float) -> float:
 Count = Annotated[StrictInt, Field(ge=1), AfterValidator(_fits)]
 CountOrZero = Annotated[StrictInt, Field(ge=0), AfterValidator(_fits)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True), AfterValidator(_fits)]
+FloatFromOne = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True), AfterValidator(_fits)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True), AfterValidator(_fits)]
 Fraction = Annotated[float, Field(ge=0, lt=1, strict=True)]
 

@@ -159,9 +159,21 @@ def parse_flags(
         argcomplete.autocomplete(parser)
     flags, rest = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if rest:
-        near = did_you_mean(rest[0], [f"--{name}" for name in vars(flags)])
-        raise UserError(f"{rest[0]}: unknown flag{near}")
+        raise UserError(_unexpected(rest[0], parser))
     return flags
+
+
+def _unexpected(word: str, parser: argparse.ArgumentParser) -> str:
+    """Say what is wrong with a word that no argument takes."""
+    actions = parser._actions
+    flags = [flag for action in actions for flag in action.option_strings]
+    without_flag = [action.dest for action in actions if not action.option_strings]
+    name = word.partition("=")[0]
+    if not word.startswith("-"):
+        return f"{word}: unexpected; expected {'no more than that before it' if without_flag else 'flags'} (see --help)"
+    if name.lstrip("-") in without_flag:
+        return f"{name}: unknown flag; it is told without one: {' '.join(parser.format_usage().split())}"
+    return f"{word}: unknown flag{did_you_mean(name, flags)}"
 
 
 def is_completing() -> bool:

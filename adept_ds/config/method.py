@@ -239,7 +239,8 @@ class MptConfig(TaskSettings, PromptSettings):
     """Where the factors start: draws of standard deviation 0.02 (the authors' code; the prompt is then near zero), or
     values that leave P as it is."""
     factors_from: str | None = Field(default=None, min_length=1)
-    """With `init_from` an adapter of other tasks: which one's factors to start at; at the mean of all if not given."""
+    """With `init_from`: the one of that adapter's tasks whose factors every task starts at. If not given, each starts
+    at those of its own name, or at the mean of all where the adapter has none of that name."""
     teachers: dict[str, str] = Field(default={})
     """Adapter folder of each source task's teacher, by the task's name: of method `pt`, the same length, and the same
     backbone. No distillation if not given."""
@@ -389,6 +390,42 @@ class AdapterDropConfig(BottleneckSettings):
     """Number of lowest layers without adapters; of encoder and decoder each."""
 
 
+class HyperFormerConfig(TaskStartSettings, PromptlessSettings):
+    """HyperFormer++ (https://arxiv.org/abs/2106.04489): bottleneck adapters, and layer norms behind them, that a
+    network makes for each task, layer and place in it; the weights of the backbone's layer norms are trained too."""
+
+    name: Literal["hyperformer"] = "hyperformer"
+    """The method."""
+    tasks: tuple[str, ...] = ()
+    """Tasks with an embedding of their own, by their names in `data.tasks`. If not given, there is one for whatever is
+    trained."""
+    bottleneck: Count = 24
+    """Width of the adapters. Its paper has 24 or 48 for T5-base, by validation."""
+    embedding_size: Count = 64
+    """Width of the embeddings of tasks, layers and places, and of what the network makes of the three."""
+    hidden_size: Count = 128
+    """Width of that network's hidden layer."""
+    train_norms: StrictBool = True
+    """Train the weights of all layer norms too, as published."""
+
+
+class HyperDecoderConfig(AdapterSettings, PromptlessSettings):
+    """HyperDecoder (https://arxiv.org/abs/2203.08304): bottleneck adapters beside the feed-forward part of every layer
+    of an encoder-decoder model; those of the decoder are made for each input, from what the encoder makes of it."""
+
+    name: Literal["hyperdecoder"] = "hyperdecoder"
+    """The method."""
+    bottleneck: Count = 64
+    """Width of the adapters."""
+    hidden_size: Count = 128
+    """Width of the hidden layer of the network that makes the decoder's adapters."""
+    layer_embedding_size: Count = 10
+    """Width of that network's embedding of a layer."""
+    process_encoder: StrictBool = False
+    """An MLP between the encoder's mean and that network, which today's published code has and the paper's figures have
+    not."""
+
+
 class BitFitConfig(AdapterSettings, PromptlessSettings):
     """BitFit (https://arxiv.org/abs/2106.10199): a term of its own for every bias. A backbone without biases gets them,
     starting at zero, in all linear layers (the LM head too) and in the layer norms of its blocks."""
@@ -453,6 +490,8 @@ MethodConfig = Annotated[
     | VeraConfig
     | AdapterConfig
     | AdapterDropConfig
+    | HyperFormerConfig
+    | HyperDecoderConfig
     | BitFitConfig
     | LstConfig
     | FullConfig,

@@ -17,7 +17,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, StrictBo
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
-from adept_ds.config.base import Count, CountOrZero, Fraction, NonNegativeFloat, PositiveFloat, Section
+from adept_ds.config.base import Count, CountOrZero, FloatFromOne, Fraction, NonNegativeFloat, PositiveFloat, Section
 from adept_ds.config.method import AdeptConfig, MethodConfig
 from adept_ds.config.schedule import ScheduleName, check_options
 from adept_ds.errors import did_you_mean
@@ -110,7 +110,7 @@ class DataConfig(Section):
     """For several `tasks`: all examples of each once an epoch; or smaller tasks repeated up to the largest one's
     number; or between the two, with shares proportional to (examples of the task) ** (1 / `mixture_temperature`), as
     HyperFormer is trained. The largest task comes once an epoch."""
-    mixture_temperature: PositiveFloat = Field(default=10.0, ge=1.0)
+    mixture_temperature: FloatFromOne = 10.0
     """For `mixture: temperature`: 1 is proportional, the higher the nearer to equal."""
     k_shot: Count | None = None
     """For `tasks`: train on so many examples of each, balanced over its labels; on all if not given."""
@@ -239,6 +239,9 @@ class TrainConfig(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Global gradient-norm clipping; 0 leaves gradients as they are (the paper's choice)."""
+    label_smoothing: Fraction = 0.0
+    """Share of each label that the loss of training spreads evenly over the vocabulary, as `label_smoothing` of
+    `torch.nn.functional.cross_entropy`. The validation loss is without, so the two are not to be compared."""
     sharding: Literal["auto", "replicate", "node", "global"] | None = None
     """Where the frozen weights live: whole on every rank (`replicate`), split over the ranks of each node (`node`) or
     over all ranks (`global`); `auto` takes the first of these that fits into the memory. It sets
@@ -290,6 +293,16 @@ class TrainConfig(Section):
         if self.early_stopping_threshold and self.early_stopping_patience is None:
             raise ValueError("early_stopping_threshold goes with early_stopping_patience")
         return self
+
+    @property
+    def loss_note(self) -> str | None:
+        """How the training loss differs from the validation loss; None if it does not."""
+        if not self.label_smoothing:
+            return None
+        return (
+            f"the training loss is with label smoothing {self.label_smoothing:g} (train.label_smoothing), the "
+            "validation loss without; the two are not to be compared"
+        )
 
     @property
     def shorter_warmup(self) -> str:

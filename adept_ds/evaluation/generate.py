@@ -40,36 +40,39 @@ def generate_samples(
     data: settings.DataConfig,
     world: World,
     adapter: str | None = None,
+    task: int | None = None,
 ) -> list[Sample]:
     """Decode `num_samples` completions of each problem; every rank gets all of them, in the problems' order.
 
     Longest prompts come first, and problems are dealt out to the ranks. Where the backbone allows it, a row that is
     done makes room for the next one; else batches are decoded to their ends, which is told. `adapter`: of several that
-    the model has, the one that decodes. Collective.
+    the model has, the one that decodes. `task`: number of the task whose parameters read the problems, where they do
+    not say it themselves. Collective.
     """
     theirs, length = model.backbone.generation_config, model.prompt_length(adapter)
     answers = Answers(tokenizer, problems, config, data, length, theirs, model.is_encoder_decoder)
-    task_ids = [task_number(problem, model.prompt_tasks) for problem in problems]
+    task_ids = [task_number(problem, model.prompt_tasks) if task is None else task for problem in problems]
     by_length = sorted(range(len(problems)), key=lambda number: -len(answers.prompts[number]))
     jobs = [(number, index) for number in by_length for index in range(config.num_samples)]
     seeds = {(number, index): sample_seed(config.seed, problems[number].task_id, index) for number, index in jobs}
     reason = refusal(model) if all(answers.prompts) else "a prompt has no token"
     was_training = model.training
     model.eval()
-    if reason is None:
-        mine = set(by_length[world.rank :: world.world_size])
-        own = {job: seed for job, seed in seeds.items() if job[0] in mine}
-        progress = Progress(len(own), world)
-        completions = Refill(model, answers, task_ids, own, config, world, adapter, progress).run()
-    else:
-        if world.is_main:
-            _tell(type(model.backbone).__name__, reason)
-        size = config.batch_size or STATIC_ROWS
-        batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        progress = Progress(sum(map(len, batches[world.rank :: world.world_size])), world)
-        completions = _decode_batches(
-            model, tokenizer, answers, task_ids, batches, seeds, config, world, adapter, progress
-        )
+    with model.method.unchanging():
+        if reason is None:
+            mine = set(by_length[world.rank :: world.world_size])
+            own = {job: seed for job, seed in seeds.items() if job[0] in mine}
+            progress = Progress(len(own), world)
+            completions = Refill(model, answers, task_ids, own, config, world, adapter, progress).run()
+        else:
+            if world.is_main:
+                _tell(type(model.backbone).__name__, reason)
+            size = config.batch_size or STATIC_ROWS
+            batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+            progress = Progress(sum(map(len, batches[world.rank :: world.world_size])), world)
+            completions = _decode_batches(
+                model, tokenizer, answers, task_ids, batches, seeds, config, world, adapter, progress
+            )
     progress.close()
     model.train(was_training)
     for of_rank in gather_objects(completions, world):

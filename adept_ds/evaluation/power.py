@@ -29,6 +29,8 @@ DRAWS = 10_000
 EXPERIMENTS = 2_000
 HALVINGS = 12
 """Steps of the search for the correlation that gives a covariance."""
+FEWEST = 6
+"""Problems that must come out differently, all to one side, for the sign test."""
 ELEMENTS = 2_000_000
 """Problems of simulated experiments that are held at a time."""
 
@@ -73,9 +75,11 @@ def contrast(first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str,
     """Return what the runs of two methods say, each the score of each problem.
 
     Raises:
-        UserError: A method has one run, or runs are of different problems.
+        UserError: A method has one run, runs are of different problems, or of fewer than `FEWEST`.
     """
     ids = sorted(first[0])
+    if len(ids) < FEWEST:
+        raise UserError(f"the runs are of {len(ids)} problems; expected {FEWEST} or more, fewer decide nothing")
     if any(sorted(run) != ids for run in (*first, *second)):
         raise UserError("the runs are not of the same problems; evaluate all on the same ones")
     one, other = (_chances(np.array([[run[task_id] for task_id in ids] for run in runs])) for runs in (first, second))
@@ -97,6 +101,8 @@ def contrast(first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str,
 def power(of: Contrast, seeds: int, problems: int, experiments: int = EXPERIMENTS, seed: int = 0) -> float:
     """Share of experiments with so many runs of each method on so many problems in which the difference is beyond
     noise, in the direction of the one that was found."""
+    if problems < FEWEST:
+        return 0.0
     generator = np.random.default_rng(seed)
     decided, left = 0, experiments
     while left:

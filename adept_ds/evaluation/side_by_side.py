@@ -13,12 +13,15 @@ from adept_ds.backbone.hub import hub_adapter
 from adept_ds.config.run import DataConfig, GenerationConfig, ModelConfig, RunConfig
 from adept_ds.data.encode import encode_prompts
 from adept_ds.data.own import own_columns
+from adept_ds.data.tasks import longest_lengths
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
 from adept_ds.evaluation.generate import generate_samples
 from adept_ds.evaluation.tuned import load_tuned
+from adept_ds.export.token_table import task_number
 from adept_ds.files import read_json
 from adept_ds.formats import FORMATS, Example
+from adept_ds.formats.records import TokenLimits
 from adept_ds.storage.adapter_folder import load_adapter
 from adept_ds.storage.model_folder import is_model_folder
 from adept_ds.storage.run_folder import CONFIG_NAME
@@ -36,11 +39,13 @@ class Origin:
     def asked(self, text: str) -> Example | None:
         """A prompt that somebody types, in the form of those that were trained on; None where the data are not here."""
         declared = FORMATS[self.data.format]
-        if declared.rows:
-            try:
+        try:
+            if declared.rows:
                 return own_columns(self.data).asked(text)
-            except UserError:
-                return None
+            if declared.has_tasks:
+                return Example("prompt", text, "", limits=TokenLimits(longest_lengths(self.data)[0], None))
+        except UserError:
+            return None
         return Example("prompt", text, "", chat=declared.problems is not None and declared.problems.form.chat)
 
 
@@ -87,13 +92,18 @@ class SideBySide:
         result: As `origin_of`.
         origin: What that returned.
         world: This rank.
+        task: The task whose parameters the result is read with, if it has some of each of several.
 
     Raises:
-        UserError: As `load_tuned`.
+        UserError: As `load_tuned`; or the result has no such task, or several and none is given.
     """
 
-    def __init__(self, result: Path, origin: Origin, world: World) -> None:
-        self._world, self._data = world, origin.data
+    def __init__(self, result: Path, origin: Origin, world: World, task: str | None = None) -> None:
+        self._world, self._data, self._task = world, origin.data, None
+        if not is_model_folder(result):
+            self._task = task_number(load_adapter(result), task)
+        elif task is not None:
+            raise UserError(f"--task is {task!r}; {result} is a whole model, which reads all tasks alike")
         self._tuned, self.tokenizer = load_tuned(origin.model, result, world)
         # An adapter is put aside; whole models are two.
         self._alone = load_tuned(origin.model, None, world)[0] if is_model_folder(result) else None
@@ -113,5 +123,7 @@ class SideBySide:
         if is_tuned and (note := prompts.note(self._data)) and self._world.is_main:
             print(note, file=sys.stderr)
         with nullcontext() if is_tuned or self._alone else model.disable_adapter():
-            samples = generate_samples(model, self.tokenizer, [example], generation, self._data, self._world)
+            samples = generate_samples(
+                model, self.tokenizer, [example], generation, self._data, self._world, task=self._task
+            )
         return samples[0].completion

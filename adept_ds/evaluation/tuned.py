@@ -14,7 +14,7 @@ from adept_ds.backbone.inference import gather_in_forward, held_bytes, load_spli
 from adept_ds.backbone.load import generation_config, load_architecture, load_backbone, load_tokenizer
 from adept_ds.config.loader import config_hash
 from adept_ds.config.run import DataConfig, ModelConfig, RunConfig
-from adept_ds.data.encode import encode_prompts
+from adept_ds.data.encode import encode_prompts, task_number
 from adept_ds.data.fit import check_prompts, fit_padding
 from adept_ds.distributed import World, prepare_deepspeed
 from adept_ds.evaluation.receipts import decoding_receipt
@@ -41,9 +41,12 @@ class Tuned:
         """Return how many prompts have to be cut, which is told.
 
         Raises:
-            UserError: The backbone cannot read one of them, or go on from it by so many tokens.
+            UserError: The backbone cannot read one of them, or go on from it by so many tokens; or one is of a task
+                that the adapter has no parameters of.
         """
         method = self.adapter.method if self.adapter else None
+        for example in examples:
+            task_number(example, method.prompt_tasks if method else ())
         length = method.num_virtual_tokens if method else 0
         prompts = encode_prompts(examples, self.tokenizer, data, length, self.architecture.is_encoder_decoder)
         check_prompts(prompts, self.tokenizer, self.architecture, method, max_new_tokens)

@@ -27,6 +27,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "attempt": (),
     "adapter": (),
     "adapter_drop": (),
+    "hyperformer": (),
+    "hyperdecoder": (),
     "lst": (),
 }
 """Name of each method to its forms. What a method does must be a change of the backbone's own weights, or of those and
@@ -43,6 +45,8 @@ REASONS = {
     "attempt": f"its prompt is made for each input from that input; {_HERE}, or train method adept or pt",
     "adapter": f"its bottlenecks are layers that the backbone's architecture does not have; {_HERE}",
     "adapter_drop": f"its bottlenecks are layers that the backbone's architecture does not have; {_HERE}",
+    "hyperformer": f"its bottlenecks are layers that the backbone's architecture does not have; {_HERE}",
+    "hyperdecoder": f"its bottlenecks are made for each input from that input; {_HERE}",
     "lst": f"its side network is a second model beside the backbone's layers; {_HERE}",
     "prefix": "its keys and values stand in front of every layer's, and no hub folder has a place for them",
     "pt_embedding": "it moves every token freely, which no low rank holds",

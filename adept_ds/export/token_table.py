@@ -41,18 +41,19 @@ def loaded_method(adapter: Adapter, opened: OpenTable) -> Method:
 
 
 def task_number(adapter: Adapter, task: str | None) -> int:
-    """Number of the task whose prompt is exported.
+    """Number of the task whose parameters are exported or read with; 0 where there is one set for everything.
 
     Raises:
-        UserError: The adapter has a prompt for each of several tasks and `task` is none of them, or it has one alone.
+        UserError: The adapter has parameters of each of several tasks and `task` is none of them, or it has one set
+            alone.
     """
     tasks = adapter.method.prompt_tasks
     if not tasks and task is None:
         return 0
     if task not in tasks:
-        known = f"its tasks are {', '.join(tasks)}" if tasks else "it has one prompt for everything"
-        near = did_you_mean(task or "", tasks)
-        raise UserError(f"--task is {task!r}, of which {adapter.folder} has no prompt: {known}{near}")
+        known = f"parameters of each of {', '.join(tasks)}" if tasks else "one set of parameters for everything"
+        given = "missing" if task is None else repr(task)
+        raise UserError(f"--task is {given}; {adapter.folder} has {known}{did_you_mean(task or '', tasks)}")
     return tasks.index(task)
 
 

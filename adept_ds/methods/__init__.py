@@ -12,6 +12,8 @@ from adept_ds.methods.bitfit import BitFit
 from adept_ds.methods.bottleneck import Bottleneck
 from adept_ds.methods.dept import Dept
 from adept_ds.methods.full import Full
+from adept_ds.methods.hyperdecoder import HyperDecoder
+from adept_ds.methods.hyperformer import HyperFormer
 from adept_ds.methods.lst import LadderSideTuning
 from adept_ds.methods.made_prompts import DecomposedPromptTuning, ResidualPromptTuning
 from adept_ds.methods.mpt import MultitaskPromptTuning
@@ -37,6 +39,8 @@ _METHODS: dict[str, Any] = {
     "vera": Vera,
     "adapter": Bottleneck,
     "adapter_drop": Bottleneck,
+    "hyperformer": HyperFormer,
+    "hyperdecoder": HyperDecoder,
     "bitfit": BitFit,
     "lst": LadderSideTuning,
     "full": Full,

@@ -111,7 +111,8 @@ class Method(Protocol):
     @abstractmethod
     def constants(self) -> dict[str, Tensor]:
         """Name to tensor of what the adapter file holds beside the trained parameters: fp32 values that are never
-        trained. They are the tensors in use, so that an adapter is loaded by copying into them."""
+        trained, named in `adapter_folder.CONSTANTS`. They are the tensors in use, so that an adapter is loaded by
+        copying into them."""
 
     @abstractmethod
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
@@ -128,7 +129,9 @@ class Method(Protocol):
 
         It is asked for once for a forward pass or a generation, and on all ranks alike. Modules that make weights for
         the batch are called here, for all tasks whatever the rows are of: under ZeRO-3 each call gathers parameters
-        from all ranks, so all must make the same calls. They are modules of the backbone, as all that is trained is.
+        from all ranks, so all must make the same calls. They are modules of the backbone, as all that is trained is,
+        and return tensors, or tuples or dicts of such: in anything else the engine does not find what it gathers
+        parameters for again in the backward pass.
 
         Args:
             context: True at the tokens that what is made for a row may depend on; false at padding, at the prompt
@@ -139,6 +142,11 @@ class Method(Protocol):
                 of each position's example, from 1 on, 0 where it is of none [B, l + S]. Less than (l + S) // (l + 1)
                 examples fit into a row, or as many.
         """
+
+    @abstractmethod
+    def unchanging(self) -> AbstractContextManager[None]:
+        """Context in which no trained value changes, so that what is made of these alone need be made only once. All
+        ranks enter it alike."""
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
@@ -176,6 +184,10 @@ class MethodDefaults(Method):
     @override
     def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> Any:
         return None
+
+    @override
+    def unchanging(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @torch.no_grad()

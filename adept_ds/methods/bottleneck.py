@@ -8,13 +8,15 @@ behind the self-attention and the feed-forward part of each layer, before the re
 norms are trained too. With a norm of its own an adapter is x + LayerNorm(W_up act(W_down x + b_down) + b_up).
 
 Where several tasks are trained together, each has adapters of its own and they share the norms ("Adapters" with a
-dagger in Karimi Mahabadi et al. 2021, https://arxiv.org/abs/2106.04489).
+dagger in Karimi Mahabadi et al. 2021, https://arxiv.org/abs/2106.04489). What is added to x is computed here for other
+methods too, whose weights are made for the batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,68 @@ _INITIAL_STD = 0.01
 BY_TASK = tuple(f".adapter.{name}" for name in ("w_down", "b_down", "w_up", "b_up"))
 """Ends of the names of parameters that each task has its own of."""
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+@dataclass(frozen=True)
+class BottleneckWeights:
+    """Weights of one place's adapter in fp32: `w_down` [r, d], `b_down` [r], `w_up` [d, r], `b_up` [d], and weight and
+    bias of its norm [d] if it has one. Each may be stacked, [T, ...], for T tasks, or for the rows of a batch."""
+
+    w_down: Tensor
+    b_down: Tensor
+    w_up: Tensor
+    b_up: Tensor
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+    @classmethod
+    def of_places(cls, made: Iterable[Tensor]) -> tuple[BottleneckWeights, ...]:
+        """Take weights of P places apart, of which each tensor has all, [T, P, ...].
+
+        At once: the gradient of a part by itself would be as large as the whole, and mostly zeros.
+        """
+        return tuple(cls(*weights) for weights in zip(*(tensor.unbind(1) for tensor in made), strict=True))
+
+    def added(self, x: Tensor, activation: Callable[[Tensor], Tensor], tasks: Tensor | None = None) -> Tensor:
+        """Return W_up act(W_down x + b_down) + b_up, behind the norm if there is one.
+
+        Args:
+            x: What the adapter reads, in fp32 [..., d].
+            activation: Between the two projections.
+            tasks: Which of stacked weights a row has, [B], or in packed rows a position, [B, S]. If not given, stacked
+                weights are those of the rows. Beams of a row stand side by side and are read as it is.
+        """
+        hidden = activation(_affine(x, self.w_down, self.b_down, tasks))
+        added = _affine(hidden, self.w_up, self.b_up, tasks)
+        if self.norm_weight is None or self.norm_bias is None:
+            return added
+        if self.norm_weight.dim() == 1:
+            return F.layer_norm(added, added.shape[-1:], self.norm_weight, self.norm_bias)
+        added = F.layer_norm(added, added.shape[-1:])
+        weight, bias = (value if tasks is None else value[tasks] for value in (self.norm_weight, self.norm_bias))
+        if weight.dim() > 2:
+            return torch.addcmul(bias, weight, added)
+        return torch.addcmul(bias[:, None], weight[:, None], _by_row(added, len(weight))).view_as(added)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, tasks: Tensor | None) -> Tensor:
+    """W x + b of x [..., in], see `BottleneckWeights`."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if tasks is not None and tasks.dim() > 1:  # packed rows, whose positions are of several tasks
+        of_tasks = [F.linear(x, *of_task) for of_task in zip(weight, bias, strict=True)]
+        chosen = (torch.where((tasks == task)[..., None], one, 0) for task, one in enumerate(of_tasks))
+        return sum(chosen, start=torch.zeros_like(of_tasks[0]))
+    if tasks is not None:
+        weight, bias = weight[tasks], bias[tasks]
+    made = torch.baddbmm(bias[:, None], _by_row(x, len(weight)), weight.mT)
+    return made.view(*x.shape[:-1], -1)
+
+
+def _by_row(x: Tensor, rows: int) -> Tensor:
+    """x [..., d] as [B, ., d]: beams of a row stand side by side, and some backbones have flattened rows and columns
+    into one."""
+    return x.reshape(rows, -1, x.shape[-1])
 
 
 class BottleneckAdapter(nn.Module):
@@ -64,31 +128,16 @@ class BottleneckAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., d], in the dtype of x."""
+        values = (self.w_down, self.b_down, self.w_up, self.b_up, self.norm_weight, self.norm_bias)
+        weights = BottleneckWeights(*(value.float() for value in values if value is not None))
         wide = x.float()
-        added = self._linear(self.activation(self._linear(wide, self.w_down, self.b_down)), self.w_up, self.b_up)
-        if self.norm_weight is not None and self.norm_bias is not None:
-            added = F.layer_norm(added, added.shape[-1:], self.norm_weight.float(), self.norm_bias.float())
-        return (wide + added).to(x.dtype)
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if self.batch is None:
-            return F.linear(x, weight.float(), bias.float())
-        tasks = self.batch.value
-        assert tasks is not None
-        if tasks.dim() > 1:  # packed rows, whose positions are of several tasks
-            of_tasks = [F.linear(x, *of_task) for of_task in zip(weight.float(), bias.float(), strict=True)]
-            chosen = (torch.where((tasks == task)[..., None], one, 0) for task, one in enumerate(of_tasks))
-            return sum(chosen, start=torch.zeros_like(of_tasks[0]))
-        # Beams of a row stand side by side, and some backbones have flattened rows and columns into one.
-        rows = x.reshape(len(tasks), -1, x.shape[-1])
-        made = torch.baddbmm(bias[tasks].float()[:, None], rows, weight[tasks].float().mT)
-        return made.view(*x.shape[:-1], -1)
+        return (wide + weights.added(wide, self.activation, self.batch.value if self.batch else None)).to(x.dtype)
 
 
 class AdaptedLayer(WrappedLayer):
     """A layer and what is made of its output."""
 
-    def __init__(self, layer: nn.Module, adapter: BottleneckAdapter) -> None:
+    def __init__(self, layer: nn.Module, adapter: nn.Module) -> None:
         super().__init__(layer)
         self.adapter = adapter
 

@@ -99,6 +99,12 @@ def output_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
     return layers_named(backbone, [end for ends in parts for end in ends])
 
 
+def feed_forward_layers(backbone: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the last projections of the feed-forward parts among `output_layers`, by name."""
+    family = family_of(backbone)
+    return layers_named(backbone, family.feed_forward_output) if family else {}
+
+
 def embedding_table(backbone: PreTrainedModel) -> nn.Embedding:
     """Return the input embedding; trained parameters are put on the device of its weight."""
     return cast(nn.Embedding, backbone.get_input_embeddings())

@@ -16,7 +16,7 @@ the distillation are settings.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -120,18 +120,20 @@ class MultitaskPromptTuning(PromptedMethod):
 
     @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
-        """Factors of the same tasks are taken over, those of others brought to one pair.
+        """A task starts at `factors_from`, or at its own factors, or at the mean of all where it has none.
 
         Raises:
             UserError: The source has no task `factors_from`.
         """
-        theirs, config = cast(MptConfig, source.method).tasks, self.config
-        if theirs == config.tasks:
-            return source.tensors
-        if config.factors_from is None:
-            pairs: Any = {name: source.tensors[name].mean(0, keepdim=True) for name in FACTORS}
+        theirs, config = source.method.prompt_tasks, self.config
+        if config.factors_from is not None:
+            number: int | None = source_number("method.factors_from", config.factors_from, source)
+            numbers = [number] * max(1, len(config.tasks))
         else:
-            number = source_number("method.factors_from", config.factors_from, source)
-            pairs = {name: source.tensors[name][number : number + 1] for name in FACTORS}
-        copies = max(1, len(config.tasks))
-        return source.tensors | {name: pair.repeat(copies, 1, 1) for name, pair in pairs.items()}
+            numbers = [theirs.index(task) if task in theirs else None for task in config.tasks] or [None]
+
+        def started(factors: Tensor) -> Tensor:
+            mean = factors.mean(0)
+            return torch.stack([mean if number is None else factors[number] for number in numbers])
+
+        return source.tensors | {name: started(source.tensors[name]) for name in FACTORS}

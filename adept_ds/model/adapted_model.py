@@ -133,8 +133,8 @@ class AdaptedModel(nn.Module):
 
     @property
     def prompt_tasks(self) -> tuple[str, ...]:
-        """Tasks with parameters of their own, in the order of `task_ids`; none where all are trained alike."""
-        return self.method.config.prompt_tasks if self.method.config else ()
+        """Tasks with parameters of their own, in the order of `task_ids`; none where all are read alike now."""
+        return self.method.config.prompt_tasks if self.method.config and self._enabled else ()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -237,12 +237,20 @@ class AdaptedModel(nn.Module):
             return self.method.numbers(adapter_names).to(input_ids.device)
         if adapter_names is not None:
             raise UserError("adapter_names go with load_adapters; this model has one adapter, or none")
-        tasks = self.prompt_tasks if self._enabled else ()
+        tasks = self.prompt_tasks
         if tasks and task_ids is None:
             raise UserError(
                 f"each of {', '.join(tasks)} has values of its own: task_ids must say which one a row is of"
             )
-        return input_ids.new_zeros(rows) if not tasks or task_ids is None else task_ids
+        if not tasks or task_ids is None:
+            return input_ids.new_zeros(rows)
+        if len(task_ids) != rows:
+            raise UserError(f"task_ids are {len(task_ids)}, and there are {rows} rows; expected one for each")
+        if task_ids.device.type == "cpu" and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < len(tasks):
+            raise UserError(
+                f"task_ids are {task_ids.tolist()}; expected 0 to {len(tasks) - 1}, the numbers of {', '.join(tasks)}"
+            )
+        return task_ids
 
     def _reading(
         self,
@@ -277,6 +285,7 @@ class AdaptedModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
         task_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
         adapter_names: Sequence[str | None] | None = None,
@@ -291,6 +300,7 @@ class AdaptedModel(nn.Module):
             labels: For causal models [B, S], aligned with `input_ids`; for encoder-decoder models the target ids
                 [B, T]. `IGNORE_INDEX` where no loss is wanted.
             reduction: `mean` over the label tokens or their `sum`.
+            label_smoothing: Share in [0, 1) of each label that is spread over the vocabulary, as in `F.cross_entropy`.
             task_ids: Number in `prompt_tasks` of each row's task [B]; needed if there are any, and else not looked at.
             context_mask: 1 for the tokens that what a method makes for a row may depend on [B, S]. If not given, in a
                 causal model those before the first label, and elsewhere all.
@@ -307,7 +317,7 @@ class AdaptedModel(nn.Module):
 
         Raises:
             UserError: With labels, a backbone that does to its logits what `trace_tail` does not see. Or `task_ids` are
-                missing.
+                missing, are not one for each row, or are no numbers of tasks.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -347,7 +357,7 @@ class AdaptedModel(nn.Module):
         states: AbstractContextManager[list[Tensor]] = last_hidden_states(self.backbone) if teacher else nullcontext([])
         with (
             self._reading(attention_mask, prompts, context_mask, labels, packed),
-            head.summing(targets, teacher.soft_targets() if teacher else None),
+            head.summing(targets, teacher.soft_targets() if teacher else None, label_smoothing),
             states as hidden,
         ):
             output = self.backbone(input_ids=ids, use_cache=False, **kwargs)
@@ -540,6 +550,16 @@ def get_adept_model(
             or of another backbone.
     """
     model = AdaptedModel(backbone, create_method(config), tokenizer, seed)
+    start_from_source(model, config)
+    return model
+
+
+def start_from_source(model: AdaptedModel, config: MethodConfig) -> None:
+    """Give a model the values of its settings' `init_from`, if there is one; on the meta device this only checks them.
+
+    Raises:
+        UserError: As `get_adept_model`.
+    """
     if isinstance(config, AdapterSettings) and config.init_from is not None:
         source = adapter_folder.load_adapter(config.init_from)
         adapter_folder.check_backbone(source, model.backbone_facts)
@@ -549,4 +569,3 @@ def get_adept_model(
                 f"of method {config.name!r}"
             )
         model.load_trained(model.method.start_values(source))
-    return model

@@ -5,7 +5,8 @@ last layer, a temperature T and a weight w, the loss gains
 
     w (KL(softmax(z' / T) || softmax(z / T)) + |h - h'|^2 / d)
 
-The teacher reads the same batch without gradients and without dropout; a prompt of its own stands in front.
+Label smoothing is in the labels' term, and these two are the same with it. The teacher reads the same batch without
+gradients and without dropout; a prompt of its own stands in front.
 """
 
 from __future__ import annotations

@@ -42,11 +42,16 @@ class SoftTargets:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(t(h W^T + b))[target] over the rows, with gradients computed along the forward pass.
 
-    The tail t is what the backbone does to its logits, mostly nothing. With soft targets each row has w KL(q || p)
-    besides, where p = softmax(z / T) of its logits z, and q of the teacher's.
+    The tail t is what the backbone does to its logits, mostly nothing. With label smoothing e the target's term is
 
-    d loss / d h = (softmax - onehot) W needs the logits, which are at hand in the forward pass only. A frozen head is
-    therefore not needed again in the backward pass.
+        (1 - e) (-log p[target]) + e mean(-log p),   p = softmax of the row's V logits, the mean over all V of them
+
+    which is cross-entropy with (1 - e) onehot + e / V (Szegedy et al. 2016, section 7), as in `F.cross_entropy` and
+    as HyperFormer is trained; fairseq's later form shares e among the V - 1 others. With soft targets each row has
+    w KL(q || p) besides, where p = softmax(z / T) of its logits z, and q of the teacher's; these are not smoothed.
+
+    d loss / d h = (softmax - (1 - e) onehot - e / V) W needs the logits, which are at hand in the forward pass only. A
+    frozen head is therefore not needed again in the backward pass.
     """
 
     @staticmethod
@@ -56,10 +61,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        smoothing: float,
         soft: SoftTargets | None,
         tail: LogitsTail | None,
     ) -> Tensor:
-        """Take hidden [N, d], targets [N], weight [V, d], bias [V]; return the summed loss, an fp32 scalar."""
+        """Take hidden [N, d], targets [N], weight [V, d], bias [V], e; return the summed loss, an fp32 scalar."""
         loss = hidden.new_zeros((), dtype=torch.float32)
         wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -80,11 +86,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 divergence, grad_divergence = _divergence(logits, teacher, soft.temperature)
                 loss += soft.weight * divergence
             normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (normaliser - logits.gather(-1, target)).sum()
+            of_labels = logits.gather(-1, target)
+            if smoothing:
+                of_labels = of_labels.lerp(logits.mean(-1, keepdim=True), smoothing)
+            loss += (normaliser - of_labels).sum()
             if not any(ctx.needs_input_grad):
                 continue
             grad_logits = logits.sub_(normaliser).exp_()
-            grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, -1.0))
+            grad_logits.scatter_add_(-1, target, grad_logits.new_full(target.shape, smoothing - 1.0))
+            if smoothing:
+                grad_logits.sub_(smoothing / grad_logits.shape[-1])
             if soft is not None:
                 grad_logits.add_(grad_divergence, alpha=soft.weight)
             if tail:
@@ -104,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the stored gradients."""
         (grad,) = grads
         hidden, weight, bias = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, None, weight, bias, None, None
+        return hidden, None, weight, bias, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -142,20 +153,23 @@ class LossHead(nn.Module):
         # Trained in fp32 beside the head's own by a method.
         self.added_bias: Tensor | None = getattr(head, "added_bias", None)
         self._targets: Tensor | None = None
+        self._smoothing = 0.0
         self._soft: SoftTargets | None = None
         self._loss: Tensor | None = None
         self._recorded: list[Tensor] | None = None
         self._behind: ExitStack | None = None
 
     @contextmanager
-    def summing(self, targets: Tensor, soft: SoftTargets | None = None) -> Iterator[None]:
-        """Within the block return the loss at `targets` [B, S], `IGNORE_INDEX` where there is none."""
-        self._targets, self._soft, self._behind = targets, soft, ExitStack()
+    def summing(self, targets: Tensor, soft: SoftTargets | None = None, label_smoothing: float = 0.0) -> Iterator[None]:
+        """Within the block return the loss at `targets` [B, S], `IGNORE_INDEX` where there is none, with the share
+        `label_smoothing` of each target spread over the vocabulary."""
+        self._targets, self._smoothing, self._soft, self._behind = targets, label_smoothing, soft, ExitStack()
         try:
             with self._behind:
                 yield
         finally:
             self._targets = self._soft = self._loss = self._behind = None
+            self._smoothing = 0.0
 
     @contextmanager
     def recording(self, targets: Tensor) -> Iterator[list[Tensor]]:
@@ -196,7 +210,8 @@ class LossHead(nn.Module):
             self._recorded.append(rows)
             return rows.new_zeros(1, 1, 1)
         targets = self._targets[labelled]
-        loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, self._whole_bias(), self._soft, self.tail)
+        bias = self._whole_bias()
+        loss = _ChunkedCrossEntropy.apply(rows, targets, self.weight, bias, self._smoothing, self._soft, self.tail)
         loss = loss.view(1, 1, 1)
         self._loss = loss.detach()
         if self._behind is not None:

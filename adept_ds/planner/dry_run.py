@@ -24,9 +24,11 @@ from adept_ds.data.encode import longest_example
 from adept_ds.data.fit import most_positions
 from adept_ds.data.own import OwnExamples
 from adept_ds.data.problems import load_examples
+from adept_ds.data.tasks import check_own_parameters
 from adept_ds.data.tasks import count_training_examples as count_task_examples
 from adept_ds.distributed import on_gpu
 from adept_ds.formats import FORMATS
+from adept_ds.model.adapted_model import start_from_source
 from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import Cluster, MemoryModel, with_sharding
 from adept_ds.planner.memory_plan import plan_memory
@@ -104,6 +106,7 @@ def dry_run(loaded: LoadedConfig, world_size: int) -> str:
         f"steps          {_steps_text(plan, train)}",
         *_positions_lines(run, architecture),
         f"warm-up        {_warmup_text(plan, train)}, then {_schedule_text(train)}",
+        *([f"loss           {train.loss_note}"] if train.loss_note else []),
         f"DeepSpeed      zero_optimization.stage = {zero.get('stage', 0)}",
     ]
     settings = flatten(plan.deepspeed.config)
@@ -131,22 +134,28 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
 
     Raises:
         UserError: The backbone's config cannot be had, the batch does not divide, the data is malformed, DeepSpeed does
-            not take a value of its section, or the warm-up or the schedule's options do not fit into the run.
+            not take a value of its section, the warm-up or the schedule's options do not fit into the run, a task has
+            no parameters, or the adapter of `method.init_from` is here and does not fit.
     """
     architecture, origin = resolve_architecture(run.model)
     if run.train.sharding == "auto":
         sharding, _ = MemoryModel(run, architecture, Cluster.here(world_size)).choose()
         run = with_sharding(run, sharding)
     check_packing(run, architecture)
+    unused = check_own_parameters(run.data, run.method.prompt_tasks)
     deepspeed = complete(run, world_size, architecture.hidden_size)
     check_deepspeed_values(run.deepspeed, deepspeed)
     model = meta_model(run, architecture)
+    source = run.method.adapter_folders.get("method.init_from")
+    if source is not None and Path(source).is_dir():  # else it is to be made first, or on the hub
+        start_from_source(model, run.method)
     trained, total = model.count_parameters()
     parameters = model.trainable_parameters()
     if run.method.saves_model:
         result_bytes = total * DTYPES[run.model.dtype].itemsize
     else:
-        tensors = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
+        saved = {**parameters, **model.method.constants()}
+        tensors = {name: torch.zeros(tensor.shape) for name, tensor in saved.items()}
         result_bytes = len(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     examples, note = count_training_examples(run.data)
     groups = model.learning_rate_groups()
@@ -163,7 +172,7 @@ def make_plan(run: RunConfig, world_size: int) -> Plan:
         learning_rate_groups=groups,
         deepspeed=deepspeed,
         training_examples=examples,
-        data_note=note,
+        data_note="\n               ".join([note, *unused]),
         total_steps=total_steps,
     )
 

@@ -18,15 +18,21 @@ GRADED = {"eval/pass@1": "pass@1 in %", "eval/task": "task metric in %"}
 RATES = ("#1f4e8c", "#2f8f6b", "#8a5a9e")
 
 
-def learning_curve(metrics: Sequence[dict[str, Any]], title: str) -> bytes:
-    """PNG of training loss (raw and smoothed), evaluations and learning rates over the steps."""
+def learning_curve(metrics: Sequence[dict[str, Any]], title: str, label_smoothing: float = 0.0) -> bytes:
+    """PNG of training loss (raw and its running mean), evaluations and learning rates over the steps.
+
+    Args:
+        metrics: Lines of the run.
+        title: Heading of the picture.
+        label_smoothing: Of the training loss, which is then said beside it.
+    """
     rates = sorted({key for line in metrics for key in line if key.startswith("learning_rate/")})
     graded = next((key for key in GRADED if any(key in line for line in metrics)), None)
     heights = [3.0] + [1.2] * bool(graded) + [1.2] * bool(rates)
     figure = Figure(figsize=(8.5, 1.3 + sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    _draw_loss(panels[0], metrics)
+    _draw_loss(panels[0], metrics, label_smoothing)
     if graded:
         steps, scores = series(metrics, graded)
         panels[1].plot(steps, [100 * score for score in scores], "o-", color=EVALUATION, markersize=4)
@@ -55,13 +61,13 @@ def learning_curve(metrics: Sequence[dict[str, Any]], title: str) -> bytes:
 
 
 def compare_curves(curves: Sequence[tuple[str, Sequence[dict[str, Any]]]], title: str) -> bytes:
-    """PNG of several runs: smoothed training loss, validation loss and graded evaluations over the steps.
+    """PNG of several runs: running mean of the training loss, validation loss and graded evaluations over the steps.
 
     Args:
         curves: Label and metrics of each run; runs of one label share a colour.
         title: Heading of the picture.
     """
-    panels = {"loss": "training loss, smoothed", "eval/loss": "validation loss", **GRADED}
+    panels = {"loss": "training loss, running mean", "eval/loss": "validation loss", **GRADED}
     shown = [key for key in panels if any(key in line for _, metrics in curves for line in metrics)]
     figure = Figure(figsize=(1 + 4.6 * len(shown), 4), layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
@@ -80,15 +86,16 @@ def compare_curves(curves: Sequence[tuple[str, Sequence[dict[str, Any]]]], title
     return png(figure)
 
 
-def _draw_loss(panel: Axes, metrics: Sequence[dict[str, Any]]) -> None:
+def _draw_loss(panel: Axes, metrics: Sequence[dict[str, Any]], label_smoothing: float) -> None:
+    kind, other = (f" with label smoothing {label_smoothing:g}", " without") if label_smoothing else ("", "")
     steps, losses = series(metrics, "loss")
     if losses:
-        panel.plot(steps, losses, color=RAW, linewidth=1, label="training")
-        panel.plot(steps, smooth(losses), color=SMOOTH, linewidth=2, label="training, smoothed")
+        panel.plot(steps, losses, color=RAW, linewidth=1, label=f"training{kind}")
+        panel.plot(steps, smooth(losses), color=SMOOTH, linewidth=2, label=f"training{kind}, running mean")
     steps, losses = series(metrics, "eval/loss")
     if losses:
         best = min(range(len(losses)), key=losses.__getitem__)
-        label = f"validation, best {losses[best]:.3f} at step {steps[best]}"
+        label = f"validation{other}, best {losses[best]:.3f} at step {steps[best]}"
         panel.plot(steps, losses, "o-", color=EVALUATION, linewidth=1.4, markersize=4, label=label)
         panel.plot(steps[best], losses[best], "o", markersize=10, markerfacecolor="none", markeredgecolor=EVALUATION)
     panel.set_ylabel("loss per label token")

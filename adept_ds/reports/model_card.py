@@ -13,6 +13,7 @@ from adept_ds.evaluation.comparison import compare_with_baselines
 from adept_ds.evaluation.results import Evaluation, ProgramEvaluation
 from adept_ds.export.manifest import MANIFEST_NAME, read_manifest
 from adept_ds.files import atomic_write
+from adept_ds.formats import FORMATS
 from adept_ds.reports.run_report import run_facts
 from adept_ds.reports.runs import BUNDLED, RunRecord, read_run
 from adept_ds.storage.model_card import (
@@ -171,7 +172,7 @@ def _protocol(evaluation: Evaluation) -> list[str]:
     if length := decoding.get("max_new_tokens") or protocol.get("max_new_tokens"):
         parts.append(f"at most {length} new tokens")
     if extra.get("engine"):
-        parts.append(f"decoded by {extra['engine']}")
+        parts.append(f"decoded by {' '.join(extra['engine'].values())}")
     if isinstance(evaluation, ProgramEvaluation):
         parts.append(_isolation(extra.get("isolation") or {}))
         if beside := extra.get("in_process_passed"):
@@ -191,11 +192,12 @@ def _isolation(isolation: dict[str, Any]) -> str:
 
 def _data(run: RunRecord) -> dict[str, str]:
     given = run.settings
-    path = given.get("data.path")
+    path, format = given.get("data.path"), FORMATS.get(str(given.get("data.format")))
+    problems = format is not None and format.problems is not None
     facts = {
         "data": given.get("data.format"),
-        "tasks": ", ".join(given.get("data.tasks") or []),
-        "file or data set": Path(path).name if path else "bundled" if given.get("data.format") else "",
+        "tasks": ", ".join(Path(name).name for name in given.get("data.tasks") or []),
+        "file or data set": Path(path).name if path else "bundled" if problems else "",
     }
     return {label: str(value) for label, value in facts.items() if value}
 

@@ -37,8 +37,8 @@ class PaperRow(Section):
     label: str
     section: str = ""
     """Heading that the row stands under."""
-    method: str | None = None
-    """`method.name` of runs that the row is compared with; None for methods that are not part of this project."""
+    method: str
+    """`method.name` of runs that the row is compared with."""
     config: str | None = None
     """The config that reproduces the row; the table's if not given."""
     changes: dict[str, Any] = Field(default={})
@@ -73,13 +73,11 @@ class PaperTable(Section):
     rows: tuple[PaperRow, ...]
 
 
-def reproduction(table: PaperTable, row: PaperRow) -> tuple[str, dict[str, Any]] | None:
-    """Return the config that reproduces a row and the settings to change in it; None where no method here does.
+def reproduction(table: PaperTable, row: PaperRow) -> tuple[str, dict[str, Any]]:
+    """Return the config that reproduces a row and the settings to change in it.
 
     The column says the task (`data.tasks`), and what else it asks for.
     """
-    if row.method is None:
-        return None
     if row.config is not None:
         return row.config, row.changes
     return table.config, {"method.name": row.method, **row.settings, **row.changes}

@@ -50,19 +50,23 @@ def power_text(folders: Sequence[Path], goal: float, seeds: Sequence[int], probl
     for figure in figures:
         if figure.method != "untuned" and figure.metric in COUNTED_METRICS and figure.evaluation.has_answers:
             place = figure.metric, figure.model, figure.task, figure.variant, str(figure.settings.get("data.k_shot"))
-            places.setdefault(place, {}).setdefault(figure.method, []).append(figure)
+            places.setdefault(place, {}).setdefault(figure.label, []).append(figure)
     parts = []
     for (metric, model, task, *_), of_method in places.items():
-        chosen = {name: choose(measurements(some)) for name, some in of_method.items()}
-        whole = {name: one for name, one in chosen.items() if one is not None and one.runs > 1}
-        notes += [
-            f"{name} on {task} has one run, which says nothing of how much runs differ: left out"
-            for name in chosen.keys() - whole.keys()
-        ]
+        whole: dict[str, Measurement] = {}
+        for name, some in of_method.items():
+            if (one := choose([of_one for of_one in measurements(some) if of_one.runs > 1])) is not None:
+                whole[name] = one
+            else:
+                notes.append(f"{name} on {task} has one run, which says nothing of how much runs differ: left out")
         scores = {name: _scores(one) for name, one in whole.items()}
         for first, second in combinations(whole, 2):
             count = len(scores[first][0])
-            of = contrast(scores[first], scores[second])
+            try:
+                of = contrast(scores[first], scores[second])
+            except UserError as error:
+                notes.append(f"{first} and {second} on {task}: {error}: left out")
+                continue
             sizes = [(n, s) for n in problems or [k * count for k in MULTIPLES] for s in seeds or SEEDS]
             powers = {size: power(of, size[1], size[0], EXPERIMENTS) for size in sizes}
             found = Foreseen((first, second), (whole[first].runs, whole[second].runs), of.difference, powers)
@@ -95,6 +99,8 @@ def _text(found: Foreseen, of: Contrast, goal: float) -> str:
     seeds, problems = list(dict.fromkeys(s for _, s in sizes)), list(dict.fromkeys(n for n, _ in sizes))
     first, second = (f"{name} ({runs} runs)" for name, runs in zip(found.names, found.runs, strict=True))
     lines = [f"{second} against {first}: {100 * found.difference:+.2f} points"]
+    if not found.difference:
+        return f"{lines[0]}\nNo difference was found, so there is none to be foreseen."
     table = [(f"{n:,} problems", *(f"{100 * found.powers[n, s]:.0f} %" for s in seeds)) for n in problems]
     lines.append(grid(("", *(f"{s} runs of each" for s in seeds)), *table))
     enough = [

@@ -79,8 +79,9 @@ def _missing(run: RunRecord, evaluations: list[Evaluation]) -> list[str]:
 def write_report(report: RunReport) -> Path:
     """Write the picture (if there are metrics) and the page to the run folder; return the page's path."""
     run = report.run
-    picture = learning_curve(run.metrics, title=f"Learning curve of {report.name}") if run.metrics else None
-    if picture:
+    picture = None
+    if run.metrics:
+        picture = learning_curve(run.metrics, f"Learning curve of {report.name}", run.label_smoothing)
         with atomic_write(run.path / "learning_curve.png", "wb") as file:
             file.write(picture)
     path = run.path / "report.html"
@@ -145,6 +146,11 @@ def training_facts(run: RunRecord) -> dict[str, str]:
     steps, losses = series(run.metrics, "loss")
     if losses:
         facts["training loss"] = f"{losses[0]:.4f} at step {steps[0]}, {losses[-1]:.4f} at step {steps[-1]}"
+        if run.label_smoothing:
+            facts["training loss"] += (
+                f" (with label smoothing {run.label_smoothing:g}; the validation loss is without, so the two are not "
+                "to be compared)"
+            )
     steps, losses = series(run.metrics, "eval/loss")
     if losses:
         best = min(range(len(losses)), key=losses.__getitem__)

@@ -23,6 +23,7 @@ from adept_ds.config.loader import flatten
 from adept_ds.errors import UserError
 from adept_ds.evaluation.results import SUMMARY_NAME, Evaluation, TaskEvaluation, read_evaluations
 from adept_ds.files import read_json
+from adept_ds.storage.adapter_folder import CONSTANTS
 from adept_ds.storage.run_folder import CONFIG_NAME, MAY_CHANGE, METRICS_NAME, SEED_KEYS, read_metrics, read_status
 
 BUNDLED = "bundled problems"
@@ -46,6 +47,11 @@ class RunRecord:
     def settings(self) -> dict[str, Any]:
         """Dotted settings."""
         return flatten(self.config)
+
+    @property
+    def label_smoothing(self) -> float:
+        """That of the training loss in `metrics`."""
+        return self.settings.get("train.label_smoothing", 0.0)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,12 @@ class RunFigure:
     def tasks(self) -> int:
         """How many tasks the run was trained on at once."""
         return max(1, len(self.settings.get("data.tasks") or ()))
+
+    @property
+    def label(self) -> str:
+        """The method, with (m) for a run on several tasks at once: its validation figure is that of all of them, and
+        not to be compared with one of a single task."""
+        return f"{self.method} (m)" if self.tasks > 1 and self.method != "untuned" else self.method
 
     @property
     def lower_is_better(self) -> bool:
@@ -187,10 +199,11 @@ def _figures(run: RunRecord, evaluation: Evaluation) -> list[RunFigure]:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Number of values in the safetensors files of an adapter or a model; None if there are none."""
+    """Number of trained values in the safetensors files of an adapter or a model; None if there are none."""
     files = sorted(folder.glob("*.safetensors"))
     total = 0
     for path in files:
         with safe_open(path, framework="numpy") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+            trained = set(tensors.keys()) - set(CONSTANTS)
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in trained)
     return total if files else None

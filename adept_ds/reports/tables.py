@@ -152,7 +152,7 @@ class Row:
     paper_parameters: str = ""
     quoted_from: str | None = None
     recipe: str = ""
-    """What trains it, as words behind `adept-ds train`; empty where no method here does."""
+    """What trains it, as words behind `adept-ds train`; of rows of the paper."""
 
     @property
     def is_run(self) -> bool:
@@ -196,7 +196,7 @@ def build_tables(figures: Sequence[RunFigure], paper: PaperFigures) -> list[Tabl
 
 
 def _place(figure: RunFigure) -> tuple[Any, ...]:
-    return figure.model, figure.method, figure.task, figure.metric, figure.settings.get("data.k_shot")
+    return figure.model, figure.label, figure.task, figure.metric, figure.settings.get("data.k_shot")
 
 
 def measurements(figures: Iterable[RunFigure]) -> list[Measurement]:
@@ -222,7 +222,7 @@ def choose(found: Sequence[Measurement]) -> Measurement | None:
 def _paper_table(printed: PaperTable, figures: Sequence[RunFigure]) -> Table:
     rows = []
     for row in printed.rows:
-        of_method = [figure for figure in figures if row.method is not None and figure.method == row.method]
+        of_method = [figure for figure in figures if figure.method == row.method]
         rows.append(_paper_row(printed, row, of_method))
     columns = tuple(column.label for column in printed.columns)
     title = f"Table {printed.number} of the paper: {printed.title} ({printed.backbone})"
@@ -247,10 +247,7 @@ def _paper_row(printed: PaperTable, row: PaperRow, figures: Sequence[RunFigure])
 
 
 def _recipe(printed: PaperTable, row: PaperRow) -> str:
-    found = reproduction(printed, row)
-    if found is None:
-        return ""
-    config, changes = found
+    config, changes = reproduction(printed, row)
     return shlex.join(["--config", config, *(word for item in changes.items() for word in _flag(*item))])
 
 
@@ -273,7 +270,7 @@ def _own_table(model: str, figures: Sequence[RunFigure]) -> Table:
     """Methods by task and metric, as they were run."""
     places = list(dict.fromkeys((figure.task, figure.variant, figure.metric, _shots(figure)) for figure in figures))
     columns = tuple(" ".join(part for part in place if part) for place in places)
-    methods = sorted({figure.method for figure in figures}, key=lambda name: (name != "untuned", name))
+    methods = sorted({figure.label for figure in figures}, key=lambda name: (name != "untuned", name))
     rows = []
     for method in methods:
         cells = []
@@ -281,7 +278,7 @@ def _own_table(model: str, figures: Sequence[RunFigure]) -> Table:
             fitting = [
                 figure
                 for figure in figures
-                if figure.method == method and (figure.task, figure.variant, figure.metric, _shots(figure)) == place
+                if figure.label == method and (figure.task, figure.variant, figure.metric, _shots(figure)) == place
             ]
             own = choose(measurements(fitting))
             cells.append(Cell(own, our_mean=own.mean if own else None))

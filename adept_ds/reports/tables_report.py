@@ -29,8 +29,9 @@ NOISE = (
 )
 
 RECIPES = (
-    "What trains each row, a column's task given by --data.tasks where the config does not say the tasks; `adept-ds "
-    "recipes NAME` shows what a config reproduces and from whom its settings are."
+    "What trains each row, a column's task given by --data.tasks where it is none of the config's (in a row (m) all "
+    "tasks of the column's group, by --method.tasks too where the config has that); `adept-ds recipes NAME` shows what "
+    "a config reproduces and from whom its settings are."
 )
 
 
@@ -63,7 +64,7 @@ def wide_lines(table: Table) -> list[Line]:
 
 def recipe_lines(table: Table) -> list[tuple[str, str]]:
     """Each row of the paper and what trains it."""
-    return [(row.label, row.recipe or "quoted only: no method here") for row in table.rows]
+    return [(row.label, row.recipe) for row in table.rows]
 
 
 def detail_lines(table: Table) -> list[dict[str, str]]:
@@ -119,11 +120,15 @@ def learning_curves(records: Sequence[RunRecord]) -> dict[str, bytes]:
             model = Path(settings.get("model.name_or_path", "unknown model")).name
             groups.setdefault(f"{model} on {', '.join(Path(name).stem for name in data)}", []).append(record)
     return {
-        title: compare_curves(
-            [(record.settings.get("method.name", "unknown"), record.metrics) for record in of_group], title
-        )
+        title: compare_curves([(_curve_label(record), record.metrics) for record in of_group], title)
         for title, of_group in sorted(groups.items())
     }
+
+
+def _curve_label(record: RunRecord) -> str:
+    """The method, and what makes its training loss another one than others'."""
+    method, smoothing = record.settings.get("method.name", "unknown"), record.label_smoothing
+    return f"{method}, label smoothing {smoothing:g} in training" if smoothing else method
 
 
 def write_tables(

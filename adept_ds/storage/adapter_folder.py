@@ -33,6 +33,8 @@ from adept_ds.files import atomic_write, write_json
 CONFIG_NAME = ADAPTER_CONFIG_NAME
 TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = "adept_ds/1"
+CONSTANTS = ("sources", "vera_A", "vera_B")
+"""Names of the tensors that methods keep in the file and never train."""
 FINGERPRINT_ROWS = 64
 _METHOD_CONFIG: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
 
@@ -46,6 +48,11 @@ class Adapter:
     tensors: dict[str, Tensor]
     backbone: dict[str, Any]
     facts: dict[str, Any]
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers in it were trained."""
+        return sum(tensor.numel() for name, tensor in self.tensors.items() if name not in CONSTANTS)
 
 
 def backbone_facts(backbone: PreTrainedModel) -> dict[str, Any]:

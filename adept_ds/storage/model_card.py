@@ -129,7 +129,7 @@ def read_subject(folder: Path) -> CardSubject:
         adapter.method.model_dump(mode="json"),
         adapter.facts.get("tensors_sha256"),
         adapter.facts.get("versions", {}),
-        sum(tensor.numel() for tensor in adapter.tensors.values()),
+        adapter.trained_parameters,
     )
 
 

@@ -83,6 +83,7 @@ class Engine:
         config: The completed `deepspeed` section.
         world: This rank.
         by_layer: Whether frozen weights are gathered a layer at a time, not by DeepSpeed.
+        label_smoothing: Of the loss that is trained on, as `AdaptedModel.forward`.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Engine:
         config: dict[str, Any],
         world: World,
         by_layer: bool = False,
+        label_smoothing: float = 0.0,
     ) -> None:
         self.model = model
+        self.label_smoothing = label_smoothing
         self.world = world
         dtype = model.backbone.get_output_embeddings().weight.dtype
         for parameter in model.trainable_parameters().values():
@@ -140,7 +143,7 @@ class Engine:
                 self.deepspeed.step()  # Below the accumulation boundary this only counts.
             # Of packed rows a step has as many micro-batches as its examples fill.
             self.deepspeed.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
-            loss = self.deepspeed(**self._on_device(batch), reduction="sum").loss
+            loss = self.deepspeed(**self._on_device(batch), reduction="sum", label_smoothing=self.label_smoothing).loss
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             if self.layers is not None:
                 self.layers.drop()
@@ -153,7 +156,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluation_loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Summed loss of one batch."""
+        """Summed cross-entropy of one batch, which no label smoothing is in."""
         return self.deepspeed(**self._on_device(batch), reduction="sum").loss
 
     def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -333,4 +336,5 @@ def build_engine(
         model.compile_blocks(say=say if world.is_main else None)
     if values:
         model.load_trained(values)
-    return Engine(model, build_optimizer(model, run.train), config, world, gathers_layers(run, config))
+    optimizer, by_layer = build_optimizer(model, run.train), gathers_layers(run, config)
+    return Engine(model, optimizer, config, world, by_layer, run.train.label_smoothing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,8 +18,11 @@ from adept_ds.data.encode import EncodedDataset, encode_prompts
 from adept_ds.data.fit import check_examples, check_prompts, check_rows, fit_padding
 from adept_ds.data.micro_batches import MicroBatches
 from adept_ds.data.problems import load_examples
+from adept_ds.data.tasks import TaskExamples, check_own_parameters
 from adept_ds.distributed import World
 from adept_ds.errors import UserError
+from adept_ds.formats import Example
+from adept_ds.model.adapted_model import start_from_source
 from adept_ds.planner.deepspeed_values import check_deepspeed_values
 from adept_ds.planner.memory import decide_sharding
 from adept_ds.planner.meta_step import meta_model
@@ -112,7 +115,10 @@ def prepare_data(run: RunConfig) -> RunData:
         show_progress=is_main_rank(),
         prompt_tasks=run.method.prompt_tasks,
     )
-    train = encode(load_examples(run.data, "train"))
+    examples = load_examples(run.data, "train")
+    for note in task_notes(run, examples) if is_main_rank() else ():
+        print(note)
+    train = encode(examples)
     validation = load_examples(run.data, "validation")[: run.eval.max_examples]
     if not validation and run.train.early_stopping_patience is not None:
         raise UserError(
@@ -131,12 +137,24 @@ def prepare_data(run: RunConfig) -> RunData:
     return data
 
 
+def task_notes(run: RunConfig, examples: Sequence[Example]) -> list[str]:
+    """How many training examples each of several tasks has, and which has none.
+
+    Raises:
+        UserError: As `check_own_parameters`.
+    """
+    if not isinstance(examples, TaskExamples):
+        return []
+    unused = check_own_parameters(run.data, run.method.prompt_tasks)
+    return [*examples.counts(), *unused]
+
+
 def plan_steps(run: RunConfig, data: RunData, world: World) -> StepPlan:
     """Split batches over the ranks, weights too, and count the steps. Collective.
 
     Raises:
-        UserError: The batch does not divide; the warm-up or the schedule's options do not fit into the run; or the
-            method cannot be put into the backbone.
+        UserError: The batch does not divide; the warm-up or the schedule's options do not fit into the run; the method
+            cannot be put into the backbone; or it cannot start from its `init_from`.
     """
     if run.model.attn_implementation == "flex_attention" and world.device.type == "cpu":
         raise UserError(
@@ -145,6 +163,7 @@ def plan_steps(run: RunConfig, data: RunData, world: World) -> StepPlan:
     decided = decide_sharding(run, data.architecture, world)
     total_steps = count_steps(run.train, len(data.train))
     model = meta_model(run, data.architecture)
+    start_from_source(model, run.method)
     deepspeed = complete(decided, world.world_size, data.architecture.hidden_size)
     check_deepspeed_values(run.deepspeed, deepspeed)
     return StepPlan(

@@ -60,6 +60,8 @@ def _train(run: RunConfig, resume: str, stop: StopRequest) -> None:
         print(data.summary())
         if note := data.packing_summary(run, plan.batches):
             print(note)
+        if note := run.train.loss_note:
+            print(f"loss: {note}")
 
     folder = RunFolder(Path(run.logging.run_dir))
     is_finished, checkpoint, origin = _open_folder(folder, run, resume, world)

@@ -24,11 +24,13 @@ from adept_ds.data.batches import global_batches
 from adept_ds.data.encode import EncodedDataset
 from adept_ds.data.problems import load_examples
 from adept_ds.storage.checkpoint import newest_checkpoint
+from adept_ds.storage.run_folder import read_metrics
 from tests.conftest import RunRanks, losses, run_settings
 
 pytestmark = pytest.mark.slow
 STEPS, HALF = 10, 5
 RATE = 3e-3
+SMOOTHING = 0.1
 
 RUNS: dict[str, dict[str, Any]] = {
     "llama-stage0": {"zero": {"stage": 0}},
@@ -44,6 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "t5-stage2": {"zero": {"stage": 2}},
     "t5-stage3": {"zero": {"stage": 3}},
+    "t5-smoothed-stage3": {"zero": {"stage": 3}, "train": {"label_smoothing": SMOOTHING}},
     "llama-bf16-stage1": {"zero": {"stage": 1}, "model": {"dtype": "bf16"}},
     "llama-bf16-stage3": {"zero": {"stage": 3}, "model": {"dtype": "bf16"}},
     "t5-bf16-stage3": {"zero": {"stage": 3}, "model": {"dtype": "bf16"}},
@@ -81,7 +84,8 @@ def run_dirs(
 
     def settings(name: str, run_dir: Path, rate: float, **train: Any) -> dict[str, Any]:
         wanted = RUNS[name]
-        model, data = (tiny_t5, {"format": "jsonl", "path": str(t5_data)}) if "t5" in name else (tiny_llama, {})
+        sums = {"format": "jsonl", "path": str(t5_data), "validation_path": str(t5_data)}
+        model, data = (tiny_t5, sums) if "t5" in name else (tiny_llama, {})
         rates = {"learning_rate": {"backbone": rate}}
         made = run_settings(model, run_dir, **rates, **({"max_steps": STEPS, "save_every": HALF} | train))
         made["train"] |= wanted.get("train", {})
@@ -98,35 +102,40 @@ def run_dirs(
     runs += [settings(name, root / f"{name}-untouched", 1e-30, max_steps=3) for name in UNTOUCHED]
     result = run_ranks(2, "tests/distributed/run_all.py", runs)
     assert result.returncode == 0, result.stdout[-6000:]
+    (root / "out.txt").write_text(result.stdout)
     return root
+
+
+def summed_loss(model: Any, example: Any, smoothing: float = 0.0) -> tuple[Tensor, int]:
+    """By whole logits; and how many labels it is the sum over."""
+    ids, targets = torch.tensor(example.input_ids)[None], torch.tensor(example.labels)
+    if model.config.is_encoder_decoder:
+        logits = model(input_ids=ids, labels=targets[None]).logits[0]
+    else:
+        logits, targets = model(input_ids=ids).logits[0, :-1], targets[1:]
+    loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    return loss, int((targets != -100).sum())
 
 
 class Plain:
     """The run written out with torch and transformers alone; the order of the examples is the project's."""
 
-    def __init__(self, model: Path, tokenizer: PreTrainedTokenizerFast, data: DataConfig, is_t5: bool) -> None:
-        self.is_t5 = is_t5
+    def __init__(
+        self, model: Path, tokenizer: PreTrainedTokenizerFast, data: DataConfig, is_t5: bool, smoothing: float = 0.0
+    ) -> None:
         self.model = (AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM).from_pretrained(model).train()
         dataset = EncodedDataset(load_examples(data, "train"), tokenizer, data, 0, is_t5)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
         schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
         self.losses = []
         for batch in global_batches(dataset.lengths, 4, 42, 0, True)[:STEPS]:
-            sums = [self.loss(dataset[index]) for index in batch]
+            sums = [summed_loss(self.model, dataset[index], smoothing) for index in batch]
             total = torch.stack([loss for loss, _ in sums]).sum() / sum(count for _, count in sums)
             total.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             self.losses.append(float(total.detach()))
-
-    def loss(self, example: Any) -> tuple[Tensor, int]:
-        ids, targets = torch.tensor(example.input_ids)[None], torch.tensor(example.labels)
-        if self.is_t5:
-            logits = self.model(input_ids=ids, labels=targets[None]).logits[0]
-        else:
-            logits, targets = self.model(input_ids=ids).logits[0, :-1], targets[1:]
-        return F.cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +144,7 @@ def plain(tiny_llama: Path, tiny_t5: Path, t5_data: Path, tiny_tokenizer: PreTra
     return {
         "llama": Plain(tiny_llama, tiny_tokenizer, DataConfig(), is_t5=False),
         "t5": Plain(tiny_t5, tiny_tokenizer, t5_config, is_t5=True),
+        "t5-smoothed": Plain(tiny_t5, tiny_tokenizer, t5_config, is_t5=True, smoothing=SMOOTHING),
     }
 
 
@@ -144,12 +154,27 @@ def load(name: str, folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "bf16" not in name])
 def test_fp32_is_plain_pytorch(name: str, run_dirs: Path, plain: dict[str, Plain]) -> None:
-    expected = plain[name.partition("-")[0]]
+    expected = plain[name.rpartition("-stage")[0] if "smoothed" in name else name.partition("-")[0]]
     assert losses(run_dirs / name) == pytest.approx(expected.losses, rel=1e-5)
     assert expected.losses[-1] < expected.losses[0]
     values = dict(load(name, run_dirs / name / "best").named_parameters())
     for key, value in expected.model.named_parameters():
         assert float((values[key] - value).abs().max() / value.abs().max()) < 1e-3
+
+
+def test_the_validation_loss_is_without_label_smoothing(
+    run_dirs: Path, t5_data: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data, run_dir = DataConfig(format="jsonl", path=str(t5_data)), run_dirs / "t5-smoothed-stage3"
+    # Validated on what it is trained on.
+    dataset = EncodedDataset(load_examples(data, "train"), tiny_tokenizer, data, 0, True)
+    model = load("t5", run_dir / "best")
+    with torch.no_grad():
+        sums = [summed_loss(model, example) for example in dataset]
+    expected = float(sum(loss for loss, _ in sums)) / sum(count for _, count in sums)
+    (line,) = [line for line in read_metrics(run_dir / "metrics.jsonl") if "eval/loss" in line]
+    assert line["eval/loss"] == pytest.approx(expected, rel=1e-5)
+    assert "loss: the training loss is with label smoothing 0.1" in (run_dirs / "out.txt").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "bf16" in name])

@@ -48,11 +48,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"bottleneck": 3},
     "adapter-tasks": {"bottleneck": 3, "post_norm": True, "tasks": TASKS},
     "adapter_drop": {"bottleneck": 3, "dropped_layers": 1},
+    "hyperformer-tasks": {"bottleneck": 3, "embedding_size": 5, "hidden_size": 6, "tasks": TASKS},
+    "hyperdecoder": {"bottleneck": 3, "hidden_size": 6},
     "bitfit": {},
     "lst": {"reduction": 2, "init": "magnitude"},
 }
-RUNS = [(model, method) for model in ("llama-nf4", "t5") for method in METHODS]
-RESUMED = RUNS[: len(METHODS)]
+RUNS = [
+    (model, method)
+    for model in ("llama-nf4", "t5")
+    for method in METHODS
+    if (model, method) != ("llama-nf4", "hyperdecoder")
+]
+RESUMED = [(model, method) for model, method in RUNS if model == "llama-nf4" or method == "hyperdecoder"]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +97,7 @@ def all_settings(tiny_llama: Path, tiny_t5: Path, tmp_path_factory: pytest.TempP
         if "tasks" in made["method"]:
             made["data"] = {"format": "tasks", "tasks": [str(root / f"{task}.json") for task in TASKS]}
         made["train"] |= {"save_every": SAVED}
-        if method == "lst":
+        if method in ("lst", "hyperformer-tasks", "hyperdecoder"):
             # With layers that are recomputed, which changes no loss.
             made["train"]["activation_checkpointing"] = True
         made["train"]["learning_rate"] = {"soft_prompt": 0.03, "network": 0.01, "adapter": 0.01, "side": 0.003}

@@ -19,6 +19,11 @@ pytestmark = pytest.mark.slow
 
 TIGHT = {"stage3_prefetch_bucket_size": 20_000, "stage3_max_live_parameters": 60_000}
 TIGHT |= {"stage3_max_reuse_distance": 50_000, "stage3_param_persistence_threshold": 200}
+HYPER = {
+    "hyperformer, tight": {"name": "hyperformer", "bottleneck": 12},
+    "hyperdecoder, tight": {"name": "hyperdecoder", "bottleneck": 12},
+}
+"""Methods whose networks are called outside the layers that read what they make."""
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "defaults": ("llama", {}, {}, {}),
     "weight by weight": ("llama", {}, {"gather": "weight"}, {}),
@@ -31,6 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "t5, tight, by weight": ("t5", {}, {"gather": "weight"}, TIGHT),
     "tight, nf4, checkpointed": ("llama", {"quantization": "nf4"}, {"activation_checkpointing": True}, TIGHT),
     "t5, tight": ("t5", {}, {}, TIGHT),
+    **dict.fromkeys(HYPER, ("t5", {}, {"learning_rate": {"adapter": 0.001}}, TIGHT)),
 }
 
 
@@ -50,6 +56,7 @@ def test_two_ranks_hold_and_gather_what_was_planned(
     name, model, train, zero = CASES[case]
     settings = run_settings(backbones[name], tmp_path / "run", max_steps=5, warmup_steps=0, **train)
     settings["model"] |= model
+    settings["method"] = HYPER.get(case, settings["method"])
     settings["eval"] = {"every_steps": 5, "max_examples": 2}
     settings["deepspeed"]["zero_optimization"] |= zero
     out = tmp_path / "measured.json"

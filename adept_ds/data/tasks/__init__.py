@@ -2,6 +2,7 @@
 
 from adept_ds.data.tasks.examples import (
     TaskExamples,
+    check_own_parameters,
     count_training_examples,
     load_task_examples,
     longest_lengths,
@@ -16,6 +17,7 @@ __all__ = [
     "Task",
     "TaskExample",
     "TaskExamples",
+    "check_own_parameters",
     "count_training_examples",
     "cut_references",
     "find_task",

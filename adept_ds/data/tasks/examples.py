@@ -15,7 +15,7 @@ from adept_ds.data.tasks.sources import RawSplit, read_split
 from adept_ds.data.tasks.splits import EQUAL, k_shot, part_indices, proportional, round_robin, shares, tempered
 from adept_ds.data.tasks.task import Part, Task, TaskExample
 from adept_ds.data.tasks.task_file import find_task
-from adept_ds.errors import UserError
+from adept_ds.errors import UserError, did_you_mean
 from adept_ds.formats.records import TokenLimits
 
 
@@ -97,6 +97,17 @@ class TaskExamples(Sequence[TaskExample]):
         part = self._part_of(self.members)
         return [TaskExamples(self.parts, self.members[part == number]) for number in np.unique(part)]
 
+    def counts(self) -> list[str]:
+        """Return a line on how many examples each of several tasks has; none for one task."""
+        if len(self.parts) < 2:
+            return []
+        of_part = np.bincount(self._part_of(self.members), minlength=len(self.parts))
+        texts = [
+            f"{count:,} of {part.task.name}" + (f" ({len(part):,} different ones)" if count > len(part) else "")
+            for count, part in zip(of_part, self.parts, strict=True)
+        ]
+        return [f"examples of each task: {', '.join(texts)}"]
+
     def _part_of(self, members: np.ndarray) -> np.ndarray:
         ends = np.cumsum([len(part) for part in self.parts])
         return np.searchsorted(ends, members, side="right")
@@ -162,6 +173,25 @@ def load_part(task: Task, part: Part, cfg: DataConfig) -> TaskPart:
         target=task.max_target_tokens(cfg.max_target_length),
     )
     return TaskPart(task, part, raw, rows, answers, limits)
+
+
+def check_own_parameters(cfg: DataConfig, own: Sequence[str]) -> list[str]:
+    """Return a sentence on the tasks with parameters of their own (`method.tasks`) that are not trained on, if any.
+
+    Raises:
+        UserError: A task of the run's has none of these parameters, where others have.
+    """
+    if not own:
+        return []
+    names = [find_task(name).name for name in cfg.tasks]
+    for name in names:
+        if name not in own:
+            raise UserError(
+                f"method.tasks is {list(own)}, and data.tasks has {name!r}, which would have no parameters"
+                + did_you_mean(name, own)
+            )
+    unused = [name for name in own if name not in names]
+    return [f"not in data.tasks, so their parameters stay as they start: {', '.join(unused)}"] if unused else []
 
 
 def longest_lengths(cfg: DataConfig) -> tuple[int, int]:
