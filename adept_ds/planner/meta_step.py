@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from adept_ds.backbone import fp8
@@ -206,7 +207,7 @@ class _LiveBytes(TorchDispatchMode):
         else:
             if func in _WITH_SCRATCH:
                 self._add(torch.empty_like(args[0]).untyped_storage(), self.purpose)
-            result = func(*args, **(kwargs or {}))
+            result = _computed(func, args, kwargs or {})
         purpose = "dequantized" if func.namespace == "bitsandbytes" or self._copies_fp8(func, args) else self.purpose
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -237,6 +238,56 @@ class _LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.alive[purpose] -= size
         self.total -= size
+
+
+_MADE: dict[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]] = {}
+"""Shapes, strides and dtypes of what an operation makes of tensors of such forms: torch works them out in Python, a
+model of many equal layers asks for the same ones again and again, and plans trace several steps."""
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the operation returns on the meta device."""
+    if not _makes_tensors(func):
+        return func(*args, **kwargs)
+    leaves, structure = tree_flatten((args, kwargs))
+    try:
+        key = func, structure, tuple(_form(leaf) for leaf in leaves)
+        made = _MADE.get(key)
+    except TypeError:  # an argument that cannot be hashed
+        return func(*args, **kwargs)
+    if made is None:
+        result = func(*args, **kwargs)
+        results = result if isinstance(result, tuple) else (result,)
+        # Some return a view of what they read, whatever their schema says.
+        read = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        if all(_is_whole(tensor) and tensor.untyped_storage()._cdata not in read for tensor in results):
+            _MADE[key] = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in results]
+        return result
+    tensors = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in made]
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+@cache
+def _makes_tensors(func: Any) -> bool:
+    """Whether all that the operation returns are new tensors, and it changes none."""
+    schema = func._schema
+    return all(argument.alias_info is None for argument in schema.arguments) and all(
+        str(value.type) == "Tensor" and value.alias_info is None for value in schema.returns
+    )
+
+
+def _form(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
+    return type(leaf), leaf
+
+
+def _is_whole(tensor: Any) -> bool:
+    """Whether a tensor is all that its storage holds, on the meta device."""
+    if not isinstance(tensor, Tensor) or tensor.device.type != "meta" or tensor.storage_offset():
+        return False
+    alike = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return alike.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
 
 
 def _grouped_product_shape(x: Tensor, y: Tensor, ends: Tensor) -> tuple[int, ...]:

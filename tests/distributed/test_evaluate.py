@@ -13,7 +13,7 @@ from adept_ds.config.method import AdeptConfig
 from adept_ds.config.run import DataConfig
 from adept_ds.data.problems import load_problems
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
-from tests.conftest import Launch, RunRanks, run_settings
+from tests.conftest import BY_LAUNCHER, RunRanks, run_settings
 from tests.evalplus_problems import MBPP_PLUS, write
 
 EVALUATE = "evals/mbpp.py"
@@ -47,10 +47,10 @@ def samples(folder: Path) -> list[dict[str, str]]:
 
 
 def test_samples_do_not_depend_on_ranks_or_batches(
-    tiny_llama: Path, adapter: Path, launch: Launch, run_ranks: RunRanks, tmp_path: Path
+    tiny_llama: Path, adapter: Path, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
-    for start, ranks, batch_size in ((launch, 2, 3), (run_ranks, 0, 7)):
-        result = start(
+    for ranks, batch_size, more in ((2, 3, BY_LAUNCHER), (0, 7, ())):
+        result = run_ranks(
             ranks,
             EVALUATE,
             evaluation_settings(tiny_llama, batch_size=batch_size),
@@ -61,6 +61,7 @@ def test_samples_do_not_depend_on_ranks_or_batches(
             "--k",
             "1",
             "2",
+            *more,
         )
         assert result.returncode == 0, result.stdout
     two, one = samples(tmp_path / "2"), samples(tmp_path / "0")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Launch, RunRanks, losses, run_settings
+from tests.conftest import RunRanks, losses, run_settings
 
 pytestmark = pytest.mark.slow
 RUN_ALL = "tests/distributed/run_all.py"
@@ -40,12 +40,12 @@ def settings(model: Path, run_dir: Path, wanted: dict[str, Any]) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def root(tiny_llama: Path, launch: Launch, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs: those of one rank without a launcher, those of two by DeepSpeed's own."""
+def root(tiny_llama: Path, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, in one start for each number of ranks."""
     folder = tmp_path_factory.mktemp("packing")
-    for ranks, start in ((1, run_ranks), (2, launch)):
-        runs = [settings(tiny_llama, folder / name, wanted) for name, wanted in RUNS[ranks].items()]
-        result = start(ranks, RUN_ALL, runs)
+    for ranks, wanted_of in RUNS.items():
+        runs = [settings(tiny_llama, folder / name, wanted) for name, wanted in wanted_of.items()]
+        result = run_ranks(ranks, RUN_ALL, runs)
         assert result.returncode == 0, result.stdout[-6000:]
         (folder / f"{ranks}.txt").write_text(result.stdout)
     return folder

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from adept_ds.model.adapted_model import AdaptedModel
-from tests.conftest import Launch, RunRanks, losses, run_settings
+from tests.conftest import BY_LAUNCHER, RunRanks, losses, run_settings
 from tests.models import EOS, save, seeded, t5_config, talkative_t5
 
 pytestmark = pytest.mark.slow
@@ -74,14 +74,12 @@ def test_a_backbone_that_is_split_over_the_ranks_writes_the_same_answers(
         assert split == whole
 
 
-def test_scores_do_not_depend_on_ranks(
-    run: tuple[Path, dict[str, Any]], launch: Launch, run_ranks: RunRanks, tmp_path: Path
-) -> None:
+def test_scores_do_not_depend_on_ranks(run: tuple[Path, dict[str, Any]], run_ranks: RunRanks, tmp_path: Path) -> None:
     run_dir, chosen = run
     chosen = {**chosen, "eval": {"generation": {"batch_size": 3}}}
-    for start, ranks in ((launch, 2), (run_ranks, 0)):
-        out = str(tmp_path / str(ranks))
-        result = start(ranks, "evals/text2text.py", chosen, "--adapter", str(run_dir / "best"), "--out", out)
+    for ranks, more in ((2, BY_LAUNCHER), (0, ())):
+        flags = ("--adapter", str(run_dir / "best"), "--out", str(tmp_path / str(ranks)), *more)
+        result = run_ranks(ranks, "evals/text2text.py", chosen, *flags)
         assert result.returncode == 0, result.stdout
     for task in ("rte", "cb"):
         two, one = ((tmp_path / ranks / task / "predictions.jsonl").read_text() for ranks in ("2", "0"))

@@ -9,7 +9,7 @@ import pytest
 
 from adept_ds.benchmark import Options, benchmark
 from adept_ds.config.run import RunConfig
-from tests.conftest import Launch, run_settings
+from tests.conftest import BY_LAUNCHER, Launch, RunRanks, run_settings
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +33,13 @@ def test_ranks_split_the_work_and_show_the_time_spent_gathering(launch: Launch, 
     assert own["memory_bytes"]["held"] < 0.65 * alone["memory_bytes"]["held"]
 
 
-def test_gathers_by_layer_and_by_weight_are_compared_with_plain_torch(launch: Launch, tiny_llama: Path, tmp_path: Path):
+def test_gathers_by_layer_and_by_weight_are_compared_with_plain_torch(
+    run_ranks: RunRanks, tiny_llama: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "throughput.json"
     flags = ["--random_init", "--synthetic", "40", "--steps", "1", "--rounds", "2", "--out", str(out)]
     settings = run_settings(tiny_llama, tmp_path)
-    process = launch(2, "evals/throughput.py", settings, "--against", "plain", "by-weight", *flags)
+    process = run_ranks(2, "evals/throughput.py", settings, "--against", "plain", "by-weight", *flags, *BY_LAUNCHER)
     assert process.returncode == 0, process.stdout
     ours, by_weight, plain = json.loads(out.read_text())["contenders"].values()
     assert ours["gathered_bytes"] > 0 < by_weight["gathered_bytes"]

@@ -534,8 +534,8 @@ def test_fp16_saves_before_the_first_step_that_does_not_overflow(
     assert losses(copy) == losses(tmp_path / "run")
 
 
-def test_a_batch_that_does_not_divide_is_told_once(tiny_llama: Path, launch: Launch, tmp_path: Path) -> None:
-    result = launch(2, TRAIN, run_settings(tiny_llama, tmp_path / "run", global_batch_size=3))
+def test_a_batch_that_does_not_divide_is_told_once(tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path) -> None:
+    result = run_ranks(2, TRAIN, run_settings(tiny_llama, tmp_path / "run", global_batch_size=3))
     assert result.returncode != 0
     assert result.stdout.count("train.global_batch_size") == 1
     assert "Traceback" not in result.stdout
