@@ -18,22 +18,18 @@ from transformers import (
     LongT5ForConditionalGeneration,
     MT5Config,
     MT5ForConditionalGeneration,
-    PreTrainedModel,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
 
 from adept_ds.config.method import HyperDecoderConfig, HyperFormerConfig
 from adept_ds.errors import UserError
-from adept_ds.methods.bottleneck import AdaptedLayer
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from tests.models import EOS, PAD, WIDTH, seeded, t5_config
 from tests.test_methods import far_from_start, logits, random_ids
-from tests.test_multitask import read, tuned
+from tests.test_multitask import MAIN, Make, assert_recomputed_alike, read, through_adapters, tuned
 from tests.tolerances import assert_equal_up_to_rounding
 
-Make = Callable[[str], PreTrainedModel]
-MAIN = ("llama", "t5-tied")
 TASKS = ("a", "b", "c")
 
 
@@ -77,16 +73,8 @@ def published_adapter(values: dict[str, Tensor], stack: str, task: int, layer: i
 @pytest.mark.parametrize("name", MAIN)
 def test_a_row_goes_through_the_adapters_that_are_made_for_its_task(make_backbone: Make, name: str) -> None:
     model, values = tuned(make_backbone(name), hyperformer(tasks=TASKS))
-    seen: list[tuple[str, Tensor, Tensor]] = []
-    for key, module in model.backbone.named_modules():
-        if isinstance(module, AdaptedLayer):
-            inner: list[Tensor] = []
-            module.layer.register_forward_hook(lambda _, args, out, inner=inner: inner.append(out))
-            module.register_forward_hook(
-                lambda _, args, out, key=key, inner=inner: seen.append((key, inner.pop(), out))
-            )
     tasks = [2, 0, 2]
-    read(model, tasks)
+    seen = through_adapters(model, tasks)
     assert len(seen) == (8 if name == "t5-tied" else 4)
     for key, y, out in seen:
         stack = "encoder" if key.startswith("encoder") else "decoder"
@@ -143,25 +131,11 @@ def test_what_is_made_is_kept_while_nothing_changes(make_backbone: Make) -> None
         assert not torch.allclose(read(model, [0, 1]), first[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", MAIN)
-@pytest.mark.parametrize("config", [hyperformer(tasks=TASKS), hyperdecoder()], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    ("name", "config"), [*((name, hyperformer(tasks=TASKS)) for name in MAIN), ("t5-tied", hyperdecoder())]
+)
 def test_recomputed_layers_read_the_weights_of_their_own_batch(make_backbone: Make, name: str, config) -> None:
-    if (name, config.name) == ("llama", "hyperdecoder"):
-        return
-    gradients = []
-    for checkpointing in (False, True):
-        model, _ = tuned(make_backbone(name), config)
-        model.train()
-        if checkpointing:
-            model.checkpoint_activations()
-        ids = random_ids(2, 6)
-        loss = model(ids, labels=ids, task_ids=torch.tensor([1, 0])).loss
-        read(model, [0, 0], seed=7)
-        gradients.append(torch.autograd.grad(loss, list(model.trainable_parameters().values())))
-    largest = max(float(gradient.abs().max()) for gradient in gradients[0])
-    assert largest > 0
-    for plain, checkpointed in zip(*gradients, strict=True):
-        assert_equal_up_to_rounding(checkpointed, plain, largest)
+    assert_recomputed_alike(make_backbone, name, config)
 
 
 @pytest.mark.parametrize(
