@@ -164,7 +164,7 @@ BAD_SECTIONS = [
     (
         {"method": {"name": "full", "bottleneck": 2}},
         "method.bottleneck = 2",
-        "'full' (method.name 'adapter' or 'adapter_drop' or 'adept' or 'attempt' or 'residual_pt' has it)",
+        "'full' (method.name 'adapter' or 'adapter_drop' or 'adept' or 'attempt' or 'hyperdecoder' or 'hyperformer'",
     ),
     ({"method": {"bottleneck": 0}}, "method.bottleneck = 0", "expected integer >= 1"),
     (

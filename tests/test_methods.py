@@ -18,6 +18,7 @@ from adept_ds.backbone import frozen_linear
 from adept_ds.backbone.frozen_linear import FrozenLinear
 from adept_ds.backbone.quantization import QuantizedLinear, Scheme, quantize_linears
 from adept_ds.config.method import (
+    CONSTANTS,
     AdapterConfig,
     AdapterDropConfig,
     AdeptConfig,
@@ -45,7 +46,7 @@ from adept_ds.errors import UserError
 from adept_ds.model.adapted_model import AdaptedModel, get_adept_model
 from adept_ds.planner.meta_step import meta_model
 from adept_ds.reports.runs import count_parameters
-from adept_ds.storage.adapter_folder import CONSTANTS, load_adapter, save_adapter
+from adept_ds.storage.adapter_folder import load_adapter, save_adapter
 from tests.models import EOS, PAD, TOKENS, VOCABULARY, WIDTH, causal, seeded
 from tests.tolerances import assert_equal_up_to_rounding
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from textwrap import fill
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -159,20 +160,19 @@ def parse_flags(
         argcomplete.autocomplete(parser)
     flags, rest = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if rest:
-        raise UserError(_unexpected(rest[0], parser))
+        raise UserError(_unexpected(rest[0], vars(flags), " ".join(parser.format_usage().split())))
     return flags
 
 
-def _unexpected(word: str, parser: argparse.ArgumentParser) -> str:
-    """Say what is wrong with a word that no argument takes."""
-    actions = parser._actions
-    flags = [flag for action in actions for flag in action.option_strings]
-    without_flag = [action.dest for action in actions if not action.option_strings]
+def _unexpected(word: str, names: Iterable[str], usage: str) -> str:
+    """Say what is wrong with a word that no argument takes, of those with these names."""
+    flags = re.findall(r"--\w+", usage)
+    without_flag = [name for name in names if f"--{name}" not in flags]
     name = word.partition("=")[0]
     if not word.startswith("-"):
         return f"{word}: unexpected; expected {'no more than that before it' if without_flag else 'flags'} (see --help)"
     if name.lstrip("-") in without_flag:
-        return f"{name}: unknown flag; it is told without one: {' '.join(parser.format_usage().split())}"
+        return f"{name}: unknown flag; it is told without one: {usage}"
     return f"{word}: unknown flag{did_you_mean(name, flags)}"
 
 

@@ -15,6 +15,8 @@ from adept_ds.config.base import Count, CountOrZero, Fraction, PositiveFloat, Se
 
 DEFAULT_METHOD = "adept"
 """The method of a config that names none."""
+CONSTANTS = ("sources", "vera_A", "vera_B")
+"""Names of the tensors that methods keep in the adapter file and never train."""
 
 
 class MethodSettings(Section):

@@ -111,8 +111,8 @@ class Method(Protocol):
     @abstractmethod
     def constants(self) -> dict[str, Tensor]:
         """Name to tensor of what the adapter file holds beside the trained parameters: fp32 values that are never
-        trained, named in `adapter_folder.CONSTANTS`. They are the tensors in use, so that an adapter is loaded by
-        copying into them."""
+        trained, named in `CONSTANTS` of `adept_ds.config.method`. They are the tensors in use, so that an adapter is
+        loaded by copying into them."""
 
     @abstractmethod
     def start_values(self, source: Adapter) -> dict[str, Tensor]:

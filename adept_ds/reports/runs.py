@@ -20,10 +20,10 @@ from typing import Any
 from safetensors import safe_open
 
 from adept_ds.config.loader import flatten
+from adept_ds.config.method import CONSTANTS
 from adept_ds.errors import UserError
 from adept_ds.evaluation.results import SUMMARY_NAME, Evaluation, TaskEvaluation, read_evaluations
 from adept_ds.files import read_json
-from adept_ds.storage.adapter_folder import CONSTANTS
 from adept_ds.storage.run_folder import CONFIG_NAME, MAY_CHANGE, METRICS_NAME, SEED_KEYS, read_metrics, read_status
 
 BUNDLED = "bundled problems"

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from adept_ds.backbone.hub import ADAPTER_CONFIG_NAME, fetch_files, hub_adapter
 from adept_ds.backbone.sharding import gathered
 from adept_ds.backbone.table import open_table, stored_dtype
-from adept_ds.config.method import MethodConfig
+from adept_ds.config.method import CONSTANTS, MethodConfig
 from adept_ds.config.run import ModelConfig
 from adept_ds.errors import UserError, did_you_mean
 from adept_ds.files import atomic_write, write_json
@@ -33,8 +33,6 @@ from adept_ds.files import atomic_write, write_json
 CONFIG_NAME = ADAPTER_CONFIG_NAME
 TENSORS_NAME = "adapter_model.safetensors"
 FORMAT = "adept_ds/1"
-CONSTANTS = ("sources", "vera_A", "vera_B")
-"""Names of the tensors that methods keep in the file and never train."""
 FINGERPRINT_ROWS = 64
 _METHOD_CONFIG: TypeAdapter[MethodConfig] = TypeAdapter(MethodConfig)
 

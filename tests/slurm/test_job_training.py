@@ -135,7 +135,9 @@ def test_warned_preempted_and_without_a_node_a_run_ends_as_if_nothing_had_been(
 
 def test_its_history_tells_each_try(interrupted: Run) -> None:
     history = interrupted.history()
-    assert [line["try"] for line in history] == [0, 1, 2, 3, 4]
+    assert [line["try"] for line in history] == list(range(len(history)))
+    # On a busy machine a node that has just come back may not start a rank, and SLURM is asked to try once more.
+    history = [line for line in history if line["ended_by"] != "launch failure"]
     reasons = [line["ended_by"] for line in history]
     assert reasons == ["time limit", "time limit", "preempted", "node failure", "finished"]
     assert [line["requeued"] for line in history] == [True] * 4 + [False]
