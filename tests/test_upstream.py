@@ -237,6 +237,8 @@ USES: dict[str, tuple[Use, ...]] = {
         Use("deepspeed.utils.safe_get_full_fp32_param", ENGINE, "param"),
         Use("deepspeed.utils.safe_set_full_fp32_param", ENGINE, "param, value"),
         Use("deepspeed.utils.safe_set_local_fp32_param", ENGINE, "param, value"),
+        Use("deepspeed.utils.safe_get_local_grad", ENGINE, "param"),
+        Use("deepspeed.utils.safe_set_local_grad", ENGINE, "param, value"),
         Use("deepspeed.utils.safe_get_full_optimizer_state", ENGINE, "param, optim_state_key"),
         Use("deepspeed.utils.safe_set_full_optimizer_state", ENGINE, "param, value, optim_state_key"),
         Use("deepspeed.utils.safe_set_local_optimizer_state", ENGINE, "param, value, optim_state_key"),

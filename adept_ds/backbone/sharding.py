@@ -41,6 +41,13 @@ def full_numel(parameter: Tensor) -> int:
     return int(parameter.ds_numel if is_sharded(parameter) else parameter.numel())  # type: ignore[attr-defined]
 
 
+def own_numel(parameter: Any) -> int:
+    """Number of a sharded parameter's elements in this rank's part. What the part has behind them fills it up, and is
+    memory as it was found: in the part of the gradient too."""
+    part = int(parameter.ds_tensor.ds_numel)
+    return max(0, min(part, int(parameter.ds_numel) - part * int(parameter.ds_zero_partition_rank)))
+
+
 @contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Hold the parameters' full values on every rank inside the block, read-only. All ranks must enter together."""

@@ -18,9 +18,11 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
+    safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -29,7 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from adept_ds.backbone.layer_gathers import LayerGathers, frozen_layers, modules_by_layer
 from adept_ds.backbone.load import load_backbone, random_backbone
-from adept_ds.backbone.sharding import full_shape, is_sharded, node_group
+from adept_ds.backbone.sharding import full_shape, is_sharded, node_group, own_numel
 from adept_ds.config.deepspeed import SHARDED_STAGE, gathers_layers
 from adept_ds.config.run import RunConfig
 from adept_ds.contexts import attribute_set
@@ -152,6 +154,12 @@ class Engine:
 
     def step(self) -> None:
         """Update the trained parameters with the gradients of `forward_backward`."""
+        for parameter in filter(is_sharded, self.model.trainable_parameters().values()):
+            # The norm, by which gradients are clipped, and fp16's search for overflows take all of a rank's part.
+            if 0 < (numel := own_numel(parameter)) < parameter.ds_tensor.numel():  # type: ignore[attr-defined]
+                gradient = safe_get_local_grad(parameter).clone()
+                gradient[numel:] = 0
+                safe_set_local_grad(parameter, gradient)
         self.deepspeed.step()
 
     @torch.no_grad()
@@ -170,7 +178,10 @@ class Engine:
     def broken_parameters(self) -> list[str]:
         """Names of the trained parameters that have NaN or infinity in them, on any rank."""
         parameters = self.model.trainable_parameters()
-        own = [parameter.ds_tensor if is_sharded(parameter) else parameter for parameter in parameters.values()]  # type: ignore[attr-defined]
+        own = [
+            parameter.ds_tensor.flatten()[: own_numel(parameter)] if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+            for parameter in parameters.values()
+        ]
         broken = sum_over_ranks([float(not torch.isfinite(tensor).all()) for tensor in own], self.world)
         return [name for name, ranks in zip(parameters, broken, strict=True) if ranks]
 

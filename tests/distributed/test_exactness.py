@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +146,8 @@ def run_dirs(
 def train_all(run_ranks: RunRanks, ranks: int, runs: list[dict[str, Any]]) -> str:
     """All runs in one start of the ranks, and what they print; of four ranks each pair is a node."""
     nodes = 2 if ranks == 4 else 1
-    result = run_ranks(ranks, "tests/distributed/run_all.py", runs, nodes=nodes, ADEPT_DS_TEST_FP16="1")
+    variables = {"ADEPT_DS_TEST_FP16": "1", "ADEPT_DS_TEST_NAN_MEMORY": "1"}
+    result = run_ranks(ranks, "tests/distributed/run_all.py", runs, nodes=nodes, **variables)
     assert result.returncode == 0, result.stdout[-6000:]
     return result.stdout
 
@@ -332,3 +334,26 @@ def test_a_run_goes_on_with_other_sharding_and_other_ranks(
     resumed, whole = losses(resumed_dirs / name), losses(run_dirs(2) / f"2-{name}")
     assert resumed[: STEPS // 2] == whole[: STEPS // 2]
     assert resumed == pytest.approx(whole, rel=RESUMED[name][1])
+
+
+def test_memory_that_nothing_was_written_to_counts_nowhere(
+    tiny_llama: Path, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    """Two ranks have three elements to share, and DeepSpeed fills the second one's part up with what it finds."""
+
+    def settings(name: str, **train: Any) -> dict[str, Any]:
+        made = run_settings(tiny_llama, tmp_path / name, max_steps=6, save_every=3, **train)
+        made["method"]["bottleneck"] = 3
+        return made
+
+    runs = [settings("free"), settings("clipped", max_grad_norm=1e6)]
+    result = run_ranks(2, "tests/distributed/run_all.py", runs, ADEPT_DS_TEST_NAN_MEMORY="1")
+    assert result.returncode == 0, result.stdout[-6000:]
+    free, clipped = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("free", "clipped")
+    )
+    norms = [line["grad_norm"] for line in free if "grad_norm" in line]
+    assert len(norms) == 6
+    assert all(map(math.isfinite, norms))
+    assert [line.get("loss") for line in clipped] == [line.get("loss") for line in free]
