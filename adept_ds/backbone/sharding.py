@@ -44,8 +44,13 @@ def full_numel(parameter: Tensor) -> int:
 def own_numel(parameter: Any) -> int:
     """Number of a sharded parameter's elements in this rank's part. What the part has behind them fills it up, and is
     memory as it was found: in the part of the gradient too."""
-    part = int(parameter.ds_tensor.ds_numel)
-    return max(0, min(part, int(parameter.ds_numel) - part * int(parameter.ds_zero_partition_rank)))
+    part = _part(parameter.ds_numel, parameter.ds_tensor.ds_numel, parameter.ds_zero_partition_rank)
+    return int(part.stop - part.start)
+
+
+def _part(numel: int, size: int, rank: int) -> slice:
+    """The part with number `rank` of `numel` elements that are cut into parts of `size`; the last ones may be short."""
+    return slice(min(rank * size, numel), min((rank + 1) * size, numel))
 
 
 @contextmanager
@@ -144,8 +149,7 @@ class Partitioner:
 
     def own_part(self, numel: int) -> slice:
         """The part of a flattened parameter of `numel` elements that this rank will keep."""
-        part = -(-numel // self.size)
-        return slice(min(self.rank * part, numel), min((self.rank + 1) * part, numel))
+        return _part(numel, -(-numel // self.size), self.rank)
 
     def split(self, parameter: nn.Parameter) -> None:
         """Keep this rank's part and release the rest. Every rank calls this for the same parameters in one order.

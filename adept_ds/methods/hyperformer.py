@@ -14,8 +14,7 @@ Only T5's form was published.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -129,7 +128,7 @@ class HyperFormer(HyperNetworkMethod):
 
     config: HyperFormerConfig
     _kept: dict[str, tuple[BottleneckWeights, ...]] | None = None
-    _is_unchanging = False
+    """Weights of each stack, where they are kept; empty until they are made."""
 
     def __init__(self, config: HyperFormerConfig) -> None:
         super().__init__(config)
@@ -161,16 +160,14 @@ class HyperFormer(HyperNetworkMethod):
 
     @override
     def for_batch(self, context: Tensor, task_ids: Tensor, example_ids: Tensor | None = None) -> GeneratedWeights:
-        made = self._kept or {name: BottleneckWeights.of_places(all_) for name, all_ in self.network().items()}
-        if self._is_unchanging:
-            self._kept = made
-        return GeneratedWeights(task_ids, made)
+        of_stacks = {} if self._kept is None else self._kept
+        if not of_stacks:
+            of_stacks.update({stack: BottleneckWeights.of_places(made) for stack, made in self.network().items()})
+        return GeneratedWeights(task_ids, of_stacks)
 
-    @contextmanager
     @override
-    def unchanging(self) -> Iterator[None]:
-        with attribute_set(self, "_is_unchanging", True), attribute_set(self, "_kept", None):
-            yield
+    def unchanging(self) -> AbstractContextManager[None]:
+        return attribute_set(self, "_kept", {})
 
     @override
     def start_values(self, source: Adapter) -> dict[str, Tensor]:
